@@ -1,0 +1,1 @@
+"""Cross-Modal Guidance for GGUF vision-language models."""

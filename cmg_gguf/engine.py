@@ -1,0 +1,317 @@
+"""Paired decoding: the original branch and the degraded one, step by step. Tokens only.
+
+    engine.prefill(prompt, guidance)
+    while ...:
+        token = pick(engine.original_logits, engine.degraded_logits)
+        engine.step(token)
+
+The branches are two sequences. Up to the first masked row they share their KV cells; from there on
+the degraded branch has its own. Both are normally rows of the same decode in the same context
+("pair"); with two contexts ("contexts") each branch has its own cache, which costs about twice as
+much and needs nothing of the cache but that it works: the reference, and the way for models with
+recurrent layers.
+
+It knows no text, no chat format, no sampling, and nothing about sequence ids but what it is given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cmg_gguf import _core
+from cmg_gguf.errors import BackendError, ContextLengthError, PromptError
+from cmg_gguf.guidance import (
+    AttentionMass,
+    Guidance,
+    LayerRange,
+    LayerSet,
+    LowestCosine,
+    layers_by_cosine,
+    layers_by_mass,
+    static_layers,
+)
+from cmg_gguf.rows import NONE, PromptRows, masked_rows
+from cmg_gguf.runtime.protocol import Context, FloatArray, ImageSegment, IntArray, Prompt
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a branch lives: a sequence of a context."""
+
+    context: Context
+    seq: int
+
+
+class PairedEngine:
+    """Decodes a prompt and then token after token in both branches.
+
+    original, degraded: where the branches live; the same context makes it a pair. selections: the
+    store that the contexts' graph patches share.
+    """
+
+    def __init__(self, original: Branch, degraded: Branch, selections: _core.Selections) -> None:
+        self.original = original
+        self.degraded = degraded
+        self.paired = original.context is degraded.context
+        self._selections = selections
+        self._prompt_logits = np.empty(original.context.n_vocab, np.float32)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the prompt and all that followed; the cells are free again."""
+        self.n_past = 0
+        self.n_cells = 0
+        self.layers: tuple[int, ...] = ()
+        self._guided = False
+        self._step_plans: tuple[_core.Plan, _core.Plan] | None = None
+        self._addresses = (0, 0)
+        self._last_in_batch = 0
+        for branch in (self.original, self.degraded):
+            branch.context.truncate(branch.seq, 0)
+            branch.context.patch.truncate_image_tokens(branch.seq, 0)
+
+    def cells_needed(self, prompt: Prompt, guidance: Guidance) -> int:
+        """KV cells that the prompt takes in the fullest context, before any answer."""
+        n = prompt.n_tokens
+        if not self._contrasts(prompt, guidance) or not self.paired:
+            return n
+        return 2 * n - int(masked_rows(prompt.is_image, guidance.scope).argmax())
+
+    def check(self, prompt: Prompt, guidance: Guidance) -> None:
+        """Raises what `prefill` would raise about its arguments, before anything is computed."""
+        if prompt.n_tokens == 0:
+            raise PromptError("the prompt is empty; give at least one token")
+        if isinstance(prompt.segments[-1], ImageSegment):
+            raise PromptError("the prompt ends with an image; put text behind it")
+        if isinstance(guidance.layers, LayerSet | LayerRange):
+            static_layers(guidance.layers, self.original.context.n_layer)
+        n_ctx = self.original.context.n_ctx
+        needed = self.cells_needed(prompt, guidance) + self._cells_per_step(prompt, guidance)
+        if needed > n_ctx:
+            raise ContextLengthError(
+                f"the prompt needs {needed} KV cells ({prompt.n_tokens} tokens, "
+                f"{prompt.n_image_tokens} of them image tokens) and the context has {n_ctx}; "
+                "raise n_ctx or shorten the prompt"
+            )
+
+    def prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress | None = None) -> None:
+        """Decodes the prompt in both branches; the logits of its last row are then there.
+
+        progress(done, total) counts rows. Raises PromptError, ContextLengthError, GuidanceError
+        before computing, BackendError after; the engine is empty then.
+        """
+        self.reset()
+        self.check(prompt, guidance)
+        try:
+            self._prefill(prompt, guidance, progress or (lambda done, total: None))
+        except BaseException:
+            self.reset()
+            raise
+
+    def step(self, token: int) -> None:
+        """Decodes one token, the same in both branches. Raises ContextLengthError when full."""
+        if self.n_past == 0:
+            raise BackendError("nothing to continue: call prefill first")
+        if not self.has_room:
+            raise ContextLengthError(
+                f"all {self.original.context.n_ctx} KV cells are taken; raise n_ctx"
+            )
+        if self._step_plans is None:
+            self._decode_step(self.original, token)
+            self._addresses = (self.original.context.logits_address(0), 0)
+        elif self.paired:
+            self._decode_pair(token)
+        else:
+            for branch, plan in zip((self.original, self.degraded), self._step_plans, strict=True):
+                self._decode_step(branch, token, plan)
+            self._addresses = (
+                self.original.context.logits_address(0),
+                self.degraded.context.logits_address(0),
+            )
+        self.n_past += 1
+        self.n_cells += 2 if self._guided and self.paired else 1
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another step fits into the KV cache."""
+        needed = 2 if self._guided and self.paired else 1
+        return self.n_cells + needed <= self.original.context.n_ctx
+
+    @property
+    def guided(self) -> bool:
+        """Whether the degraded branch is running."""
+        return self._guided
+
+    @property
+    def logits_addresses(self) -> tuple[int, int]:
+        """Addresses of the (n_vocab,) float32 logits l_o and l_d; l_d is 0 where there is none."""
+        return self._addresses
+
+    @property
+    def original_logits(self) -> FloatArray:
+        """l_o: (n_vocab,) float32, a view that the next step overwrites."""
+        return _view(self._addresses[0], self.original.context.n_vocab)
+
+    @property
+    def degraded_logits(self) -> FloatArray | None:
+        """l_d: (n_vocab,) float32, a view that the next step overwrites; None without guidance."""
+        return _view(self._addresses[1], len(self._prompt_logits)) if self._guided else None
+
+    @property
+    def attended(self) -> tuple[IntArray, ...]:
+        """The image tokens masked for the newest row, by layer of `layers`; (n,) int32 each."""
+        if not self._guided:
+            return ()
+        last = len(self._selections) - 1
+        return tuple(self._selections.tokens(last, il) for il in self.layers)
+
+    @staticmethod
+    def _contrasts(prompt: Prompt, guidance: Guidance) -> bool:
+        return guidance.contrasts and prompt.n_image_tokens > 0
+
+    def _cells_per_step(self, prompt: Prompt, guidance: Guidance) -> int:
+        return 2 if self.paired and self._contrasts(prompt, guidance) else 1
+
+    def _prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress) -> None:
+        self._guided = self._contrasts(prompt, guidance)
+        rows = PromptRows(prompt, guidance, self.original.context.n_layer, guided=self._guided)
+        total = prompt.n_tokens + (rows.n - self._first_own_row(rows) if self._guided else 0)
+        self._selections.resize(rows.n_slots)
+        done = self._decode_rows(
+            self.original, rows, 0, rows.original_plan(self.original.seq), progress, 0, total
+        )
+        address = self.original.context.logits_address(self._last_in_batch)
+        np.copyto(self._prompt_logits, _view(address, len(self._prompt_logits)))
+        self._addresses = (self._prompt_logits.ctypes.data, 0)
+        if self._guided:
+            self.layers = self._choose_layers(rows, guidance)
+            first = self._share_prefix(rows)
+            plan = rows.degraded_plan(self.degraded.seq, self.layers)
+            self._decode_rows(self.degraded, rows, first, plan, progress, done, total)
+            degraded = self.degraded.context.logits_address(self._last_in_batch)
+            self._addresses = (self._addresses[0], degraded)
+            if guidance.refresh == "step":
+                self._selections.resize(1)
+            self._step_plans = self._new_step_plans(rows.policy, guidance)
+        self.n_past = rows.n_pos
+        self.n_cells = self.cells_needed(prompt, guidance)
+
+    def _first_own_row(self, rows: PromptRows) -> int:
+        """First row that the degraded branch computes itself."""
+        return int(rows.masked.argmax()) if self.paired else 0
+
+    def _share_prefix(self, rows: PromptRows) -> int:
+        first = self._first_own_row(rows)
+        context = self.degraded.context
+        if self.paired:
+            context.share(self.original.seq, self.degraded.seq, rows.position(first))
+            shared = int(rows.is_image[:first].sum())
+            context.patch.copy_image_tokens(self.original.seq, self.degraded.seq, shared)
+        return first
+
+    def _decode_rows(
+        self,
+        branch: Branch,
+        rows: PromptRows,
+        first: int,
+        new_plan: Callable[[slice], _core.Plan | None],
+        progress: Progress,
+        done: int,
+        total: int,
+    ) -> int:
+        """Decodes rows `first` and up into the branch; returns the new count of done rows."""
+        for segment, part, position in rows.parts(first, branch.context.n_ubatch):
+            plan = new_plan(part)
+            if isinstance(segment, ImageSegment):
+                branch.context.decode_image(segment, position, branch.seq, plan)
+            else:
+                n = len(segment.tokens)
+                outputs = np.zeros(n, bool)
+                outputs[-1] = part.stop == rows.n
+                branch.context.decode(
+                    segment.tokens,
+                    np.arange(position, position + n, dtype=np.int32),
+                    np.full(n, branch.seq, np.int32),
+                    outputs=outputs,
+                    plan=plan,
+                )
+                self._last_in_batch = n - 1
+            done += part.stop - part.start
+            progress(done, total)
+        return done
+
+    def _choose_layers(self, rows: PromptRows, guidance: Guidance) -> tuple[int, ...]:
+        policy = guidance.layers
+        if isinstance(policy, AttentionMass):
+            last = rows.n_slots - 1
+            mass = [
+                float(self._selections.influence(last, il).sum(dtype=np.float64))
+                for il in range(self.original.context.n_layer)
+            ]
+            return layers_by_mass(policy.share, np.array(mass))
+        if isinstance(policy, LowestCosine):
+            return layers_by_cosine(policy.share, self.original.context.patch.cosines)
+        return rows.observe_layers
+
+    def _new_step_plans(
+        self, policy: _core.TokenPolicy, guidance: Guidance
+    ) -> tuple[_core.Plan, _core.Plan]:
+        """Plans of the two branches' rows; the first holds both rows where they are a pair."""
+        observe = 0 if guidance.refresh == "step" else NONE
+        watch = (self.original.seq, NONE, observe, NONE)
+        hide = (self.degraded.seq, NONE, NONE, 0)
+
+        def plan(*rows: tuple[int, int, int, int]) -> _core.Plan:
+            return _core.Plan(
+                np.array(rows, np.int32),
+                n_layer=self.original.context.n_layer,
+                observe_layers=list(self.layers),
+                mask_layers=list(self.layers),
+                policy=policy,
+            )
+
+        self._pair_arrays = _PairArrays(self.original.seq, self.degraded.seq)
+        return (plan(watch, hide), plan(hide)) if self.paired else (plan(watch), plan(hide))
+
+    def _decode_pair(self, token: int) -> None:
+        assert self._step_plans is not None  # noqa: S101  (narrows the type)
+        context, arrays = self.original.context, self._pair_arrays
+        arrays.tokens[:] = token
+        arrays.positions[:] = self.n_past
+        context.decode(
+            arrays.tokens,
+            arrays.positions,
+            arrays.seqs,
+            outputs=arrays.outputs,
+            plan=self._step_plans[0],
+        )
+        self._addresses = (context.logits_address(0), context.logits_address(1))
+
+    def _decode_step(self, branch: Branch, token: int, plan: _core.Plan | None = None) -> None:
+        branch.context.decode(
+            np.array([token], np.int32),
+            np.array([self.n_past], np.int32),
+            np.array([branch.seq], np.int32),
+            outputs=np.ones(1, bool),
+            plan=plan,
+        )
+
+
+class _PairArrays:
+    """Batch arrays of a pair step, allocated once."""
+
+    def __init__(self, original: int, degraded: int) -> None:
+        self.tokens = np.zeros(2, np.int32)
+        self.positions = np.zeros(2, np.int32)
+        self.seqs = np.array([original, degraded], np.int32)
+        self.outputs = np.ones(2, bool)
+
+
+def _view(address: int, n: int) -> FloatArray:
+    return np.frombuffer((ctypes.c_float * n).from_address(address), np.float32)

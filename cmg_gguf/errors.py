@@ -1,0 +1,70 @@
+"""Every exception this package raises on purpose.
+
+    CMGError
+    ├── the caller's mistakes
+    │   ├── GuidanceError        (also ValueError)
+    │   ├── SamplingError        (also ValueError)
+    │   ├── ImageError           (also ValueError)
+    │   └── PromptError          (also ValueError)
+    │       └── ContextLengthError
+    └── the world's
+        ├── ModelError
+        │   └── ProjectorError
+        ├── BackendError         (also RuntimeError)
+        └── UnsupportedError
+
+A message is one line that names the value, the limit and the remedy: "layer 40 is out of range:
+this model has 32 layers (0-31)".
+"""
+
+from __future__ import annotations
+
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 72
+
+
+class CMGError(Exception):
+    """Root of all errors of this package."""
+
+
+class GuidanceError(CMGError, ValueError):
+    """A guidance setting is out of its range, or two settings contradict each other."""
+
+
+class SamplingError(CMGError, ValueError):
+    """A sampling setting is out of its range."""
+
+
+class ImageError(CMGError, ValueError):
+    """An image source cannot be read as an image, or the image is over a limit."""
+
+
+class PromptError(CMGError, ValueError):
+    """Messages, chat template and images do not make a prompt."""
+
+
+class ContextLengthError(PromptError):
+    """The prompt is longer than the context."""
+
+
+class ModelError(CMGError):
+    """The model file is missing, damaged, or not the kind of model asked for."""
+
+
+class ProjectorError(ModelError):
+    """The multimodal projector file is missing, damaged, or does not fit the model."""
+
+
+class BackendError(CMGError, RuntimeError):
+    """llama.cpp refused to decode, or its graph is not as expected."""
+
+
+class UnsupportedError(CMGError):
+    """This model, build or platform cannot do what was asked for."""
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` shortened and on one line, as it stands in error messages."""
+    return " ".join(_SHORT.repr(value).split())

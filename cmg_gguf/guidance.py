@@ -1,0 +1,238 @@
+"""What guidance does: strength, which image tokens are masked, in which layers, for which rows.
+
+Values only: frozen, validated once, compared by value. Nothing here touches a model.
+
+    Guidance()                                        # the defaults
+    Guidance(alpha=2.0, layers=LayerRange(0.5, 1.0))  # stronger, upper half only
+    Guidance(tokens=CumulativeMass(0.8), layers=[10, 11, 12])
+    Guidance(alpha=0.0, beta=0.0)                     # plain decoding
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from cmg_gguf.errors import GuidanceError
+
+Scope = Literal["decode", "text", "all"]
+Refresh = Literal["prompt", "step"]
+
+MAX_ALPHA = 100.0
+
+
+def _check_range(name: str, value: float, low: float, high: float, meaning: str) -> None:
+    if not (isinstance(value, (int, float)) and low <= value <= high):
+        raise GuidanceError(f"{name}={value!r} is out of range: {meaning} from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class TopRatio:
+    """The `round(ratio * n)` most attended of the n image tokens, at least one if `ratio` > 0.
+
+    ratio: 0 (none) to 1 (all).
+    """
+
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_range("ratio", self.ratio, 0.0, 1.0, "a share of the image tokens")
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Image tokens with influence above mean + factor * std (population) of all image tokens'.
+
+    factor: -10 to 10; larger masks fewer.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_range("factor", self.factor, -10.0, 10.0, "a number of standard deviations")
+
+
+@dataclass(frozen=True)
+class CumulativeMass:
+    """The fewest image tokens that together hold a share `mass` of the attention on the image.
+
+    mass: 0 (none) to 1 (all that are attended at all).
+    """
+
+    mass: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_range("mass", self.mass, 0.0, 1.0, "a share of the attention on image tokens")
+
+
+@dataclass(frozen=True)
+class LayerSet:
+    """These layers, counted from 0."""
+
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        layers = tuple(sorted(set(self.layers)))
+        for il in layers:
+            if not isinstance(il, (int, np.integer)) or il < 0:
+                raise GuidanceError(f"layer {il!r} is out of range: layers are counted from 0")
+        object.__setattr__(self, "layers", tuple(int(il) for il in layers))
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """Layers round(start * L) to round(stop * L) - 1 of a model with L layers.
+
+    start, stop: fractions of the depth, 0 <= start < stop <= 1.
+    """
+
+    start: float = 1 / 3
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_range("start", self.start, 0.0, 1.0, "a fraction of the depth")
+        _check_range("stop", self.stop, 0.0, 1.0, "a fraction of the depth")
+        if self.start >= self.stop:
+            raise GuidanceError(f"start={self.start:g} must be below stop={self.stop:g}")
+
+
+@dataclass(frozen=True)
+class AttentionMass:
+    """The layers that look at the image most, by the last prompt row.
+
+    Layers by falling attention on image tokens until they hold a share `share` of the attention
+    that all layers together spend on them.
+
+    share: above 0, to 1 (all layers).
+    """
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_range("share", self.share, 1e-9, 1.0, "a share of all layers' image attention")
+
+
+@dataclass(frozen=True)
+class LowestCosine:
+    """The round(share * L) layers, at least one, that turn the hidden state most.
+
+    Lowest cosine similarity between the residual stream before and after the layer, at the last
+    prompt row of the original branch.
+
+    share: above 0, to 1 (all layers).
+    """
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_range("share", self.share, 1e-9, 1.0, "a share of the layers")
+
+
+TokenPolicy = TopRatio | MeanStd | CumulativeMass
+LayerPolicy = LayerSet | LayerRange | AttentionMass | LowestCosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Settings of Cross-Modal Guidance for one answer.
+
+        score = l_o + alpha * (l_o - l_d)   over tokens with l_o >= max(l_o) + log(beta)
+
+    l_o are the model's logits, l_d those of the same model whose attention to its most influential
+    image tokens is masked (arXiv 2510.10466; its settings are not public, these are ours).
+
+    alpha: strength, 0 (none) to 100. beta: plausibility cut, 0 (none) to 1 (only the top token).
+    tokens: which image tokens are masked, layer by layer. layers: where; a policy, or layer numbers.
+    scope: rows that are masked: "decode" = the last prompt row and generated ones; "text" = every
+    text row behind the first image token; "all" = image rows too (they keep sight of themselves).
+    refresh: "prompt" = tokens chosen once, from the last prompt row; "step" = anew for every row,
+    from that row's own attention. Dynamic layers are always chosen once.
+
+    The defaults are argued, not tuned: alpha and beta are those of the closest published relatives
+    (VCD), two ablations of related methods found masking from a third of the depth upward best,
+    and with scope "decode" a one-word answer hardly changes, for the question has already read the
+    image. Tune them for your model. alpha=0, beta=0 is plain decoding at plain speed.
+
+    Raises GuidanceError for anything out of range.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.1
+    tokens: TokenPolicy = field(default_factory=TopRatio)
+    layers: LayerPolicy | Iterable[int] = field(default_factory=LayerRange)
+    scope: Scope = "text"
+    refresh: Refresh = "step"
+
+    def __post_init__(self) -> None:
+        _check_range("alpha", self.alpha, 0.0, MAX_ALPHA, "a strength")
+        _check_range("beta", self.beta, 0.0, 1.0, "a share of the top token's probability")
+        if not isinstance(self.tokens, TokenPolicy):
+            raise GuidanceError(
+                f"tokens={self.tokens!r} is no token policy: use TopRatio, MeanStd or CumulativeMass"
+            )
+        if not isinstance(self.layers, LayerPolicy):
+            object.__setattr__(self, "layers", _layer_set(self.layers))
+        for name, allowed in (("scope", get_args(Scope)), ("refresh", get_args(Refresh))):
+            if getattr(self, name) not in allowed:
+                raise GuidanceError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether the degraded branch can change anything: alpha > 0."""
+        return self.alpha > 0
+
+
+def _layer_set(layers: object) -> LayerSet:
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise GuidanceError(
+            f"layers={layers!r} is no layer policy: use layer numbers, LayerRange, AttentionMass "
+            "or LowestCosine"
+        )
+    return LayerSet(tuple(layers))
+
+
+def static_layers(policy: LayerSet | LayerRange, n_layer: int) -> tuple[int, ...]:
+    """Layers of an explicit policy in a model with `n_layer` layers, ascending.
+
+    Raises GuidanceError for a layer that the model does not have, or a range that holds none.
+    """
+    if isinstance(policy, LayerSet):
+        for il in policy.layers:
+            if il >= n_layer:
+                raise GuidanceError(
+                    f"layer {il} is out of range: this model has {n_layer} layers (0-{n_layer - 1})"
+                )
+        return policy.layers
+    first, last = (math.floor(x * n_layer + 0.5) for x in (policy.start, policy.stop))
+    if first >= last:
+        raise GuidanceError(
+            f"layers from {policy.start:g} to {policy.stop:g} of the depth hold no layer: "
+            f"this model has {n_layer}; widen the range"
+        )
+    return tuple(range(first, last))
+
+
+def layers_by_mass(share: float, image_attention: npt.NDArray[np.float64]) -> tuple[int, ...]:
+    """Layers of AttentionMass(share), ascending.
+
+    image_attention: (n_layer,) float64 >= 0, each layer's attention on all image tokens.
+    """
+    order = np.argsort(-image_attention, kind="stable")
+    held = np.cumsum(image_attention[order])
+    wanted = share * held[-1] * (1 - 1e-12)
+    count = int(np.searchsorted(held, wanted)) + 1
+    return tuple(sorted(int(il) for il in order[:count]))
+
+
+def layers_by_cosine(share: float, cosines: npt.NDArray[np.float64]) -> tuple[int, ...]:
+    """Layers of LowestCosine(share), ascending.
+
+    cosines: (n_layer,) float64 in [-1, 1], residual stream before against after each layer.
+    """
+    count = max(1, math.floor(share * len(cosines) + 0.5))
+    return tuple(sorted(int(il) for il in np.argsort(cosines, kind="stable")[:count]))

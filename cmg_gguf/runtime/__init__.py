@@ -1,0 +1,1 @@
+"""The one place that talks to llama-cpp-python and `_core`."""

@@ -1,0 +1,70 @@
+"""Binds `_core` to the llama.cpp that llama-cpp-python has loaded, or says at import why not.
+
+Nothing of ggml is linked into this package. The addresses of the functions it calls are taken from
+the handles that llama_cpp holds, so the same wheel serves CPU, CUDA and Metal builds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import llama_cpp
+import llama_cpp._ctypes_extensions
+import llama_cpp._ggml
+import llama_cpp.mtmd_cpp
+
+try:
+    from cmg_gguf import _core
+except ImportError as exc:
+    raise ImportError(
+        f"{exc}\ncmg_gguf's extension module is missing or was built for another Python. Install "
+        "the package itself, `pip install .`, instead of importing its source folder."
+    ) from exc
+
+TESTED = ((0, 3, 36), (0, 3, 37))  # at least, below
+REMEDY = 'pip install "llama-cpp-python>=0.3.36,<0.3.37" --force-reinstall'
+
+
+def _check_version() -> None:
+    found = tuple(int(x) for x in llama_cpp.__version__.split("+")[0].split(".")[:3])
+    if not TESTED[0] <= found < TESTED[1]:
+        raise ImportError(
+            f"llama-cpp-python {llama_cpp.__version__} is outside the tested range: {REMEDY}"
+        )
+
+
+def _handles() -> Iterator[ctypes.CDLL]:
+    """The loaded libraries. Loading a library again by its path gives the loaded one."""
+    yield llama_cpp.llama_cpp._lib
+    yield llama_cpp._ggml.libggml
+    for name in ("ggml-base", "ggml-cpu"):
+        try:
+            yield llama_cpp._ctypes_extensions.load_shared_library(
+                name, llama_cpp._ggml.libggml_base_path
+            )
+        except (FileNotFoundError, RuntimeError):
+            continue
+
+
+def _address(name: str, handles: list[ctypes.CDLL]) -> int:
+    for handle in handles:
+        try:
+            return ctypes.cast(getattr(handle, name), ctypes.c_void_p).value or 0
+        except AttributeError:
+            continue
+    return 0
+
+
+def _bind() -> None:
+    _check_version()
+    handles = list(_handles())
+    names = [*_core.required_functions(), "ggml_cpu_fp16_to_fp32"]
+    try:
+        _core.bind_api({n: address for n in names if (address := _address(n, handles))})
+    except RuntimeError as exc:
+        raise ImportError(f"{exc}. Rebuild against the installed version: {REMEDY}") from exc
+    llama_cpp.llama_backend_init()
+
+
+_bind()

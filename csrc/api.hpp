@@ -1,0 +1,62 @@
+// The llama.cpp functions this extension calls, as addresses.
+//
+// Nothing is linked: llama-cpp-python has already loaded the libraries, and a second copy of ggml
+// in the process would crash it. Python looks every name up in the loaded handles and passes the
+// addresses to `bind_api` once, at import. The declarations come from the headers that
+// llama-cpp-python installs, so one build serves CPU, CUDA and Metal builds of that version.
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "llama.h"
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace cmg {
+
+#define CMG_API_FUNCTIONS(X)          \
+    X(ggml_backend_buffer_free)       \
+    X(ggml_backend_buffer_get_base)   \
+    X(ggml_backend_buffer_get_type)   \
+    X(ggml_backend_buffer_is_host)    \
+    X(ggml_backend_buft_alloc_buffer) \
+    X(ggml_backend_tensor_alloc)      \
+    X(ggml_backend_tensor_get)        \
+    X(ggml_backend_tensor_set)        \
+    X(ggml_fp16_to_fp32_row)          \
+    X(ggml_free)                      \
+    X(ggml_get_type_traits)           \
+    X(ggml_init)                      \
+    X(ggml_nbytes)                    \
+    X(ggml_new_tensor_4d)             \
+    X(ggml_op_name)                   \
+    X(ggml_row_size)                  \
+    X(ggml_set_name)                  \
+    X(ggml_tensor_overhead)           \
+    X(llama_sampler_accept)           \
+    X(llama_sampler_apply)            \
+    X(llama_sampler_init)             \
+    X(llama_sampler_name)
+
+struct Api {
+#define CMG_API_MEMBER(name) decltype(&::name) name = nullptr;
+    CMG_API_FUNCTIONS(CMG_API_MEMBER)
+#undef CMG_API_MEMBER
+    // Vectorised for the CPU at hand; optional, `ggml_fp16_to_fp32_row` stands in.
+    void (*ggml_cpu_fp16_to_fp32)(const ggml_fp16_t *, float *, int64_t) = nullptr;
+};
+
+// The bound functions. Null until `bind_api` has succeeded.
+const Api & api();
+
+// Names that `bind_api` needs an address for.
+std::vector<std::string> required_functions();
+
+// Binds the addresses and checks that the structures these headers describe are the ones the
+// loaded libraries use. Throws std::runtime_error naming what differs.
+void bind_api(const std::map<std::string, std::uintptr_t> & addresses);
+
+} // namespace cmg

@@ -1,0 +1,114 @@
+#include "bindings.hpp"
+#include "graph_patch.hpp"
+
+#include <stdexcept>
+#include <string>
+
+namespace cmg {
+namespace {
+
+std::vector<char> layer_flags(const std::vector<int32_t> & layers, int32_t n_layer) {
+    std::vector<char> flags(static_cast<size_t>(n_layer), 0);
+    for (const int32_t il : layers) {
+        if (il < 0 || il >= n_layer) {
+            throw std::invalid_argument("layer " + std::to_string(il) + " of " +
+                                        std::to_string(n_layer));
+        }
+        flags[static_cast<size_t>(il)] = 1;
+    }
+    return flags;
+}
+
+std::vector<Row> to_rows(const Array<int32_t> & rows) {
+    if (rows.ndim() != 2 || rows.shape(1) != 4) {
+        throw std::invalid_argument("rows is [n_rows, 4]: seq, image_token, observe, mask");
+    }
+    std::vector<Row> out;
+    const auto at = rows.unchecked<2>();
+    for (py::ssize_t r = 0; r < rows.shape(0); r++) {
+        out.push_back({at(r, 0), at(r, 1), at(r, 2), at(r, 3)});
+    }
+    return out;
+}
+
+Plan new_plan(const Array<int32_t> & rows, int32_t n_layer, const std::vector<int32_t> & observe,
+              const std::vector<int32_t> & mask, const TokenPolicy & policy, bool keep_influence,
+              bool read_residual) {
+    Plan plan;
+    plan.rows = to_rows(rows);
+    plan.observe_layers = layer_flags(observe, n_layer);
+    plan.mask_layers = layer_flags(mask, n_layer);
+    plan.policy = policy;
+    plan.keep_influence = keep_influence;
+    plan.read_residual = read_residual;
+    return plan;
+}
+
+void begin(GraphPatch & patch, const Plan & plan) {
+    if (static_cast<int32_t>(plan.mask_layers.size()) != patch.selections().n_layer()) {
+        throw std::invalid_argument("a plan for " + std::to_string(plan.mask_layers.size()) +
+                                    " layers, a patch for " +
+                                    std::to_string(patch.selections().n_layer()));
+    }
+    patch.begin(plan);
+}
+
+size_t layer_index(const Selections & s, int32_t il) {
+    if (il < 0 || il >= s.n_layer()) {
+        throw std::out_of_range("layer " + std::to_string(il) + " of " +
+                                std::to_string(s.n_layer()));
+    }
+    return static_cast<size_t>(il);
+}
+
+} // namespace
+
+void bind_graph_patch(py::module_ & m) {
+    py::class_<Selections, std::shared_ptr<Selections>>(m, "Selections")
+        .def(py::init<int32_t>(), py::arg("n_layer"))
+        .def("resize", &Selections::resize, py::arg("n_slots"))
+        .def("__len__", &Selections::size)
+        .def("tokens", [](Selections & s, int32_t slot,
+                          int32_t il) { return to_array(s.at(slot).tokens[layer_index(s, il)]); })
+        .def("set_tokens",
+             [](Selections & s, int32_t slot, int32_t il, const Array<int32_t> & tokens) {
+                 s.at(slot).tokens[layer_index(s, il)].assign(tokens.data(),
+                                                              tokens.data() + tokens.size());
+             })
+        .def("influence", [](Selections & s, int32_t slot, int32_t il) {
+            return to_array(s.at(slot).influence[layer_index(s, il)]);
+        });
+    py::class_<Plan>(m, "Plan").def(
+        py::init(&new_plan), py::arg("rows"), py::kw_only(), py::arg("n_layer"),
+        py::arg("observe_layers"), py::arg("mask_layers"), py::arg("policy"),
+        py::arg("keep_influence") = false, py::arg("read_residual") = false);
+    py::class_<GraphPatch>(m, "GraphPatch")
+        .def(py::init<int32_t, std::shared_ptr<Selections>>(), py::arg("n_layer"),
+             py::arg("selections"))
+        .def_property_readonly("callback",
+                               [](const GraphPatch &) {
+                                   return reinterpret_cast<std::uintptr_t>(&GraphPatch::callback);
+                               })
+        .def_property_readonly(
+            "user_data",
+            [](const GraphPatch & patch) { return reinterpret_cast<std::uintptr_t>(&patch); })
+        .def_property_readonly("n_boundaries", &GraphPatch::n_boundaries)
+        .def_property_readonly("cosines",
+                               [](const GraphPatch & patch) { return to_array(patch.cosines()); })
+        .def("begin", &begin, py::arg("plan"))
+        .def("end", &GraphPatch::end)
+        .def("cells",
+             [](GraphPatch & patch, int32_t seq, int32_t il) {
+                 return to_array(patch.ledger().cells(
+                     seq, static_cast<int32_t>(layer_index(patch.selections(), il))));
+             })
+        .def("copy_image_tokens", [](GraphPatch & patch, int32_t src, int32_t dst,
+                                     int32_t n_tokens) { patch.ledger().copy(src, dst, n_tokens); })
+        .def("truncate_image_tokens",
+             [](GraphPatch & patch, int32_t seq, int32_t n_tokens) {
+                 patch.ledger().truncate(seq, n_tokens);
+             })
+        .def("clear_image_tokens", [](GraphPatch & patch) { patch.ledger().clear(); });
+}
+
+} // namespace cmg

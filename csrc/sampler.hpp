@@ -1,0 +1,53 @@
+// Guidance as a llama.cpp sampler, and one sampling step for the two branches.
+#pragma once
+
+#include "llama.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace cmg {
+
+// What the guidance sampler reads; owned by the caller, outlives the sampler.
+struct GuidanceState {
+    float alpha = 1.0f;
+    float beta = 0.1f;
+    const float * original = nullptr; // l_o [n_vocab]
+    const float * degraded = nullptr; // l_d [n_vocab], or null: as if equal to l_o
+};
+
+// A llama_sampler that
+//     drops every token with logit < max(logit) + log(beta)     (beta = 0: none)
+//     adds alpha * (l_o - l_d) to the logits of the others
+// On untouched logits this is (1 + alpha) * l_o - alpha * l_d over the plausible tokens. Behind a
+// logit bias or a grammar it acts on what those left: tokens at -inf stay out.
+llama_sampler * new_guidance_sampler(GuidanceState * state);
+
+struct Sampled {
+    llama_token token; // drawn under guidance
+    llama_token plain; // what the same chain and seed would have drawn without it
+};
+
+// Samples both ways from the same row. The chains are llama.cpp's and belong to the caller:
+// constraints (logit bias, grammar) act first, once; `guided` begins with the guidance sampler;
+// `plain` is the rest of the chain alone. The buffers are allocated once.
+class PairSampler {
+  public:
+    PairSampler(int32_t n_vocab, llama_sampler * constraints, llama_sampler * guided,
+                llama_sampler * plain);
+    // Throws std::runtime_error if no token is left (not-a-number logits, a dead-ended grammar).
+    Sampled sample(const float * logits);
+    void accept(llama_token token);
+
+  private:
+    llama_token pick(llama_sampler * chain, std::vector<llama_token_data> & candidates);
+
+    llama_sampler * constraints_;
+    llama_sampler * guided_;
+    llama_sampler * plain_;
+    std::vector<llama_token_data> guided_candidates_;
+    std::vector<llama_token_data> plain_candidates_;
+    size_t n_candidates_ = 0;
+};
+
+} // namespace cmg

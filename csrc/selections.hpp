@@ -1,0 +1,48 @@
+// What an observed row of the original branch chose: the message from one branch to the other.
+//
+// A slot holds, for every layer, the image tokens that the policy picked from one row's attention.
+// A row of the degraded branch names the slot whose tokens it may not see. Both rows can be in the
+// same batch (the slot is written and read within one forward), in two batches, or in two contexts.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace cmg {
+
+struct Slot {
+    std::vector<std::vector<int32_t>> tokens;  // [n_layer][...] image token numbers, ascending
+    std::vector<std::vector<float>> influence; // [n_layer][n_image_tokens], if it was kept
+};
+
+class Selections {
+  public:
+    explicit Selections(int32_t n_layer) : n_layer_(n_layer) {}
+
+    void resize(int32_t n_slots) {
+        slots_.assign(static_cast<size_t>(n_slots), Slot{});
+        for (auto & slot : slots_) {
+            slot.tokens.resize(static_cast<size_t>(n_layer_));
+            slot.influence.resize(static_cast<size_t>(n_layer_));
+        }
+    }
+
+    int32_t size() const { return static_cast<int32_t>(slots_.size()); }
+    int32_t n_layer() const { return n_layer_; }
+
+    Slot & at(int32_t slot) {
+        if (slot < 0 || slot >= size()) {
+            throw std::out_of_range("slot " + std::to_string(slot) + " of " +
+                                    std::to_string(size()));
+        }
+        return slots_[static_cast<size_t>(slot)];
+    }
+
+  private:
+    int32_t n_layer_;
+    std::vector<Slot> slots_;
+};
+
+} // namespace cmg

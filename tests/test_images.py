@@ -1,0 +1,542 @@
+"""Images: every way to hold one gives the same pixels; what is no image gives one clear line."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import struct
+import threading
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, features
+
+from cmg_gguf.errors import CMGError, ImageError
+from cmg_gguf.images import image_id, load_image
+
+Pixels = NDArray[np.uint8]
+
+WHITE = [255, 255, 255]
+
+
+@pytest.fixture
+def rgb() -> Pixels:
+    """(3, 4, 3) uint8 without symmetry, so that turns, flips and swapped channels show."""
+    return np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image | NDArray[Any], fmt: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    pil.save(stream, fmt, **options)
+    return stream.getvalue()
+
+
+def data_url(content: bytes, header: str = "data:image/png;base64") -> str:
+    return f"{header},{base64.b64encode(content).decode()}"
+
+
+def png(
+    width: int,
+    height: int,
+    bit_depth: int = 8,
+    colour: int = 2,
+    extra: bytes = b"",
+    pixels: bytes = b"",
+) -> bytes:
+    """A PNG written by hand, also one that no encoder would write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"tRNS", extra) if extra else b"")
+        + chunk(b"IDAT", zlib.compress(pixels))
+        + chunk(b"IEND", b"")
+    )
+
+
+def refused(source: Any, **options: Any) -> str:
+    """The one line of the ImageError that `source` gives."""
+    with pytest.raises(ImageError) as info:
+        load_image(source, **options)
+    line = str(info.value)
+    assert "\n" not in line
+    assert len(line) < 500
+    return line
+
+
+# --- every source -------------------------------------------------------------------------------
+
+
+def sources_of(content: bytes, folder: Path) -> dict[str, Any]:
+    path = folder / "a b#1%é.png"
+    path.write_bytes(content)
+    return {
+        "str": str(path),
+        "PathLike": path,
+        "file url": path.as_uri(),
+        "file url, host": "file://localhost" + quote(str(path)),
+        "file url, one slash": "FILE:" + quote(str(path)),
+        "file url, unquoted #": "file://" + quote(str(path), safe="/#"),
+        "bytes": content,
+        "bytearray": bytearray(content),
+        "memoryview": memoryview(content),
+        "strided memoryview": memoryview(bytes(b for c in content for b in (c, 0)))[::2],
+        "PIL": Image.open(io.BytesIO(content)),
+        "data": data_url(content),
+        "data, parameters": data_url(content, "DATA:image/png;name=a.png;charset=x;BASE64"),
+        "data, no type": data_url(content, "data:;base64"),
+        "data, wrong type": data_url(content, "data:image/jpeg;base64"),
+        "data, lines": "data:image/png;base64,\n" + base64.encodebytes(content).decode(),
+        "data, quoted": "data:image/png;base64," + quote(base64.b64encode(content), safe=""),
+    }
+
+
+def test_every_source_gives_the_same_new_writable_rgb_array(rgb: Pixels, tmp_path: Path) -> None:
+    for name, source in sources_of(encoded(rgb), tmp_path).items():
+        out = load_image(source)
+        assert (out.dtype.name, out.flags.c_contiguous, out.flags.writeable) == ("uint8", 1, 1)
+        np.testing.assert_array_equal(out, rgb, err_msg=name)
+
+
+def test_an_array_of_any_layout_is_copied_to_a_contiguous_one(rgb: Pixels) -> None:
+    for array in (rgb, rgb[:, ::-1], np.asfortranarray(rgb), rgb[..., ::-1]):
+        out = load_image(array)
+        np.testing.assert_array_equal(out, array)
+        assert out.flags.c_contiguous
+        assert not np.shares_memory(out, array)
+
+
+def test_a_path_like_that_returns_bytes_is_read(rgb: Pixels, tmp_path: Path) -> None:
+    class BytesPath:
+        def __fspath__(self) -> bytes:
+            return os.fsencode(tmp_path / "x.png")
+
+    (tmp_path / "x.png").write_bytes(encoded(rgb))
+    source: Any = BytesPath()
+    np.testing.assert_array_equal(load_image(source), rgb)
+
+
+def test_the_file_is_closed_whether_it_is_read_or_refused(rgb: Pixels, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good.write_bytes(encoded(rgb))
+    bad.write_bytes(b"no image")
+    load_image(good)
+    refused(bad)  # an open file would be a ResourceWarning, which is an error in these tests
+
+
+def test_the_callers_image_and_array_stay_as_they_are(rgb: Pixels) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    palette = Image.fromarray(rgb).quantize(4)
+    palette.info["transparency"] = 0
+    turned = Image.open(io.BytesIO(encoded(rgb, "JPEG", exif=exif)))
+    for image in (palette, turned, Image.fromarray(rgb).convert("RGBA")):
+        image.load()
+        before = (image.mode, image.size, dict(image.info), image.tobytes())
+        load_image(image)[:] = 0
+        assert (image.mode, image.size, dict(image.info), image.tobytes()) == before
+    array = rgb.copy()
+    load_image(array)[:] = 0
+    np.testing.assert_array_equal(array, rgb)
+    array.flags.writeable = False
+    load_image(array)
+
+
+# --- every mode ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(rgb: Pixels, orientation: int, fmt: str) -> None:
+    upright = {
+        1: rgb,
+        2: rgb[:, ::-1],
+        3: rgb[::-1, ::-1],
+        4: rgb[::-1],
+        5: rgb.transpose(1, 0, 2),
+        6: np.rot90(rgb, -1),
+        7: np.rot90(rgb.transpose(1, 0, 2), 2),
+        8: np.rot90(rgb, 1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True, "exact": True} if fmt == "WEBP" else {}
+    content = encoded(rgb, fmt, exif=exif, **options)
+    np.testing.assert_array_equal(load_image(content), upright)
+    np.testing.assert_array_equal(load_image(Image.open(io.BytesIO(content))), upright)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"]
+)
+def test_broken_exif_does_not_cost_the_image(rgb: Pixels, exif: bytes) -> None:
+    np.testing.assert_array_equal(load_image(encoded(rgb, exif=exif)), rgb)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 4000])
+def test_an_orientation_that_does_not_exist_is_no_turn(rgb: Pixels, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(load_image(encoded(rgb, exif=exif)), rgb)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+def test_alpha_is_laid_on_white(mode: str) -> None:
+    full = Image.new("RGBA" if mode != "PA" else "PA", (3, 1))
+    if mode == "PA":
+        full.putpalette([100, 100, 100])
+        full.putdata([(0, 0), (0, 128), (0, 255)])
+        image = full
+    else:
+        full.putdata([(100, 100, 100, 0), (100, 100, 100, 128), (100, 100, 100, 255)])
+        straight = full if mode.startswith("RGB") else full.convert("LA")
+        image = straight.convert(mode)
+    out = load_image(image)
+    assert out[0, 0].tolist() == WHITE
+    assert np.abs(out[0, 1].astype(int) - 177).max() <= 1
+    assert out[0, 2].tolist() == [100, 100, 100]
+
+
+def test_a_transparent_palette_colour_of_a_png_or_gif_is_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putdata([0, 1])
+    for fmt in ("PNG", "GIF"):
+        out = load_image(encoded(image, fmt, transparency=0))
+        assert out.tolist() == [[WHITE, [40, 50, 60]]], fmt
+
+
+def test_a_palette_with_an_alpha_for_each_colour_is_laid_on_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 40, 50, 60])
+    image.putdata([0, 1])
+    out = load_image(encoded(image, transparency=bytes([51, 255])))
+    assert out.tolist() == [[[204, 204, 204], [40, 50, 60]]]
+
+
+def test_a_transparent_colour_of_a_png_without_alpha_is_white() -> None:
+    rgb8 = png(2, 1, extra=struct.pack(">HHH", 1, 2, 3), pixels=b"\0" + bytes([1, 2, 3, 4, 5, 6]))
+    assert load_image(rgb8).tolist() == [[WHITE, [4, 5, 6]]]
+    grey8 = png(2, 1, colour=0, extra=struct.pack(">H", 7), pixels=b"\0" + bytes([7, 8]))
+    assert load_image(grey8).tolist() == [[WHITE, [8, 8, 8]]]
+    grey1 = png(8, 1, 1, 0, extra=struct.pack(">H", 0), pixels=b"\0\x00")
+    assert load_image(grey1).tolist() == [[WHITE] * 8]
+    pixels = b"\0" + struct.pack(">HH", 257 * 7, 257 * 7 + 1)
+    grey16 = png(2, 1, 16, 0, extra=struct.pack(">H", 257 * 7), pixels=pixels)
+    assert load_image(grey16).tolist() == [[WHITE, [7, 7, 7]]]
+
+
+def test_a_palette_without_transparency_gives_its_colours() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putdata([0, 1])
+    assert load_image(encoded(image)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+
+
+def test_one_bit_and_grey_images_are_grey_rgb() -> None:
+    bits = Image.new("1", (2, 1))
+    bits.putdata([0, 255])
+    assert load_image(encoded(bits)).tolist() == [[[0, 0, 0], WHITE]]
+    assert load_image(Image.new("L", (1, 1), 9)).tolist() == [[[9, 9, 9]]]
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "PPM", "memory I;16", "memory I;16B", "memory I"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(fmt: str) -> None:
+    grey = np.array([[0, 128, 129, 32768, 65535]], np.uint16)
+    source: Any
+    if fmt == "PPM":
+        source = b"P5 5 1 65535\n" + grey.astype(">u2").tobytes()
+    elif fmt == "memory I":
+        source = Image.fromarray(grey.astype(np.int32))
+    elif fmt.startswith("memory"):
+        mode = fmt.split()[1]
+        order = ">u2" if mode.endswith("B") else "<u2"
+        source = Image.frombytes(mode, (5, 1), grey.astype(order).tobytes())
+    else:
+        source = encoded(grey, fmt)
+    out = load_image(source)
+    assert out[..., 0].tolist() == [[0, 0, 1, 128, 255]]
+    assert (out == out[..., :1]).all()
+
+
+def test_float_grey_is_read_as_0_to_1_or_as_0_to_255() -> None:
+    unit = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
+    assert load_image(unit)[0, :, 0].tolist() == [0, 128, 255]
+    byte = Image.fromarray(np.array([[0, 99.6, 255]], np.float32))
+    assert load_image(byte)[0, :, 0].tolist() == [0, 100, 255]
+
+
+@pytest.mark.parametrize("value", [256.0, -0.5, np.nan, np.inf])
+def test_float_grey_out_of_range_is_refused_with_its_range(value: float) -> None:
+    line = refused(Image.fromarray(np.array([[0, value]], np.float32)))
+    assert "mode F is read as 0 to 255" in line
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_integer_grey_out_of_range_is_refused_with_its_range(value: float) -> None:
+    line = refused(Image.fromarray(np.array([[0, value]], np.int32)))
+    assert str(value) in line
+    assert "mode I is read as 0 to 65535" in line
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
+def test_other_colour_models_become_rgb(mode: str) -> None:
+    if mode == "LAB" and not features.check("littlecms2"):
+        pytest.skip("this Pillow has no LAB conversion")
+    red = Image.new("RGB", (1, 1), (255, 0, 0))
+    lab = Image.new("LAB", (1, 1), (138, 209, 198))
+    image = lab if mode == "LAB" else red.convert(mode)
+    assert np.abs(load_image(image).astype(int) - [255, 0, 0]).max() <= 8
+
+
+def test_a_cmyk_jpeg_is_not_inverted() -> None:
+    image = Image.new("RGB", (16, 16), (255, 255, 0)).convert("CMYK")
+    out = load_image(encoded(image, "JPEG", quality=95))
+    assert np.abs(out.astype(int) - [255, 255, 0]).max() <= 8
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_an_animation_the_first_frame_is_taken(fmt: str) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if fmt == "WEBP" else {}
+    content = encoded(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+    assert load_image(content)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_pil_animation_gives_the_frame_it_stands_on() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    image = Image.open(io.BytesIO(content))
+    image.seek(1)
+    assert load_image(image)[0, 0].tolist() == [0, 0, 255]
+    assert image.tell() == 1
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "HTTPS", "s3", "ftp"])
+def test_other_urls_are_refused_and_the_line_says_what_to_do(scheme: str) -> None:
+    line = refused(f"{scheme}://example.com/cat.png")
+    assert "does not download" in line
+    assert "path or bytes" in line
+    assert "example.com" in line
+
+
+def test_a_file_url_of_another_host_is_refused() -> None:
+    assert "'server'" in refused("file://server/share/a.png")
+
+
+def test_a_missing_file_a_folder_and_a_bad_name_are_refused_by_name(tmp_path: Path) -> None:
+    assert "nowhere.png" in refused(tmp_path / "nowhere.png")
+    assert "not a regular file" in refused(tmp_path)
+    assert "not a regular file" in refused("")
+    assert "cannot be opened" in refused("a\0b.png")
+    assert "cannot be opened" in refused("line\nbreak.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refused(tmp_path / "pipe")
+
+
+def test_empty_sources_are_refused_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    for source in (b"", bytearray(), memoryview(b""), tmp_path / "empty.png", "data:;base64,"):
+        assert "is empty (0 bytes)" in refused(source)
+
+
+@pytest.mark.parametrize("content", [b"x", b"<svg></svg>", b"%PDF-1.7\n", bytes(1000), b"\x89PNG"])
+def test_bytes_that_are_no_image_are_refused_with_the_formats_that_are(content: bytes) -> None:
+    line = refused(content)
+    assert f"{len(content)} bytes" in line
+    assert "PNG, JPEG" in line
+
+
+def test_postscript_never_reaches_its_external_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*args: object, **options: object) -> NoReturn:
+        pytest.fail("an external program was started")
+
+    monkeypatch.setattr("subprocess.Popen", run)
+    monkeypatch.setattr("subprocess.check_call", run)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    assert "no image" in refused(eps)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
+def test_a_truncated_file_is_refused(fmt: str) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    content = encoded(noise, fmt)
+    for keep in (0.3, 0.6, 0.9):
+        assert "bytes" in refused(content[: int(len(content) * keep)])
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "AVIF"])
+def test_damaged_bytes_give_pixels_or_an_image_error_and_nothing_else(fmt: str) -> None:
+    Image.init()
+    if fmt not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {fmt}")
+    rng = np.random.default_rng(2)
+    size = (16, 16, 3)
+    content = np.frombuffer(encoded(rng.integers(0, 256, size, dtype=np.uint8), fmt), np.uint8)
+    for _ in range(60):
+        bad = content.copy()
+        where = rng.integers(0, min(len(bad), 200), 4)
+        bad[where] = rng.integers(0, 256, 4)
+        try:
+            out = load_image(bad.tobytes(), max_pixels=10_000)
+        except ImageError:
+            continue
+        assert (out.dtype.name, out.ndim, out.shape[2]) == ("uint8", 3, 3)
+
+
+def test_the_error_keeps_what_pillow_said_as_its_cause() -> None:
+    with pytest.raises(ImageError) as info:
+        load_image(png(4, 4, pixels=b""))
+    assert info.value.__cause__ is not None
+    assert {CMGError, ValueError} < set(ImageError.mro())
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("data:image/png;base64", "no comma"),
+        ("data:image/png,abc", "not base64"),
+        ("data:image/png;base64;x=1,abcd", "not base64"),
+        ("data:image/png;base64,a$b=", "not valid base64"),
+        ("data:image/png;base64,abcde", "not valid base64"),
+        ("data:image/png;base64,aGVs$bG8=", "not valid base64"),
+        ("data:image/png;base64,aGVsbG8=", "no image"),
+    ],
+)
+def test_a_bad_data_url_is_refused_for_its_own_reason(url: str, says: str) -> None:
+    assert says in refused(url)
+
+
+def test_a_long_data_url_is_not_repeated_in_the_message() -> None:
+    assert len(refused("data:image/png;base64," + "A" * 100_000)) < 500
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((4, 4), np.uint8), "(4, 4)"),
+        (np.zeros((4, 4, 4), np.uint8), "(4, 4, 4)"),
+        (np.zeros((3, 4, 4), np.uint8), "(3, 4, 4)"),
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4, 3), np.uint16), "uint16"),
+        (np.zeros((4, 4, 3), np.int8), "int8"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "(1, 4, 4, 3)"),
+        (np.array(None), "object"),
+    ],
+)
+def test_another_array_is_refused_by_shape_and_dtype(array: NDArray[Any], says: str) -> None:
+    line = refused(array)
+    assert says in line
+    assert "(H, W, 3) and dtype uint8" in line
+    with pytest.raises(ImageError, match="dtype uint8"):
+        image_id(array)
+
+
+@pytest.mark.parametrize("source", [None, 3, ["a.png"], {"url": "a.png"}, open])
+def test_another_type_is_refused_by_name(source: Any) -> None:
+    assert type(source).__name__ in refused(source)
+
+
+def test_images_without_pixels_are_refused() -> None:
+    for shape in ((0, 4, 3), (4, 0, 3), (0, 0, 3)):
+        assert "has no pixels" in refused(np.zeros(shape, np.uint8))
+    assert "has no pixels (0 x 4)" in refused(Image.new("RGB", (0, 4)))
+    refused(png(0, 4))
+
+
+# --- limits -------------------------------------------------------------------------------------
+
+
+def test_the_pixel_limit_is_exact_and_named_for_every_source(rgb: Pixels) -> None:
+    for source in (rgb, encoded(rgb), Image.fromarray(rgb), data_url(encoded(rgb))):
+        load_image(source, max_pixels=12)
+        line = refused(source, max_pixels=11)
+        assert "12 pixels" in line
+        assert "limit is 11" in line
+        assert "max_pixels" in line
+
+
+def test_the_limit_is_checked_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(self: object) -> NoReturn:
+        pytest.fail("decoded an image that is over the limit")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", decode, raising=False)
+    assert "9000 x 9000 = 81000000 pixels" in refused(png(9000, 9000))
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000, 2**31 - 1])
+def test_pillows_own_bomb_warning_and_error_are_image_errors(side: int) -> None:
+    line = refused(png(side, side), max_pixels=10**20)
+    assert "limit" in line
+    assert "MAX_IMAGE_PIXELS" in line
+    refused(png(side, side))
+
+
+def test_a_bomb_in_a_data_url_or_file_is_refused_by_that_name(tmp_path: Path) -> None:
+    bomb = png(20_000, 20_000)
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    assert "bomb.png" in refused(tmp_path / "bomb.png")
+    assert "data URL" in refused(data_url(bomb))
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_pixel_is_refused(rgb: Pixels, limit: int) -> None:
+    assert f"max_pixels={limit}" in refused(rgb, max_pixels=limit)
+
+
+def test_the_callers_warning_filters_survive_many_threads(rgb: Pixels) -> None:
+    content, bad = encoded(rgb), png(10_000, 10_000)
+    before = list(warnings.filters)
+
+    def work() -> None:
+        for _ in range(20):
+            load_image(content)
+            refused(bad)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(warnings.filters) == before
+
+
+# --- identity -----------------------------------------------------------------------------------
+
+
+def test_image_id_is_the_hash_of_shape_and_pixels_not_of_layout(rgb: Pixels) -> None:
+    assert image_id(rgb) == hashlib.sha256(b"3x4x3:" + rgb.tobytes()).hexdigest()
+    assert image_id(np.asfortranarray(rgb)) == image_id(rgb) == image_id(rgb.copy())
+    assert image_id(rgb.reshape(4, 3, 3)) != image_id(rgb)
+    other = rgb.copy()
+    other[2, 3, 2] ^= 1
+    assert image_id(other) != image_id(rgb)
+
+
+def test_image_id_is_the_same_for_every_source_of_the_same_pixels(
+    rgb: Pixels, tmp_path: Path
+) -> None:
+    sources = sources_of(encoded(rgb), tmp_path).values()
+    assert {image_id(load_image(source)) for source in sources} == {image_id(rgb)}

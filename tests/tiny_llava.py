@@ -1,0 +1,345 @@
+"""A tiny random LLaVA as a GGUF pair, written in about a second.
+
+    python tests/tiny_llava.py FOLDER      # writes the pair, prints both paths on two lines
+
+The weights are random but not careless. They are scaled so that what the tests look at is there
+to be seen: the image changes the logits, attention over image tokens is neither uniform nor
+one-hot, greedy text goes on without repeating one token, and logits have an RMS of about 3.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+UNK_TOKEN = 0
+BOS_TOKEN = 1
+EOS_TOKEN = 2
+N_SPECIAL = 3
+N_BYTES = 256
+SPACE = "\u2581"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message['content'] + '</s>' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+WORDS = (  # separated by spaces
+    "a an the is are was there this that it in on of and or not no yes to with at by for what "
+    "which where who how many describe image picture photo shows see please answer question "
+    "Yes No Is There What How Describe The USER ASSISTANT user assistant "
+    "curious human chat between artificial intelligence gives "
+    "helpful detailed polite answers man woman child person people dog cat bird horse car bus "
+    "train boat table chair bottle cup plate book clock phone tree grass sky water street house "
+    "red green blue yellow black white brown orange small large young old left right top bottom "
+    "front next near under one two three four standing sitting holding riding eating looking"
+)
+FRAGMENTS = ("in", "er", "ed", "es", "re", "on", "an", "at", "ing", "ly")
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """The shape of a tiny pair. `n_embd / n_head` is the head size, an even number.
+
+    For a Q8_0 KV cache the head size must be a multiple of 32: `n_embd=128, n_head=4`.
+
+    Attributes:
+        sliding_window: positions a windowed layer sees, own included; "gemma3" only.
+        swa_pattern: every `swa_pattern`-th layer of "gemma3" is global, the others are windowed.
+        image_size, patch_size: pixels; the image becomes `n_image_tokens` tokens.
+        mmproj_n_embd: output width of the projector; None for `n_embd`. Any other value makes
+            a pair that does not fit together.
+    """
+
+    arch: Literal["llama", "gemma3"] = "llama"
+    n_layer: int = 6
+    n_embd: int = 64
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_ff: int = 128
+    n_ctx: int = 2048
+    seed: int = 0
+    sliding_window: int = 32
+    swa_pattern: int = 3
+    image_size: int = 56
+    patch_size: int = 14
+    vit_n_layer: int = 2
+    vit_n_embd: int = 32
+    vit_n_head: int = 2
+    vit_n_ff: int = 64
+    mmproj_n_embd: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            raise ValueError(f"n_embd {self.n_embd} over n_head {self.n_head} must be even")
+        if self.n_head % self.n_head_kv:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of {self.n_head_kv}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size}: no multiple of {self.patch_size}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def n_image_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class TinyPair(NamedTuple):
+    """The two files of a pair."""
+
+    llm: Path
+    mmproj: Path
+
+
+def write_pair(folder: Path | str, config: TinyConfig = TinyConfig()) -> TinyPair:
+    """Paths of `llm.gguf` and `mmproj.gguf`, written to `folder`, which is made if missing.
+
+    The same config gives the same bytes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pair = TinyPair(folder / "llm.gguf", folder / "mmproj.gguf")
+    _write_llm(pair.llm, config)
+    _write_mmproj(pair.mmproj, config)
+    return pair
+
+
+def vocabulary() -> list[str]:
+    """Every piece of the vocabulary in order of its id; all configs share it.
+
+    A piece is merged from two shorter ones that must be pieces too, so every word comes with
+    all of its prefixes. Earlier pieces have higher scores and are merged first.
+    """
+    special = ["<unk>", "<s>", "</s>"]
+    byte_pieces = [f"<0x{i:02X}>" for i in range(N_BYTES)]
+    prefixes = [SPACE + word[:n] for word in WORDS.split() for n in range(1, len(word) + 1)]
+    letters = [chr(code) for code in range(33, 127)]
+    return special + byte_pieces + list(dict.fromkeys([*prefixes, *FRAGMENTS, SPACE, *letters]))
+
+
+class _Weights:
+    """Draws float32 tensors; the shapes are NumPy's, (n_out, n_in) for a matrix."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def matrix(self, n_out: int, n_in: int, gain: float = 1.0) -> NDArray[np.float32]:
+        """An input of unit RMS gives an output of RMS `gain`."""
+        return self.normal((n_out, n_in), gain / np.sqrt(n_in))
+
+    def normal(self, shape: tuple[int, ...], std: float) -> NDArray[np.float32]:
+        return (self._rng.standard_normal(shape) * std).astype(np.float32)
+
+    def norm(self, n: int, gain: float = 1.0) -> NDArray[np.float32]:
+        """A norm's scale, uneven, so that a test would notice if it were left out."""
+        return (gain * self._rng.uniform(0.8, 1.2, n)).astype(np.float32)
+
+
+def _write_llm(path: Path, config: TinyConfig) -> None:
+    writer = gguf.GGUFWriter(path, config.arch)
+    writer.add_name(f"tiny-random-llava-{config.arch}")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(config.n_ctx)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.n_ff)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_head_kv)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if config.arch == "gemma3":
+        writer.add_rope_freq_base(1e6)
+        writer.add_rope_freq_base_swa(1e4)
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern(config.swa_pattern)
+    _add_tokenizer(writer)
+    weights = _Weights(config.seed)
+    _add_embeddings(writer, weights, config)
+    for il in range(config.n_layer):
+        if config.arch == "gemma3":
+            _add_gemma3_layer(writer, weights, config, il)
+        else:
+            _add_llama_layer(writer, weights, config, il)
+    _finish(writer)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    kind = gguf.TokenType
+    pieces = vocabulary()
+    n_plain = len(pieces) - N_SPECIAL - N_BYTES
+    special = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL]
+    writer.add_vocab_size(len(pieces))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_types(special + [kind.BYTE] * N_BYTES + [kind.NORMAL] * n_plain)
+    writer.add_token_scores([0.0] * (N_SPECIAL + N_BYTES) + [-float(i) for i in range(n_plain)])
+    writer.add_bos_token_id(BOS_TOKEN)
+    writer.add_eos_token_id(EOS_TOKEN)
+    writer.add_unk_token_id(UNK_TOKEN)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig) -> None:
+    """Input and output embeddings.
+
+    Each output row points away from the same token's input: a token speaks against its own
+    repetition, which else is where greedy text on random weights ends. Specials and bytes get
+    small rows: their logits stay near 0 where the others have an RMS of 3, so that greedy text
+    neither stops nor leaves valid UTF-8.
+    """
+    n_vocab, n_embd = len(vocabulary()), config.n_embd
+    tokens = weights.normal((n_vocab, n_embd), 1.0)
+    output = weights.matrix(n_vocab, n_embd, gain=2.4) - tokens * np.float32(1.8 / n_embd**0.5)
+    output[: N_SPECIAL + N_BYTES] *= 0.1
+    # gemma3 multiplies token embeddings by sqrt(n_embd), but not image embeddings.
+    scale = np.float32(n_embd**-0.5 if config.arch == "gemma3" else 1.0)
+    writer.add_tensor("token_embd.weight", tokens * scale)
+    writer.add_tensor("output_norm.weight", weights.norm(n_embd))
+    writer.add_tensor("output.weight", output)
+
+
+def _add_llama_layer(
+    writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int
+) -> None:
+    # Scores have a standard deviation of 1.5 * 1.5: peaked, not one-hot.
+    _add_projections(writer, weights, config, il=il, qk_gain=1.5, out_gain=2.0)
+    writer.add_tensor(f"blk.{il}.attn_norm.weight", weights.norm(config.n_embd))
+    writer.add_tensor(f"blk.{il}.ffn_norm.weight", weights.norm(config.n_embd))
+
+
+def _add_gemma3_layer(
+    writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int
+) -> None:
+    # The CPU looks GELU up in an F16 table below 10: with gates far above that, what tests
+    # compare does not drown in rounding. A norm follows, so the size itself is of no effect.
+    _add_projections(writer, weights, config, il=il, gate_gain=1000.0)
+    for name in ("attn_q_norm", "attn_k_norm"):
+        writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.head_dim, gain=1.25))
+    gains = {"attn_norm": 1.0, "post_attention_norm": 0.8, "ffn_norm": 1.0, "post_ffw_norm": 0.5}
+    for name, gain in gains.items():
+        writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.n_embd, gain=gain))
+
+
+def _add_projections(
+    writer: gguf.GGUFWriter,
+    weights: _Weights,
+    config: TinyConfig,
+    *,
+    il: int,
+    qk_gain: float = 1.0,
+    out_gain: float = 1.0,
+    gate_gain: float = 1.0,
+) -> None:
+    n_embd, n_ff = config.n_embd, config.n_ff
+    n_kv = config.n_head_kv * config.head_dim
+    tensors = {
+        "attn_q": weights.matrix(n_embd, n_embd, qk_gain),
+        "attn_k": weights.matrix(n_kv, n_embd, qk_gain),
+        "attn_v": weights.matrix(n_kv, n_embd),
+        "attn_output": weights.matrix(n_embd, n_embd, out_gain),
+        "ffn_gate": weights.matrix(n_ff, n_embd, gate_gain),
+        "ffn_up": weights.matrix(n_ff, n_embd),
+        "ffn_down": weights.matrix(n_embd, n_ff),
+    }
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"blk.{il}.{name}.weight", tensor)
+
+
+def _write_mmproj(path: Path, config: TinyConfig) -> None:
+    writer = gguf.GGUFWriter(path, "clip")
+    width = config.n_embd if config.mmproj_n_embd is None else config.mmproj_n_embd
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", False)  # false means quick-GELU, CLIP's own
+    # The graph skips the last block, as LLaVA does; that block need not even be in the file.
+    writer.add_uint32("clip.vision.block_count", config.vit_n_layer + 1)
+    writer.add_uint32("clip.vision.image_size", config.image_size)
+    writer.add_uint32("clip.vision.patch_size", config.patch_size)
+    writer.add_uint32("clip.vision.embedding_length", config.vit_n_embd)
+    writer.add_uint32("clip.vision.feed_forward_length", config.vit_n_ff)
+    writer.add_uint32("clip.vision.projection_dim", width)
+    writer.add_uint32("clip.vision.attention.head_count", config.vit_n_head)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+    weights = _Weights(config.seed + 1)
+    _add_vit_stem(writer, weights, config)
+    for il in range(config.vit_n_layer + 1):
+        _add_vit_layer(writer, weights, config, il)
+    _add_linear(writer, weights, "mm.0", (width, config.vit_n_embd))
+    _add_linear(writer, weights, "mm.2", (width, width), gain=2.0)
+    _finish(writer)
+
+
+def _add_vit_stem(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig) -> None:
+    """Patch and position embeddings; without a class embedding, which would cost patch 0."""
+    n, patch = config.vit_n_embd, config.patch_size
+    # Pixels are in [-1, 1]; what a patch shows must weigh more than where it is.
+    kernel = weights.normal((n, 3, patch, patch), 3.0 / patch)
+    writer.add_tensor("v.patch_embd.weight", kernel)
+    writer.add_tensor("v.position_embd.weight", weights.normal((config.n_image_tokens, n), 0.5))
+    for name in ("pre_ln", "post_ln"):
+        writer.add_tensor(f"v.{name}.weight", weights.norm(n))
+        writer.add_tensor(f"v.{name}.bias", weights.normal((n,), 0.05))
+
+
+def _add_vit_layer(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int) -> None:
+    n, n_ff = config.vit_n_embd, config.vit_n_ff
+    for name in ("ln1", "ln2"):
+        writer.add_tensor(f"v.blk.{il}.{name}.weight", weights.norm(n))
+        writer.add_tensor(f"v.blk.{il}.{name}.bias", weights.normal((n,), 0.05))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+        _add_linear(writer, weights, f"v.blk.{il}.{name}", (n, n))
+    # CLIP files name these two the wrong way round.
+    _add_linear(writer, weights, f"v.blk.{il}.ffn_down", (n_ff, n))
+    _add_linear(writer, weights, f"v.blk.{il}.ffn_up", (n, n_ff))
+
+
+def _add_linear(
+    writer: gguf.GGUFWriter,
+    weights: _Weights,
+    name: str,
+    shape: tuple[int, int],
+    *,
+    gain: float = 1.0,
+) -> None:
+    writer.add_tensor(f"{name}.weight", weights.matrix(*shape, gain))
+    writer.add_tensor(f"{name}.bias", weights.normal(shape[:1], 0.05))
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status; writes the default pair to the one folder named."""
+    if len(arguments) != 1:
+        print("usage: tiny_llava.py FOLDER", file=sys.stderr)
+        return 2
+    for path in write_pair(arguments[0]):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
