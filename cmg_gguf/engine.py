@@ -280,7 +280,7 @@ class PairedEngine:
         return (plan(watch, hide), plan(hide)) if self.paired else (plan(watch), plan(hide))
 
     def _decode_pair(self, token: int) -> None:
-        assert self._step_plans is not None  # noqa: S101  (narrows the type)
+        assert self._step_plans is not None
         context, arrays = self.original.context, self._pair_arrays
         arrays.tokens[:] = token
         arrays.positions[:] = self.n_past
@@ -314,4 +314,4 @@ class _PairArrays:
 
 
 def _view(address: int, n: int) -> FloatArray:
-    return np.frombuffer((ctypes.c_float * n).from_address(address), np.float32)
+    return np.ctypeslib.as_array((ctypes.c_float * n).from_address(address))

@@ -147,7 +147,7 @@ class Guidance:
     image tokens is masked (arXiv 2510.10466; its settings are not public, these are ours).
 
     alpha: strength, 0 (none) to 100. beta: plausibility cut, 0 (none) to 1 (only the top token).
-    tokens: which image tokens are masked, layer by layer. layers: where; a policy, or layer numbers.
+    tokens: which image tokens are masked, layer by layer. layers: a policy, or layer numbers.
     scope: rows that are masked: "decode" = the last prompt row and generated ones; "text" = every
     text row behind the first image token; "all" = image rows too (they keep sight of themselves).
     refresh: "prompt" = tokens chosen once, from the last prompt row; "step" = anew for every row,
@@ -173,7 +173,8 @@ class Guidance:
         _check_range("beta", self.beta, 0.0, 1.0, "a share of the top token's probability")
         if not isinstance(self.tokens, TokenPolicy):
             raise GuidanceError(
-                f"tokens={self.tokens!r} is no token policy: use TopRatio, MeanStd or CumulativeMass"
+                f"tokens={self.tokens!r} is no token policy: use TopRatio, MeanStd or "
+                "CumulativeMass"
             )
         if not isinstance(self.layers, LayerPolicy):
             object.__setattr__(self, "layers", _layer_set(self.layers))

@@ -37,9 +37,9 @@ def masked_rows(is_image: npt.NDArray[np.bool_], scope: str) -> npt.NDArray[np.b
     """
     rows = np.arange(len(is_image))
     if scope == "decode":
-        return rows == len(is_image) - 1
+        return np.asarray(rows == len(is_image) - 1)
     behind_image = rows >= int(is_image.argmax())
-    return behind_image if scope == "all" else behind_image & ~is_image
+    return np.asarray(behind_image if scope == "all" else behind_image & ~is_image)
 
 
 def core_policy(policy: TokenPolicy) -> _core.TokenPolicy:

@@ -58,8 +58,28 @@ class ContextOptions:
         for name in ("type_k", "type_v"):
             if getattr(self, name) not in CACHE_TYPES:
                 raise UnsupportedError(
-                    f"{name}={getattr(self, name)!r} is no cache type: one of {', '.join(CACHE_TYPES)}"
+                    f"{name}={getattr(self, name)!r} is no cache type: "
+                    f"one of {', '.join(CACHE_TYPES)}"
                 )
+
+    @classmethod
+    def from_params(cls, params: Any) -> ContextOptions:
+        """The same options as a `llama_context_params` has. Raises UnsupportedError."""
+        names = {number: name for name, number in CACHE_TYPES.items()}
+        if params.type_k not in names or params.type_v not in names:
+            raise UnsupportedError(
+                f"cache types {params.type_k} and {params.type_v} are not both known: "
+                f"one of {', '.join(CACHE_TYPES)}"
+            )
+        return cls(
+            n_ctx=params.n_ctx,
+            n_ubatch=params.n_ubatch,
+            n_threads=params.n_threads,
+            flash_attn={0: False, 1: True}.get(params.flash_attn_type),
+            type_k=names[params.type_k],
+            type_v=names[params.type_v],
+            offload_kqv=params.offload_kqv,
+        )
 
 
 class LlamaContext:
@@ -112,7 +132,7 @@ class LlamaContext:
         outputs: npt.NDArray[np.bool_],
         plan: _core.Plan | None,
     ) -> None:
-        """See `protocol.Context.decode`. Raises BackendError; ContextLengthError if cells ran out."""
+        """See `protocol.Context.decode`. Raises BackendError; ContextLengthError if full."""
         self._batch.fill(tokens, positions, seqs, outputs)
         with self._patched(plan):
             code = llama_cpp.llama_decode(self.handle, self._batch.struct)

@@ -115,7 +115,7 @@ class Model:
         return "" if token < 0 else self._piece(token, special=True).decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, special: bool = False, add_bos: bool = False) -> IntArray:
-        """(n,) int32 tokens of `text`. special: whether text like "</s>" means the special token."""
+        """(n,) int32 tokens of `text`. special: whether "</s>" in it means the special token."""
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
         tokens = (llama_cpp.llama_token * room)()

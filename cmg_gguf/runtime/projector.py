@@ -44,8 +44,8 @@ class Projector:
             raise ProjectorError(str(exc)) from exc
         if architecture not in ("clip", "mmproj"):
             raise ProjectorError(
-                f"{path} is a language model ({architecture or 'unknown'}), not an image projector; "
-                "give the mmproj file that belongs to the model"
+                f"{path} is a language model ({architecture or 'unknown'}), not an image "
+                "projector; give the mmproj file that belongs to the model"
             )
         self.path = path
         self.marker = f"<__image_{secrets.token_hex(16)}__>"
@@ -131,7 +131,7 @@ class Projector:
             reason = errors[0] if errors else f"code {code}"
             raise BackendError(f"an image of {image.n_tokens} tokens cannot be encoded: {reason}")
         shape = (image.n_tokens, self._n_embd)
-        embd = np.ctypeslib.as_array(pointer, shape).copy()
+        embd: npt.NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape).copy()
         if not np.isfinite(embd).all():
             raise BackendError("the image encoder gave values that are not finite")
         return embd

@@ -1,0 +1,62 @@
+"""`CMGChatHandler`: guidance for people who already hold a `llama_cpp.Llama`.
+
+llm = Llama("llava.gguf", chat_handler=CMGChatHandler("mmproj.gguf"), n_ctx=4096)
+llm.create_chat_completion(messages)
+"""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from cmg_gguf.guidance import Guidance
+from cmg_gguf.openai import create_chat_completion
+from cmg_gguf.vlm import GuidedVLM, Pairing
+
+
+class CMGChatHandler:
+    """A chat handler that answers under guidance with the model its `Llama` has loaded.
+
+    mmproj_path: the image projector. guidance: used for every answer; None = `Guidance()`.
+    chat_template, pairing, use_gpu: as in `GuidedVLM`. A KV cache of its own is made with the first
+    answer, with the context settings of that `Llama`.
+
+    The options of `Llama.create_chat_completion` have their usual meaning; replies carry a `cmg`
+    block. Raises what `GuidedVLM` and `create_chat_completion` raise.
+    """
+
+    def __init__(
+        self,
+        mmproj_path: str | Path,
+        *,
+        guidance: Guidance | None = None,
+        chat_template: str | None = None,
+        pairing: Pairing = "auto",
+        use_gpu: bool = True,
+    ) -> None:
+        self.guidance = guidance
+        self._mmproj_path = mmproj_path
+        self._chat_template = chat_template
+        self._pairing: Pairing = pairing
+        self._use_gpu = use_gpu
+        self._vlms: weakref.WeakKeyDictionary[llama_cpp.Llama, GuidedVLM]
+        self._vlms = weakref.WeakKeyDictionary()
+
+    def vlm(self, llama: llama_cpp.Llama) -> GuidedVLM:
+        """The guided model on `llama`'s weights, made on first use."""
+        if llama not in self._vlms:
+            self._vlms[llama] = GuidedVLM.from_llama(
+                llama,
+                self._mmproj_path,
+                chat_template=self._chat_template,
+                pairing=self._pairing,
+                use_gpu=self._use_gpu,
+            )
+        return self._vlms[llama]
+
+    def __call__(self, *, llama: llama_cpp.Llama, messages: Any, **settings: Any) -> Any:
+        settings.setdefault("guidance", self.guidance)
+        return create_chat_completion(self.vlm(llama), messages, **settings)

@@ -1,0 +1,107 @@
+"""How a token is drawn from guided logits. Values; llama.cpp's own samplers do the work.
+
+The order of the chain, as built by `cmg_gguf.runtime.sampler`:
+
+    logit bias, grammar        what may be said at all
+    guidance                   score = l_o + alpha * (l_o - l_d) over the plausible tokens
+    penalties, then            temperature 0: the best token
+    top-k, typical, top-p, min-p, temperature, draw     or     temperature, mirostat
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_cpp import llama_grammar
+
+from cmg_gguf.errors import SamplingError
+from cmg_gguf.runtime.protocol import FloatArray, IntArray
+
+LogitsProcessor = Callable[[IntArray, FloatArray], FloatArray]
+"""(tokens so far (n,) int32, logits (n_vocab,) float32) -> logits (n_vocab,) float32."""
+
+MAX_SEED = 2**32 - 2
+
+_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "repeat_penalty": (1e-6, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+    "penalty_last_n": (-1, 2**31 - 1),
+    "mirostat_mode": (0, 2),
+    "mirostat_tau": (0.0, 1000.0),
+    "mirostat_eta": (0.0, 1000.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings of llama.cpp's sampler chain. The default is greedy: the best guided token.
+
+    temperature: 0 = greedy; the others then have no effect but penalties, bias and grammar.
+    top_k: 0 = all. top_p, typical_p: 1 = off. min_p: 0 = off. repeat_penalty: 1 = off.
+    frequency_penalty, presence_penalty: 0 = off. penalty_last_n: tokens of the answer that
+    penalties look back on; -1 = all, 0 = none. mirostat_mode: 0 = off, 1 or 2.
+    logit_bias: token -> added to its logit. grammar: GBNF text, its root rule named `root`.
+    seed: 0 to 2**32 - 2; None = a new one each time, reported in the result.
+
+    Raises SamplingError for anything out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_last_n: int = 64
+    mirostat_mode: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise SamplingError(f"{name}={value!r} is out of range: {low:g} to {high:g}")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise SamplingError(f"seed={self.seed} is out of range: 0 to {MAX_SEED}, or None")
+
+
+def grammar_for(response_format: Mapping[str, Any] | None) -> str | None:
+    """GBNF grammar of an OpenAI `response_format`, or None for free text.
+
+    {"type": "text"}, {"type": "json_object"}, {"type": "json_object", "schema": {...}} and
+    {"type": "json_schema", "json_schema": {"schema": {...}}} are known; anything else, or a schema
+    that cannot be turned into a grammar, raises SamplingError.
+    """
+    if response_format is None or response_format.get("type") == "text":
+        return None
+    kind = response_format.get("type")
+    schema = response_format.get("schema")
+    if kind == "json_schema":
+        schema = (response_format.get("json_schema") or {}).get("schema")
+        if schema is None:
+            raise SamplingError("response_format json_schema has no json_schema.schema; give one")
+    elif kind != "json_object":
+        raise SamplingError(
+            f"response_format type {kind!r} is unknown: text, json_object or json_schema"
+        )
+    if schema is None:
+        return str(llama_grammar.JSON_GBNF)
+    try:
+        return str(llama_grammar.json_schema_to_gbnf(json.dumps(schema)))
+    except Exception as exc:
+        raise SamplingError(f"the JSON schema cannot be turned into a grammar: {exc!r}") from exc

@@ -1,0 +1,392 @@
+"""`GuidedVLM`: a model pair that answers questions about images under guidance."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import llama_cpp
+
+from cmg_gguf import _core
+from cmg_gguf.engine import Branch, PairedEngine
+from cmg_gguf.errors import BackendError, ModelError, PromptError, UnsupportedError
+from cmg_gguf.generation import Answer, Limits, Piece, Reply, Seconds, generate
+from cmg_gguf.guidance import Guidance
+from cmg_gguf.images import ImageSource, load_image
+from cmg_gguf.prompts import ChatTemplate, render_messages
+from cmg_gguf.runtime.context import ContextOptions, LlamaContext
+from cmg_gguf.runtime.log import set_verbose
+from cmg_gguf.runtime.model import Model
+from cmg_gguf.runtime.projector import Projector
+from cmg_gguf.runtime.protocol import Prompt
+from cmg_gguf.runtime.sampler import Sampler
+from cmg_gguf.sampling import MAX_SEED, Sampling
+
+Pairing = Literal["auto", "pair", "contexts"]
+Phase = Literal["load", "encode", "prefill"]
+Progress = Callable[[Phase, int, int], None]
+"""progress(phase, done, total): "load" in percent, "encode" in image tokens, "prefill" in rows."""
+
+DEFAULT_TEMPLATE = "vicuna"
+RAW_MARKER = "<__media__>"
+
+
+class GuidedVLM:
+    """A LLaVA-style GGUF model and its mmproj, decoding with Cross-Modal Guidance.
+
+        vlm = GuidedVLM("llava-v1.5-7b.Q4_K_M.gguf", "mmproj-f16.gguf")
+        print(vlm.generate("Is there a fork?", ["kitchen.jpg"]).text)
+
+    model_path, mmproj_path: the two GGUF files. n_ctx: KV cells for both branches together: the
+    prompt once, the part behind its first image twice, two for each token of the answer.
+    n_gpu_layers: layers on the accelerator, -1 = all (nothing changes without one). chat_template:
+    None = the model's own, "vicuna" if it has none; or a name ("vicuna", "mistral", "chatml"), or a
+    Jinja template. pairing: "pair" = both branches in one context, "contexts" = one each (twice the
+    memory and time; the reference), "auto" = a pair unless the model has recurrent layers.
+    verbose: llama.cpp's log on stderr. The others: see `ContextOptions`.
+
+    One request at a time: a new one ends a stream that is still open, whose next use raises
+    BackendError. Raises ModelError, ProjectorError, BackendError, PromptError (template).
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        mmproj_path: str | Path,
+        *,
+        n_ctx: int = 4096,
+        n_ubatch: int = 512,
+        n_threads: int = 0,
+        n_gpu_layers: int = -1,
+        main_gpu: int = 0,
+        use_mmap: bool = True,
+        flash_attn: bool | None = None,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        offload_kqv: bool = True,
+        chat_template: str | None = None,
+        pairing: Pairing = "auto",
+        verbose: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        set_verbose(verbose)
+        options = ContextOptions(
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            flash_attn=flash_attn,
+            type_k=type_k,
+            type_v=type_v,
+            offload_kqv=offload_kqv,
+        )
+        model = Model.load(
+            model_path,
+            n_gpu_layers=n_gpu_layers,
+            main_gpu=main_gpu,
+            use_mmap=use_mmap,
+            progress=(lambda share: progress("load", round(share * 100), 100))
+            if progress
+            else None,
+        )
+        self._assemble(model, mmproj_path, options, chat_template, pairing, n_gpu_layers != 0)
+
+    @classmethod
+    def from_llama(
+        cls,
+        llama: llama_cpp.Llama,
+        mmproj_path: str | Path,
+        *,
+        chat_template: str | None = None,
+        pairing: Pairing = "auto",
+        use_gpu: bool = True,
+    ) -> GuidedVLM:
+        """Guided decoding with the model that a `llama_cpp.Llama` has loaded.
+
+        The weights are shared; the KV cache is not, for the patch must be in a context from the
+        start. n_ctx, threads, cache types and flash attention are taken over from `llama`.
+        """
+        model = Model(llama.model, path=Path(llama.model_path), owner=llama)
+        vlm = cls.__new__(cls)
+        options = ContextOptions.from_params(llama.context_params)
+        vlm._assemble(model, mmproj_path, options, chat_template, pairing, use_gpu)
+        return vlm
+
+    def _assemble(
+        self,
+        model: Model,
+        mmproj_path: str | Path,
+        options: ContextOptions,
+        chat_template: str | None,
+        pairing: Pairing,
+        use_gpu: bool,
+    ) -> None:
+        self.model = model
+        self.template = _template(model, chat_template)
+        self.pairing = _resolved(pairing, model)
+        self.projector = Projector(mmproj_path, model, use_gpu=use_gpu, n_threads=options.n_threads)
+        selections = _core.Selections(model.n_layer)
+
+        def context(n_seq_max: int) -> LlamaContext:
+            return LlamaContext(model, self.projector, selections, options, n_seq_max=n_seq_max)
+
+        if self.pairing == "pair":
+            both = context(2)
+            branches = Branch(both, 0), Branch(both, 1)
+            self._contexts = [both]
+        else:
+            self._contexts = [context(1), context(1)]
+            branches = Branch(self._contexts[0], 0), Branch(self._contexts[1], 0)
+        self.engine = PairedEngine(*branches, selections)
+        self._lock = threading.RLock()
+        self._request = 0
+
+    @property
+    def n_ctx(self) -> int:
+        """KV cells of the context."""
+        return self.engine.original.context.n_ctx
+
+    def close(self) -> None:
+        """Frees contexts, image encoder and weights at once. The object is of no use afterwards."""
+        with self._lock:
+            self._request = -1
+            for context in self._contexts:
+                context.close()
+            self.projector.close()
+            self.model.close()
+
+    def __enter__(self) -> GuidedVLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] = (),
+        **settings: Any,
+    ) -> Reply:
+        """The whole answer at once. Takes and raises what `stream` does."""
+        stream = self.stream(prompt, images, **settings)
+        for _ in stream:
+            pass
+        return stream.reply
+
+    def stream(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] = (),
+        *,
+        guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        top_logprobs: int | None = None,
+        logits_processors: Sequence[Callable[..., Any]] = (),
+        progress: Progress | None = None,
+    ) -> Stream:
+        """An answer as it comes: iterate over its pieces, then read `.reply`.
+
+        prompt: a question (always literal text), or a list of chat messages. images: seen before
+        the question; with messages, put them in there instead. guidance: None = `Guidance()`.
+        sampling: None = greedy. raw: `prompt` is the full text for the model, without template;
+        each "<__media__>" in it stands for one image.
+
+        What is wrong with the request is raised here, before anything is computed: PromptError,
+        ContextLengthError, ImageError, GuidanceError, SamplingError. While iterating: BackendError.
+        """
+        guidance = guidance if guidance is not None else Guidance()
+        sampling = sampling if sampling is not None else Sampling()
+        limits = Limits(
+            max_tokens=_checked_max_tokens(max_tokens),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            top_logprobs=top_logprobs,
+            processors=tuple(logits_processors),
+        )
+        with self._lock:
+            self._check_open()
+            tokenized = self._tokenize(prompt, images, raw=raw)
+            self.engine.check(tokenized, guidance)
+            return Stream(self, tokenized, guidance, sampling, limits, progress)
+
+    def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
+        """See `cmg_gguf.openai.create_chat_completion`: OpenAI's shape, plus a `cmg` block."""
+        from cmg_gguf.openai import create_chat_completion
+
+        return create_chat_completion(self, messages, **settings)
+
+    def _tokenize(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource],
+        *,
+        raw: bool,
+    ) -> Prompt:
+        marker = self.projector.marker
+        if raw:
+            if not isinstance(prompt, str):
+                raise PromptError("raw=True takes the prompt as one text, not as messages")
+            text, sources = prompt.replace(RAW_MARKER, marker), list(images)
+        else:
+            rendered = render_messages(_messages(prompt, images), self.template, marker=marker)
+            text, sources = rendered.text, rendered.images
+        bos = self.model.special_text("bos")
+        pixels = [load_image(source) for source in sources]
+        return self.projector.tokenize(text, pixels, add_bos=not (bos and text.startswith(bos)))
+
+    def _check_open(self) -> None:
+        if self._request < 0:
+            raise ModelError("this GuidedVLM is closed; make a new one")
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of an answer as they are generated; `reply` has the whole when they are done.
+
+    close() ends it early and frees its KV cells; so does dropping it, or a new request.
+    """
+
+    def __init__(
+        self,
+        vlm: GuidedVLM,
+        prompt: Prompt,
+        guidance: Guidance,
+        sampling: Sampling,
+        limits: Limits,
+        progress: Progress | None,
+    ) -> None:
+        self._vlm = vlm
+        self._prompt = prompt
+        self._guidance = guidance
+        self._limits = limits
+        self._progress = progress or (lambda phase, done, total: None)
+        self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
+        self._sampler = Sampler(
+            vlm.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
+        )
+        self._answer = Answer()
+        self._reply: Reply | None = None
+        self._pieces = self._run()
+
+    def __next__(self) -> Piece:
+        with self._vlm._lock:
+            return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the answer here. Does nothing if it has ended."""
+        self._pieces.close()
+
+    @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return self._answer.text
+
+    @property
+    def reply(self) -> Reply:
+        """The finished answer. Raises BackendError while it is not finished."""
+        if self._reply is None:
+            raise BackendError("the answer is not finished; iterate to its end first")
+        return self._reply
+
+    def _run(self) -> Generator[Piece, None, None]:
+        vlm, engine = self._vlm, self._vlm.engine
+        vlm._check_open()
+        vlm._request += 1
+        mine = vlm._request
+
+        def check() -> None:
+            vlm._check_open()
+            if vlm._request != mine:
+                raise BackendError("this answer was ended by a newer request to the same GuidedVLM")
+
+        try:
+            started = time.perf_counter()
+            prompt = vlm.projector.encode(
+                self._prompt, lambda done, total: self._progress("encode", done, total)
+            )
+            encoded = time.perf_counter()
+            engine.prefill(
+                prompt,
+                self._guidance,
+                lambda done, total: self._progress("prefill", done, total),
+            )
+            prefilled = time.perf_counter()
+            layers = engine.layers
+            yield from generate(
+                engine,
+                self._sampler,
+                vlm.model,
+                self._guidance,
+                self._limits,
+                self._answer,
+                check,
+            )
+            seconds = Seconds(encoded - started, prefilled - encoded, self._answer.seconds)
+            self._reply = self._finished(prompt, layers, seconds)
+        finally:
+            if vlm._request == mine:
+                engine.reset()
+
+    def _finished(self, prompt: Prompt, layers: tuple[int, ...], seconds: Seconds) -> Reply:
+        return Reply(
+            text=self._answer.text,
+            tokens=tuple(self._answer.tokens),
+            finish_reason=self._answer.finish_reason,
+            n_prompt_tokens=prompt.n_tokens,
+            n_image_tokens=prompt.n_image_tokens,
+            guidance=self._guidance,
+            layers=layers,
+            seed=self._seed,
+            seconds=seconds,
+        )
+
+
+def _template(model: Model, chosen: str | None) -> ChatTemplate:
+    # The tokenizer writes BOS itself where the model wants one.
+    adds_bos = llama_cpp.llama_vocab_get_add_bos(model.vocab)
+    texts = {
+        "bos": "" if adds_bos else model.special_text("bos"),
+        "eos": model.special_text("eos"),
+    }
+    source = chosen if chosen is not None else model.chat_template() or DEFAULT_TEMPLATE
+    if "{" in source:
+        return ChatTemplate.from_jinja(source, **texts)
+    return ChatTemplate.named(source, **texts)
+
+
+def _resolved(pairing: Pairing, model: Model) -> Literal["pair", "contexts"]:
+    if pairing not in ("auto", "pair", "contexts"):
+        raise UnsupportedError(f"pairing={pairing!r} is unknown: auto, pair or contexts")
+    if pairing == "pair" and model.has_recurrent_layers:
+        raise UnsupportedError(
+            "this model has recurrent layers, whose state two sequences cannot share; "
+            'use pairing="contexts"'
+        )
+    if pairing == "auto":
+        return "contexts" if model.has_recurrent_layers else "pair"
+    return pairing
+
+
+def _messages(
+    prompt: str | Sequence[Mapping[str, Any]], images: Sequence[ImageSource]
+) -> Sequence[Mapping[str, Any]]:
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise PromptError("images is a list; for one image give [image]")
+    if not isinstance(prompt, str):
+        if images:
+            raise PromptError("with messages, images belong into the messages' content")
+        return prompt
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def _checked_max_tokens(max_tokens: int | None) -> int | None:
+    if max_tokens is not None and max_tokens < 1:
+        raise PromptError(
+            f"max_tokens={max_tokens} is out of range: 1 and up, or None for no limit"
+        )
+    return max_tokens
