@@ -1,7 +1,6 @@
 #include "graph_patch.hpp"
 
 #include "api.hpp"
-#include "influence.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -14,66 +13,12 @@
 namespace cmg {
 namespace {
 
-const ggml_tensor * root(const ggml_tensor * t) {
-    while (t->view_src != nullptr) {
-        t = t->view_src;
-    }
-    return t;
-}
-
-// The number after `prefix` in the tensor's name, or -1 if the name does not start with it.
-int32_t layer_in_name(const ggml_tensor * t, const char * prefix) {
-    const size_t n = std::strlen(prefix);
-    return std::strncmp(t->name, prefix, n) == 0 && t->name[n] >= '0' && t->name[n] <= '9'
-               ? std::atoi(t->name + n)
-               : -1;
-}
-
 bool is_image_row(const Row & row) {
     return row.image_token >= 0;
 }
 
 [[noreturn]] void fail(const std::string & what, int32_t il) {
     throw std::runtime_error("layer " + std::to_string(il) + ": " + what);
-}
-
-// The bytes of a tensor (a view's own range) on the host: in place where they already are.
-class HostView {
-  public:
-    explicit HostView(const ggml_tensor * t) {
-        const ggml_tensor * owner = root(t);
-        if (api().ggml_backend_buffer_is_host(owner->buffer)) {
-            data_ = static_cast<const uint8_t *>(t->data);
-            return;
-        }
-        bytes_.resize(api().ggml_nbytes(t));
-        api().ggml_backend_tensor_get(t, bytes_.data(), 0, bytes_.size());
-        data_ = bytes_.data();
-    }
-    const uint8_t * at(size_t offset) const { return data_ + offset; }
-
-  private:
-    std::vector<uint8_t> bytes_;
-    const uint8_t * data_ = nullptr;
-};
-
-void to_float(ggml_type type, const uint8_t * from, float * to, int64_t n) {
-    if (type == GGML_TYPE_F32) {
-        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-    } else if (type == GGML_TYPE_F16) {
-        const auto convert = api().ggml_cpu_fp16_to_fp32 != nullptr ? api().ggml_cpu_fp16_to_fp32
-                                                                    : api().ggml_fp16_to_fp32_row;
-        convert(reinterpret_cast<const ggml_fp16_t *>(from), to, n);
-    } else {
-        api().ggml_get_type_traits(type)->to_float(from, to, n);
-    }
-}
-
-float op_param(const ggml_tensor * t, size_t i) {
-    float value;
-    std::memcpy(&value, reinterpret_cast<const char *>(t->op_params) + i * sizeof(float),
-                sizeof(float));
-    return value;
 }
 
 double cosine(const std::vector<float> & a, const std::vector<float> & b) {
@@ -88,125 +33,8 @@ double cosine(const std::vector<float> & a, const std::vector<float> & b) {
 
 } // namespace
 
-// An attention node, with or without flash attention, as seen through its sources.
-struct GraphPatch::Attention {
-    int32_t il = -1;       // layer
-    int32_t cache_il = -1; // layer whose KV cache it reads: another one where layers share a cache
-    int mask_src = -1;     // node->src[mask_src] is the mask
-    ggml_tensor * mask = nullptr;        // the original mask [n_kv, n_rows]
-    const ggml_tensor * q = nullptr;     // [head_dim, n_rows, n_head] F32
-    const ggml_tensor * k = nullptr;     // [head_dim, n_kv, n_head_kv]
-    const ggml_tensor * sinks = nullptr; // [n_head] F32, or null
-    float scale = 1.0f;
-    float softcap = 0.0f;
-    float max_bias = 0.0f;
-
-    bool found() const { return mask_src >= 0; }
-    static Attention from_node(const ggml_tensor * node);
-    static Attention from_flash(const ggml_tensor * node);
-    static Attention from_soft_max(const ggml_tensor * node);
-};
-
-GraphPatch::Attention GraphPatch::Attention::from_node(const ggml_tensor * node) {
-    Attention a = node->op == GGML_OP_FLASH_ATTN_EXT ? from_flash(node)
-                  : node->op == GGML_OP_SOFT_MAX     ? from_soft_max(node)
-                                                     : Attention{};
-    if (a.found()) {
-        a.cache_il = layer_in_name(root(a.k), "cache_k_l");
-        a.mask = node->src[a.mask_src];
-    }
-    // The image encoder, MoE routers and cross attention read no KV cache: not ours.
-    return a.found() && a.cache_il >= 0 && a.mask != nullptr ? a : Attention{};
-}
-
-GraphPatch::Attention GraphPatch::Attention::from_flash(const ggml_tensor * node) {
-    Attention a;
-    a.mask_src = 3;
-    a.q = node->src[0];
-    a.k = node->src[1];
-    a.sinks = node->src[4];
-    a.scale = op_param(node, 0);
-    a.max_bias = op_param(node, 1);
-    a.softcap = op_param(node, 2);
-    return a;
-}
-
-// kq = K q, then for some models softcap * tanh(kq * inner / softcap), then SOFT_MAX(kq * scale).
-GraphPatch::Attention GraphPatch::Attention::from_soft_max(const ggml_tensor * node) {
-    Attention a;
-    const ggml_tensor * kq = node->src[0];
-    float outer = 1.0f;
-    float inner = 1.0f;
-    bool capped = false;
-    for (; kq != nullptr && kq->op != GGML_OP_MUL_MAT; kq = kq->src[0]) {
-        if (kq->op == GGML_OP_SCALE && op_param(kq, 1) == 0.0f) {
-            (capped ? inner : outer) *= op_param(kq, 0);
-        } else if (kq->op == GGML_OP_UNARY && !capped) {
-            capped = true;
-        } else {
-            return a;
-        }
-    }
-    if (kq == nullptr) {
-        return a;
-    }
-    a.k = kq->src[0];
-    a.q = kq->src[1];
-    a.mask_src = 1;
-    a.sinks = node->src[2];
-    const float scale = op_param(node, 0);
-    a.max_bias = op_param(node, 1);
-    a.softcap = capped ? outer * scale : 0.0f;
-    a.scale = capped ? inner * a.softcap : outer * scale;
-    return a;
-}
-
-struct GraphPatch::Mask {
-    ggml_tensor tensor{};
-    ggml_backend_buffer_t buffer = nullptr;
-    size_t capacity = 0;
-
-    ~Mask() { release(); }
-
-    void release() {
-        if (buffer != nullptr) {
-            api().ggml_backend_buffer_free(buffer);
-            buffer = nullptr;
-        }
-    }
-
-    // Makes `tensor` a leaf like `original`, in a buffer of the same type, with these bytes.
-    void assign(const ggml_tensor * original, const std::vector<uint8_t> & bytes) {
-        const auto type = api().ggml_backend_buffer_get_type(root(original)->buffer);
-        const bool too_large = capacity > 4 * bytes.size() && capacity > (1u << 20);
-        if (buffer == nullptr || capacity < bytes.size() || too_large ||
-            api().ggml_backend_buffer_get_type(buffer) != type) {
-            release();
-            capacity = bytes.size() + bytes.size() / 4;
-            buffer = api().ggml_backend_buft_alloc_buffer(type, capacity);
-            if (buffer == nullptr) {
-                throw std::runtime_error("no memory for a mask of " + std::to_string(capacity) +
-                                         " bytes");
-            }
-        }
-        tensor = *original;
-        tensor.op = GGML_OP_NONE;
-        std::fill(std::begin(tensor.src), std::end(tensor.src), nullptr);
-        tensor.view_src = nullptr;
-        tensor.view_offs = 0;
-        tensor.buffer = nullptr;
-        tensor.data = nullptr;
-        tensor.extra = nullptr;
-        api().ggml_backend_tensor_alloc(buffer, &tensor,
-                                        api().ggml_backend_buffer_get_base(buffer));
-        api().ggml_backend_tensor_set(&tensor, bytes.data(), 0, bytes.size());
-    }
-};
-
 GraphPatch::GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections)
     : n_layer_(n_layer), selections_(std::move(selections)), ledger_(n_layer) {}
-
-GraphPatch::~GraphPatch() = default;
 
 void GraphPatch::begin(Plan plan) {
     plan_ = std::move(plan);
@@ -253,7 +81,7 @@ bool GraphPatch::ask(ggml_tensor * node) {
     if (active_ && is_residual(node)) {
         return true;
     }
-    Attention attention = Attention::from_node(node);
+    AttentionNode attention = find_attention(node);
     if (!attention.found()) {
         return false;
     }
@@ -368,7 +196,7 @@ void GraphPatch::record_cells(const ggml_tensor * node, int32_t il) {
 }
 
 // Attention of the observed rows in this layer, and what the policy picks from it.
-void GraphPatch::observe(const Attention & a) {
+void GraphPatch::observe(const AttentionNode & a) {
     if (observed_.empty() || plan_.observe_layers[static_cast<size_t>(a.il)] == 0) {
         return;
     }
@@ -378,55 +206,21 @@ void GraphPatch::observe(const Attention & a) {
              "attention cannot be observed here",
              a.il);
     }
-    AttentionShape shape;
-    shape.head_dim = a.q->ne[0];
-    shape.n_head = a.q->ne[2];
-    shape.n_head_kv = a.k->ne[2];
-    shape.n_kv = a.k->ne[1];
-    shape.scale = a.scale;
-    shape.softcap = a.softcap;
-    shape.max_bias = a.max_bias;
-
-    AttentionInput in;
-    const HostView q(a.q);
-    const auto dim = static_cast<size_t>(shape.head_dim);
-    const size_t n_kv = static_cast<size_t>(shape.n_kv);
-    in.q.resize(observed_.size() * static_cast<size_t>(shape.n_head) * dim);
-    in.mask.resize(observed_.size() * n_kv);
+    const auto n_kv = static_cast<size_t>(a.k->ne[1]);
+    std::vector<float> mask(observed_.size() * n_kv);
     for (size_t i = 0; i < observed_.size(); i++) {
-        const auto r = static_cast<size_t>(observed_[i]);
-        for (int64_t h = 0; h < shape.n_head; h++) {
-            const size_t head = static_cast<size_t>(h);
-            std::memcpy(in.q.data() + (i * static_cast<size_t>(shape.n_head) + head) * dim,
-                        q.at(r * a.q->nb[1] + head * a.q->nb[2]), dim * sizeof(float));
-        }
-        to_float(a.mask->type, host_copy(a.mask).data() + r * a.mask->nb[1],
-                 in.mask.data() + i * n_kv, shape.n_kv);
+        const size_t offset = static_cast<size_t>(observed_[i]) * a.mask->nb[1];
+        to_float(a.mask->type, host_copy(a.mask).data() + offset, mask.data() + i * n_kv,
+                 a.k->ne[1]);
     }
-    if (a.sinks != nullptr) {
-        in.sinks.resize(static_cast<size_t>(shape.n_head));
-        std::memcpy(in.sinks.data(), HostView(a.sinks).at(0), in.sinks.size() * sizeof(float));
-    }
-    const HostView k(a.k);
-    const bool packed = a.k->nb[2] == api().ggml_row_size(a.k->type, shape.head_dim);
-    const int64_t n_runs = packed ? 1 : shape.n_head_kv;
-    const int64_t run = shape.head_dim * shape.n_head_kv / n_runs;
-    in.load_k = [&](int64_t cell, float * out) {
-        for (int64_t h = 0; h < n_runs; h++) {
-            to_float(
-                a.k->type,
-                k.at(static_cast<size_t>(cell) * a.k->nb[1] + static_cast<size_t>(h) * a.k->nb[2]),
-                out + h * run, run);
-        }
-    };
-    const std::vector<float> weights = attention_rows(shape, in);
+    const std::vector<float> weights = read_attention(a, observed_, mask);
     for (size_t i = 0; i < observed_.size(); i++) {
-        select(a, batch_row(observed_[i]), in.mask.data() + i * n_kv, weights.data() + i * n_kv);
+        select(a, batch_row(observed_[i]), mask.data() + i * n_kv, weights.data() + i * n_kv);
     }
 }
 
 // mask, weights: [n_kv] of one observed row.
-void GraphPatch::select(const Attention & a, const Row & row, const float * mask,
+void GraphPatch::select(const AttentionNode & a, const Row & row, const float * mask,
                         const float * weights) {
     const auto & cells = ledger_.cells(row.seq, a.cache_il);
     std::vector<int32_t> candidates;
@@ -455,7 +249,7 @@ void GraphPatch::select(const Attention & a, const Row & row, const float * mask
 }
 
 // Our mask for this layer, or null if no row of the micro-batch hides anything here.
-ggml_tensor * GraphPatch::patched_mask(const Attention & a) {
+ggml_tensor * GraphPatch::patched_mask(const AttentionNode & a) {
     if (masked_.empty() || plan_.mask_layers[static_cast<size_t>(a.il)] == 0) {
         return nullptr;
     }
@@ -473,16 +267,12 @@ ggml_tensor * GraphPatch::patched_mask(const Attention & a) {
     if (!any) {
         return nullptr;
     }
-    auto & mask = masks_[a.il];
-    if (mask == nullptr) {
-        mask = std::make_unique<Mask>();
-    }
-    mask->assign(a.mask, bytes);
-    return &mask->tensor;
+    return masks_[a.il].assign(a.mask, bytes);
 }
 
 // Writes -inf where the row may not look. A row never loses its own cell.
-bool GraphPatch::hide_cells(const Attention & a, int32_t ubatch_row, std::vector<uint8_t> & mask) {
+bool GraphPatch::hide_cells(const AttentionNode & a, int32_t ubatch_row,
+                            std::vector<uint8_t> & mask) {
     constexpr float f32_neg_inf = -std::numeric_limits<float>::infinity();
     constexpr uint16_t f16_neg_inf = 0xFC00;
     const Row & row = batch_row(ubatch_row);

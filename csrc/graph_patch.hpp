@@ -1,4 +1,5 @@
-// The graph patch: the one place that touches ggml tensors.
+// The graph patch: per-layer, per-row attention masks in llama.cpp's graph, and what they are made
+// of.
 //
 // `llama_context_params.cb_eval` is called for every node before anything of that node runs. While
 // it is asked about an attention node, the patch may point that node's mask at a tensor of its own,
@@ -17,7 +18,9 @@
 // node is either patched or restored each time it is asked.
 #pragma once
 
+#include "attention_node.hpp"
 #include "ledger.hpp"
+#include "mask_tensor.hpp"
 #include "policy.hpp"
 #include "selections.hpp"
 
@@ -54,7 +57,6 @@ struct Plan {
 class GraphPatch {
   public:
     GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections);
-    ~GraphPatch();
     GraphPatch(const GraphPatch &) = delete;
     GraphPatch & operator=(const GraphPatch &) = delete;
 
@@ -74,9 +76,6 @@ class GraphPatch {
     int64_t n_boundaries() const { return n_boundaries_; }
 
   private:
-    struct Mask; // our tensor and its buffer, one a layer
-    struct Attention;
-
     bool ask(ggml_tensor * node);
     ggml_tensor * restored_mask(const ggml_tensor * node, ggml_tensor * current);
     void computed(ggml_tensor * node);
@@ -85,11 +84,12 @@ class GraphPatch {
     void read_residual(const ggml_tensor * node);
     void enter_layer(int32_t il, int64_t n_rows);
     void record_cells(const ggml_tensor * node, int32_t il);
-    void observe(const Attention & attention);
-    void select(const Attention & attention, const Row & row, const float * mask,
+    void observe(const AttentionNode & attention);
+    void select(const AttentionNode & attention, const Row & row, const float * mask,
                 const float * weights);
-    ggml_tensor * patched_mask(const Attention & attention);
-    bool hide_cells(const Attention & attention, int32_t ubatch_row, std::vector<uint8_t> & mask);
+    ggml_tensor * patched_mask(const AttentionNode & attention);
+    bool hide_cells(const AttentionNode & attention, int32_t ubatch_row,
+                    std::vector<uint8_t> & mask);
     const Row & batch_row(int32_t ubatch_row) const;
     const std::vector<uint8_t> & host_copy(const ggml_tensor * t);
 
@@ -114,7 +114,7 @@ class GraphPatch {
     std::vector<double> cosines_;
     int64_t n_boundaries_ = 0;
 
-    std::unordered_map<int32_t, std::unique_ptr<Mask>> masks_; // by layer
+    std::unordered_map<int32_t, MaskTensor> masks_; // by layer
     struct Swap {
         ggml_tensor * original;
         const ggml_tensor * ours;

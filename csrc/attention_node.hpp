@@ -1,0 +1,46 @@
+// An attention node of llama.cpp's graph, found and read through its sources.
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace cmg {
+
+// The tensor that owns the memory a view looks at.
+const ggml_tensor * root(const ggml_tensor * t);
+
+// The number behind `prefix` in the tensor's name, or -1 if the name does not start with it.
+int32_t layer_in_name(const ggml_tensor * t, const char * prefix);
+
+// Flash attention or not, the same picture. Names alone find nothing: on a GPU split the mask is a
+// copy, and which cache is read is known only from the memory behind K.
+struct AttentionNode {
+    int32_t il = -1;                     // layer; for the caller to count
+    int32_t cache_il = -1;               // layer whose KV cache it reads
+    int mask_src = -1;                   // node->src[mask_src] is the mask
+    ggml_tensor * mask = nullptr;        // [n_kv, n_rows] F16 or F32
+    const ggml_tensor * q = nullptr;     // [head_dim, n_rows, n_head] F32
+    const ggml_tensor * k = nullptr;     // [head_dim, n_kv, n_head_kv] of the cache's type
+    const ggml_tensor * sinks = nullptr; // [n_head] F32, or null
+    float scale = 1.0f;
+    float softcap = 0.0f;
+    float max_bias = 0.0f;
+
+    // The image encoder, MoE routers and cross attention read no KV cache: they are not found.
+    bool found() const { return cache_il >= 0; }
+};
+
+AttentionNode find_attention(const ggml_tensor * node);
+
+// Attention weights [rows.size(), n_kv] of the given rows, averaged over heads. q and K must have
+// been computed. mask: [rows.size(), n_kv] float32.
+std::vector<float> read_attention(const AttentionNode & node, const std::vector<int32_t> & rows,
+                                  const std::vector<float> & mask);
+
+// n values of any type ggml can dequantise, as float32.
+void to_float(ggml_type type, const uint8_t * from, float * to, int64_t n);
+
+} // namespace cmg

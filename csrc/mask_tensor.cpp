@@ -1,0 +1,51 @@
+#include "mask_tensor.hpp"
+
+#include "api.hpp"
+#include "attention_node.hpp"
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+
+namespace cmg {
+
+MaskTensor::~MaskTensor() {
+    release();
+}
+
+void MaskTensor::release() {
+    if (buffer_ != nullptr) {
+        api().ggml_backend_buffer_free(buffer_);
+        buffer_ = nullptr;
+    }
+}
+
+ggml_tensor * MaskTensor::assign(const ggml_tensor * original, const std::vector<uint8_t> & bytes) {
+    const auto type = api().ggml_backend_buffer_get_type(root(original)->buffer);
+    // A long prompt's mask is not kept for the two rows of a decode step.
+    const bool too_large = capacity_ > (1u << 20) && capacity_ > 4 * bytes.size();
+    if (buffer_ == nullptr || capacity_ < bytes.size() || too_large ||
+        api().ggml_backend_buffer_get_type(buffer_) != type) {
+        release();
+        capacity_ = bytes.size() + bytes.size() / 4;
+        buffer_ = api().ggml_backend_buft_alloc_buffer(type, capacity_);
+        if (buffer_ == nullptr) {
+            throw std::runtime_error("no memory for a mask of " + std::to_string(capacity_) +
+                                     " bytes");
+        }
+    }
+    tensor_ = *original;
+    tensor_.op = GGML_OP_NONE;
+    std::fill(std::begin(tensor_.src), std::end(tensor_.src), nullptr);
+    tensor_.view_src = nullptr;
+    tensor_.view_offs = 0;
+    tensor_.buffer = nullptr;
+    tensor_.data = nullptr;
+    tensor_.extra = nullptr;
+    api().ggml_backend_tensor_alloc(buffer_, &tensor_, api().ggml_backend_buffer_get_base(buffer_));
+    api().ggml_backend_tensor_set(&tensor_, bytes.data(), 0, bytes.size());
+    return &tensor_;
+}
+
+} // namespace cmg

@@ -1,0 +1,31 @@
+// A mask of our own that stands in for one of the graph's.
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace cmg {
+
+class MaskTensor {
+  public:
+    MaskTensor() = default;
+    ~MaskTensor();
+    MaskTensor(const MaskTensor &) = delete;
+    MaskTensor & operator=(const MaskTensor &) = delete;
+
+    // Becomes a leaf of the type and shape of `original`, in a buffer of the same type, holding
+    // `bytes`. The tensor's address stays the same; the buffer is reused while it fits.
+    ggml_tensor * assign(const ggml_tensor * original, const std::vector<uint8_t> & bytes);
+
+  private:
+    void release();
+
+    ggml_tensor tensor_{};
+    ggml_backend_buffer_t buffer_ = nullptr;
+    size_t capacity_ = 0;
+};
+
+} // namespace cmg
