@@ -17,8 +17,9 @@ from cmg_gguf.errors import BackendError, ModelError, PromptError, UnsupportedEr
 from cmg_gguf.generation import Answer, Limits, Piece, Reply, Seconds, generate
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.images import ImageSource, load_image
+from cmg_gguf.openai import create_chat_completion
 from cmg_gguf.prompts import ChatTemplate, render_messages
-from cmg_gguf.runtime.context import ContextOptions, LlamaContext
+from cmg_gguf.runtime.context import ContextOptions, LlamaContext, usable_threads
 from cmg_gguf.runtime.log import set_verbose
 from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
@@ -43,6 +44,7 @@ class GuidedVLM:
 
     model_path, mmproj_path: the two GGUF files. n_ctx: KV cells for both branches together: the
     prompt once, the part behind its first image twice, two for each token of the answer.
+    n_threads: 0 = all usable CPUs up to 4, else half of them (hyper-threads only get in the way).
     n_gpu_layers: layers on the accelerator, -1 = all (nothing changes without one). chat_template:
     None = the model's own, "vicuna" if it has none; or a name ("vicuna", "mistral", "chatml"), or a
     Jinja template. pairing: "pair" = both branches in one context, "contexts" = one each (twice the
@@ -77,7 +79,7 @@ class GuidedVLM:
         options = ContextOptions(
             n_ctx=n_ctx,
             n_ubatch=n_ubatch,
-            n_threads=n_threads,
+            n_threads=n_threads or usable_threads(),
             flash_attn=flash_attn,
             type_k=type_k,
             type_v=type_v,
@@ -214,11 +216,7 @@ class GuidedVLM:
             self.engine.check(tokenized, guidance)
             return Stream(self, tokenized, guidance, sampling, limits, progress)
 
-    def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
-        """See `cmg_gguf.openai.create_chat_completion`: OpenAI's shape, plus a `cmg` block."""
-        from cmg_gguf.openai import create_chat_completion
-
-        return create_chat_completion(self, messages, **settings)
+    create_chat_completion = create_chat_completion
 
     def _tokenize(
         self,

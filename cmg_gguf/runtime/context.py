@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class ContextOptions:
     """How a context is made. Names and meanings are llama.cpp's.
 
     n_ctx: KV cells; 0 = the model's training context. n_ubatch: rows of one decode, at most.
-    n_threads: 0 = llama.cpp's own choice. flash_attn: None = where the backend has it.
+    n_threads: 0 = llama.cpp's own default of 4. flash_attn: None = where the backend has it.
     type_k, type_v: cache types, one of f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0.
     """
 
@@ -197,6 +198,12 @@ class LlamaContext:
                 self.patch.end()
             except (RuntimeError, IndexError) as exc:
                 raise BackendError(f"the graph cannot be patched: {exc}") from exc
+
+
+def usable_threads() -> int:
+    """How many threads to compute with: all CPUs we may use up to 4, else half of them."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return usable if usable is not None and usable <= 4 else (usable or 2) // 2
 
 
 class _Batch:
