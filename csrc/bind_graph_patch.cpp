@@ -97,6 +97,7 @@ void bind_graph_patch(py::module_ & m) {
                                [](const GraphPatch & patch) { return to_array(patch.cosines()); })
         .def("begin", &begin, py::arg("plan"))
         .def("end", &GraphPatch::end)
+        .def("abandon", &GraphPatch::abandon)
         .def("cells",
              [](GraphPatch & patch, int32_t seq, int32_t il) {
                  return to_array(patch.ledger().cells(

@@ -48,13 +48,28 @@ void GraphPatch::begin(Plan plan) {
 }
 
 void GraphPatch::end() {
+    const auto planned = static_cast<int64_t>(plan_.rows.size());
+    const int64_t seen = ubatch_begin_ + ubatch_rows_;
+    const std::exception_ptr error = parked_;
+    abandon();
+    if (error != nullptr) {
+        std::rethrow_exception(error);
+    }
+    if (seen != planned) {
+        throw std::runtime_error("the graph wrote " + std::to_string(seen) +
+                                 " rows into its KV cache where " + std::to_string(planned) +
+                                 " were planned; this architecture is not understood");
+    }
+}
+
+void GraphPatch::abandon() {
     active_ = false;
+    parked_ = nullptr;
     plan_ = Plan{};
     copies_.clear();
     asked_.clear();
-    if (parked_ != nullptr) {
-        std::rethrow_exception(std::exchange(parked_, nullptr));
-    }
+    observed_.clear();
+    masked_.clear();
 }
 
 bool GraphPatch::callback(ggml_tensor * node, bool ask, void * self) {

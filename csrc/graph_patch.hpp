@@ -64,9 +64,12 @@ class GraphPatch {
     static bool callback(ggml_tensor * node, bool ask, void * self);
 
     void begin(Plan plan);
-    // Drops the plan. Rethrows what went wrong inside the callback: nothing may be thrown through
-    // ggml, so errors are parked, the rest of that decode runs unpatched and its result is void.
+    // Drops the plan after a decode that succeeded. Rethrows what went wrong inside the callback:
+    // nothing may be thrown through ggml, so errors are parked, the rest of that decode runs
+    // unpatched and its result is void. Throws if the graph had other rows than the plan.
     void end();
+    // Drops the plan after a decode that failed.
+    void abandon();
 
     Ledger & ledger() { return ledger_; }
     Selections & selections() { return *selections_; }

@@ -137,7 +137,7 @@ class LlamaContext:
         self._batch.fill(tokens, positions, seqs, outputs)
         with self._patched(plan):
             code = llama_cpp.llama_decode(self.handle, self._batch.struct)
-        _check(code, f"{len(tokens)} rows", self.n_ctx)
+            _check(code, f"{len(tokens)} rows", self.n_ctx)
 
     def decode_image(
         self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
@@ -164,7 +164,7 @@ class LlamaContext:
                 mtmd_cpp.mtmd_helper_post_decode_callback(),
                 ctypes.c_void_p(0),
             )
-        _check(code, f"an image of {image.n_tokens} tokens", self.n_ctx)
+            _check(code, f"an image of {image.n_tokens} tokens", self.n_ctx)
 
     def logits_address(self, row: int) -> int:
         """See `protocol.Context.logits_address`."""
@@ -193,11 +193,13 @@ class LlamaContext:
         self.patch.begin(plan)
         try:
             yield
-        finally:
-            try:
-                self.patch.end()
-            except (RuntimeError, IndexError) as exc:
-                raise BackendError(f"the graph cannot be patched: {exc}") from exc
+        except BaseException:
+            self.patch.abandon()
+            raise
+        try:
+            self.patch.end()
+        except (RuntimeError, IndexError) as exc:
+            raise BackendError(f"the graph cannot be patched: {exc}") from exc
 
 
 def usable_threads() -> int:

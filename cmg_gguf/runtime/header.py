@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
-import llama_cpp._ctypes_extensions
-import llama_cpp._ggml
+import llama_cpp.llama_cpp
 
 from cmg_gguf.errors import ModelError
 from cmg_gguf.runtime.log import captured_errors
@@ -17,17 +17,22 @@ class _InitParams(ctypes.Structure):
 
 
 def _gguf() -> ctypes.CDLL:
-    lib = llama_cpp._ctypes_extensions.load_shared_library(
-        "ggml-base", llama_cpp._ggml.libggml_base_path
-    )
-    lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _InitParams]
-    lib.gguf_init_from_file.restype = ctypes.c_void_p
-    lib.gguf_free.argtypes = [ctypes.c_void_p]
-    lib.gguf_find_key.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    lib.gguf_find_key.restype = ctypes.c_int64
-    lib.gguf_get_val_str.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    lib.gguf_get_val_str.restype = ctypes.c_char_p
-    return lib  # type: ignore[no-any-return]
+    # libllama's own ggml: llama_cpp can have a second one loaded, with a log of its own.
+    lib: ctypes.CDLL = llama_cpp.llama_cpp._lib
+    signatures: dict[str, tuple[list[Any], Any]] = {
+        "gguf_init_from_file": ([ctypes.c_char_p, _InitParams], ctypes.c_void_p),
+        "gguf_free": ([ctypes.c_void_p], None),
+        "gguf_find_key": ([ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int64),
+        "gguf_get_val_str": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_char_p),
+        "gguf_get_n_tensors": ([ctypes.c_void_p], ctypes.c_int64),
+        "gguf_get_data_offset": ([ctypes.c_void_p], ctypes.c_size_t),
+        "gguf_get_tensor_offset": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_size_t),
+        "gguf_get_tensor_size": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_size_t),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, result
+    return lib
 
 
 def read_architecture(path: Path, what: str) -> str:
@@ -36,10 +41,10 @@ def read_architecture(path: Path, what: str) -> str:
     what: "model" or "mmproj", for the message. Raises ModelError for a missing, empty, truncated
     or non-GGUF file.
     """
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise ModelError(f"{what} file {path} {problem}; give the path of a .gguf file")
     try:
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise ModelError(f"{what} file {path} {problem}; give the path of a .gguf file")
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as exc:
@@ -56,10 +61,25 @@ def read_architecture(path: Path, what: str) -> str:
             f"{what} file {path} is damaged or truncated ({_last(errors)}); download it again"
         )
     try:
+        _check_size(lib, gguf, path, what)
         key = lib.gguf_find_key(gguf, b"general.architecture")
         return "" if key < 0 else lib.gguf_get_val_str(gguf, key).decode("utf-8", "replace")
     finally:
         lib.gguf_free(gguf)
+
+
+def _check_size(lib: ctypes.CDLL, gguf: int, path: Path, what: str) -> None:
+    """llama.cpp checks this for models alone: a cut mmproj would be loaded with noise for weights."""
+    ends = [
+        lib.gguf_get_tensor_offset(gguf, i) + lib.gguf_get_tensor_size(gguf, i)
+        for i in range(lib.gguf_get_n_tensors(gguf))
+    ]
+    needed = lib.gguf_get_data_offset(gguf) + max(ends, default=0)
+    if (size := path.stat().st_size) < needed:
+        raise ModelError(
+            f"{what} file {path} is truncated: it has {size} bytes and its tensors end at "
+            f"{needed}; download it again"
+        )
 
 
 def _last(errors: list[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import llama_cpp
 from llama_cpp import _logger, mtmd_cpp
 
-_ERROR = 3
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR; the table in llama_cpp._logger is of an older ggml
 
 
 def set_verbose(verbose: bool) -> None:
@@ -22,12 +23,13 @@ def set_verbose(verbose: bool) -> None:
 def captured_errors() -> Iterator[list[str]]:
     """Collects what llama.cpp logs as errors inside the block, instead of printing it."""
     errors: list[str] = []
+    verbose = _logger.logger.level <= logging.DEBUG
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def collect(level: int, text: bytes, _: object) -> None:
         if level == _ERROR:
-            errors.append(text.decode("utf-8", "replace").strip())
-        else:
+            errors.append(" ".join(text.decode("utf-8", "replace").split()))
+        elif verbose:
             _logger.llama_log_callback(level, text, None)
 
     llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
