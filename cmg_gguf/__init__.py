@@ -7,32 +7,39 @@ reply = vlm.generate("Is there a fork?", ["kitchen.jpg"], guidance=Guidance(alph
 print(reply.text, reply.n_changed)
 """
 
-from cmg_gguf.errors import (
-    BackendError,
-    CMGError,
-    ContextLengthError,
-    GuidanceError,
-    ImageError,
-    ModelError,
-    ProjectorError,
-    PromptError,
-    SamplingError,
-    UnsupportedError,
-)
-from cmg_gguf.generation import Piece, Reply, Seconds, Token
-from cmg_gguf.guidance import (
-    AttentionMass,
-    CumulativeMass,
-    Guidance,
-    LayerRange,
-    LayerSet,
-    LowestCosine,
-    MeanStd,
-    TopRatio,
-)
-from cmg_gguf.handler import CMGChatHandler
-from cmg_gguf.sampling import Sampling
-from cmg_gguf.vlm import GuidedVLM, Stream
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmg_gguf.errors import (
+        BackendError,
+        CMGError,
+        ContextLengthError,
+        GuidanceError,
+        ImageError,
+        ModelError,
+        ProjectorError,
+        PromptError,
+        SamplingError,
+        UnsupportedError,
+    )
+    from cmg_gguf.generation import Piece, Reply, Seconds, Token
+    from cmg_gguf.guidance import (
+        AttentionMass,
+        CumulativeMass,
+        Guidance,
+        LayerRange,
+        LayerSet,
+        LowestCosine,
+        MeanStd,
+        TopRatio,
+    )
+    from cmg_gguf.handler import CMGChatHandler
+    from cmg_gguf.sampling import Sampling
+    from cmg_gguf.stream import Stream
+    from cmg_gguf.vlm import GuidedVLM
 
 __version__ = "0.1.0"
 
@@ -65,3 +72,20 @@ __all__ = [
     "UnsupportedError",
     "__version__",
 ]
+
+# What is imported on first use, llama.cpp with it: `cmg-gguf --help` needs none. Light ones first.
+_MODULES = ("errors", "guidance", "sampling", "generation", "stream", "vlm", "handler")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in _MODULES:
+            found = getattr(importlib.import_module(f"cmg_gguf.{module}"), name, None)
+            if found is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -155,13 +155,21 @@ class PairedEngine:
 
     @property
     def original_logits(self) -> FloatArray:
-        """l_o: (n_vocab,) float32, a view that the next step overwrites."""
-        return _view(self._addresses[0], self.original.context.n_vocab)
+        """l_o: (n_vocab,) float32, a view that is valid until the next step or `reset`.
+
+        Raises BackendError before `prefill`.
+        """
+        return self._row(0)
 
     @property
     def degraded_logits(self) -> FloatArray | None:
-        """l_d: (n_vocab,) float32, a view that the next step overwrites; None without guidance."""
-        return _view(self._addresses[1], len(self._prompt_logits)) if self._guided else None
+        """l_d: (n_vocab,) float32, a view like `original_logits`; None without guidance."""
+        return self._row(1) if self._guided else None
+
+    def _row(self, branch: int) -> FloatArray:
+        if self._addresses[branch] == 0:
+            raise BackendError("there are no logits yet: call prefill first")
+        return _view(self._addresses[branch], len(self._prompt_logits))
 
     @property
     def attended(self) -> tuple[IntArray, ...]:
@@ -197,8 +205,8 @@ class PairedEngine:
             degraded = self.degraded.context.logits_address(self._last_in_batch)
             self._addresses = (self._addresses[0], degraded)
             if guidance.refresh == "step":
-                self._selections.resize(1)
-            self._step_plans = self._new_step_plans(rows.policy, guidance)
+                self._selections.keep_last()
+            self._step_plans = self._new_step_plans(rows, guidance)
         self.n_past = rows.n_pos
         self.n_cells = self.cells_needed(prompt, guidance)
 
@@ -260,20 +268,21 @@ class PairedEngine:
         return rows.observe_layers
 
     def _new_step_plans(
-        self, policy: _core.TokenPolicy, guidance: Guidance
+        self, rows: PromptRows, guidance: Guidance
     ) -> tuple[_core.Plan, _core.Plan]:
         """Plans of the two branches' rows; the first holds both rows where they are a pair."""
         observe = 0 if guidance.refresh == "step" else NONE
         watch = (self.original.seq, NONE, observe, NONE)
         hide = (self.degraded.seq, NONE, NONE, 0)
 
-        def plan(*rows: tuple[int, int, int, int]) -> _core.Plan:
+        def plan(*table: tuple[int, int, int, int]) -> _core.Plan:
             return _core.Plan(
-                np.array(rows, np.int32),
+                np.array(table, np.int32),
                 n_layer=self.original.context.n_layer,
                 observe_layers=list(self.layers),
                 mask_layers=list(self.layers),
-                policy=policy,
+                policy=rows.policy,
+                n_image_tokens=rows.n_image_tokens,
             )
 
         self._pair_arrays = _PairArrays(self.original.seq, self.degraded.seq)

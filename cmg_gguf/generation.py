@@ -109,12 +109,19 @@ class Limits:
     max_tokens: at most this many; None = until the context is full. stop: strings that end the
     answer. top_logprobs: None = no log-probabilities, else how many alternatives per token.
     processors: change the logits that are drawn from, before everything else in the chain.
+
+    Raises SamplingError for a stop string or a number of alternatives that cannot be.
     """
 
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
     processors: Sequence[LogitsProcessor] = ()
+
+    def __post_init__(self) -> None:
+        StopStrings(self.stop)
+        if self.top_logprobs is not None and self.top_logprobs < 0:
+            raise SamplingError(f"top_logprobs={self.top_logprobs} is out of range: 0 and up")
 
 
 @dataclass
@@ -157,7 +164,7 @@ def generate(
     stopped = False
     while limits.max_tokens is None or len(ids) < limits.max_tokens:
         check()
-        token = _draw(engine, drawer, vocabulary, guidance, limits, ids)
+        token = _draw(engine, drawer, vocabulary, guidance, limits, ids, check)
         if vocabulary.is_end(token.id):
             answer.finish_reason = "stop"
             break
@@ -192,11 +199,13 @@ def _draw(
     guidance: Guidance,
     limits: Limits,
     ids: list[int],
+    check: Callable[[], None],
 ) -> Token:
     original, degraded = engine.logits_addresses
     drawn_from = original
     if limits.processors:
         processed = _processed(engine.original_logits, ids, limits.processors)
+        check()  # a processor is the caller's code and can have used or closed the engine
         drawn_from = processed.ctypes.data
     token, plain = drawer.sample(drawn_from, original, degraded)
     text = vocabulary.token_bytes(token).decode("utf-8", "replace")

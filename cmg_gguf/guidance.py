@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -27,7 +28,7 @@ MAX_ALPHA = 100.0
 
 
 def _check_range(name: str, value: float, low: float, high: float, meaning: str) -> None:
-    if not (isinstance(value, (int, float)) and low <= value <= high):
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
         raise GuidanceError(f"{name}={value!r} is out of range: {meaning} from {low:g} to {high:g}")
 
 
@@ -77,11 +78,10 @@ class LayerSet:
     layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        layers = tuple(sorted(set(self.layers)))
-        for il in layers:
-            if not isinstance(il, (int, np.integer)) or il < 0:
+        for il in self.layers:
+            if not isinstance(il, Integral) or isinstance(il, bool) or il < 0:
                 raise GuidanceError(f"layer {il!r} is out of range: layers are counted from 0")
-        object.__setattr__(self, "layers", tuple(int(il) for il in layers))
+        object.__setattr__(self, "layers", tuple(sorted({int(il) for il in self.layers})))
 
 
 @dataclass(frozen=True)
@@ -219,12 +219,14 @@ def static_layers(policy: LayerSet | LayerRange, n_layer: int) -> tuple[int, ...
 
 
 def layers_by_mass(share: float, image_attention: npt.NDArray[np.float64]) -> tuple[int, ...]:
-    """Layers of AttentionMass(share), ascending.
+    """Layers of AttentionMass(share), ascending; none if no layer attends to the image.
 
     image_attention: (n_layer,) float64 >= 0, each layer's attention on all image tokens.
     """
     order = np.argsort(-image_attention, kind="stable")
     held = np.cumsum(image_attention[order])
+    if held[-1] <= 0:
+        return ()
     wanted = share * held[-1] * (1 - 1e-12)
     count = int(np.searchsorted(held, wanted)) + 1
     return tuple(sorted(int(il) for il in order[:count]))

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +21,12 @@ from cmg_gguf.sampling import LogitsProcessor, Sampling, grammar_for
 
 if TYPE_CHECKING:
     from cmg_gguf.runtime.model import Model
-    from cmg_gguf.vlm import GuidedVLM, Progress, Stream
+    from cmg_gguf.stream import Progress, Stream
+    from cmg_gguf.vlm import GuidedVLM
 
 MAX_TOP_LOGPROBS = 100
+MIN_LOGPROB = -9999.0
+"""Stands for -inf, which JSON has not: what a grammar or bias forced past the plausibility cut."""
 
 
 def create_chat_completion(
@@ -142,7 +146,7 @@ def _completion(reply: Reply, model: Model, head: dict[str, Any]) -> dict[str, A
                 "finish_reason": reply.finish_reason,
             }
         ],
-        "usage": _usage(reply),
+        "usage": usage(reply),
         "cmg": cmg_block(reply, model),
     }
 
@@ -157,14 +161,15 @@ def _chunks(answer: Stream, model: Model, head: dict[str, Any]) -> Iterator[dict
         }
         return {**head, "object": "chat.completion.chunk", "choices": [choice], **more}
 
-    yield chunk({"role": "assistant"})
-    for piece in answer:
-        yield chunk({"content": piece.text}, logprobs=_logprobs(piece.tokens, model))
+    with contextlib.closing(answer):
+        yield chunk({"role": "assistant"})
+        for piece in answer:
+            yield chunk({"content": piece.text}, logprobs=_logprobs(piece.tokens, model))
     reply = answer.reply
-    yield chunk({}, reply.finish_reason, usage=_usage(reply), cmg=cmg_block(reply, model))
+    yield chunk({}, reply.finish_reason, usage=usage(reply), cmg=cmg_block(reply, model))
 
 
-def _usage(reply: Reply) -> dict[str, int]:
+def usage(reply: Reply) -> dict[str, int]:
     n = len(reply.tokens)
     return {
         "prompt_tokens": reply.n_prompt_tokens,
@@ -177,12 +182,17 @@ def _logprobs(tokens: Sequence[Token], model: Model) -> dict[str, Any] | None:
     if not tokens or tokens[0].logprob is None:
         return None
 
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
         data = model.token_bytes(token)
-        return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": logprob}
+        return {
+            "token": data.decode("utf-8", "replace"),
+            "bytes": list(data),
+            "logprob": max(logprob, MIN_LOGPROB),
+        }
 
     content = [
-        {**entry(t.id, t.logprob), "top_logprobs": [entry(*best) for best in t.top]} for t in tokens
+        {**entry(t.id, t.logprob or 0.0), "top_logprobs": [entry(*best) for best in t.top]}
+        for t in tokens
     ]
     return {"content": content, "refusal": None}
 
@@ -213,7 +223,7 @@ def _top_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int | None
 def _bias(logit_bias: Mapping[Any, float] | None) -> dict[int, float]:
     try:
         return {int(token): float(value) for token, value in (logit_bias or {}).items()}
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, OverflowError) as exc:
         raise SamplingError(f"logit_bias maps token numbers to numbers: {exc}") from exc
 
 

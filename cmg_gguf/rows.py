@@ -67,6 +67,7 @@ class PromptRows:
         self.n = prompt.n_tokens
         self.n_pos = sum(s.n_pos for s in prompt.segments)
         self.is_image = prompt.is_image
+        self.n_image_tokens = prompt.n_image_tokens
         self.image_token = _numbered(self.is_image)
         self.masked = (
             masked_rows(self.is_image, guidance.scope) if guided else np.zeros(self.n, bool)
@@ -122,6 +123,7 @@ class PromptRows:
                 observe_layers=list(self.observe_layers),
                 mask_layers=[],
                 policy=self.policy,
+                n_image_tokens=self.n_image_tokens,
                 keep_influence=is_last and isinstance(self._layer_policy, AttentionMass),
                 read_residual=is_last and isinstance(self._layer_policy, LowestCosine),
             )
@@ -138,6 +140,7 @@ class PromptRows:
             observe_layers=[],
             mask_layers=list(layers),
             policy=self.policy,
+            n_image_tokens=self.n_image_tokens,
         )
 
     def _table(

@@ -10,20 +10,30 @@ The order of the chain, as built by `cmg_gguf.runtime.sampler`:
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from llama_cpp import llama_grammar
 
-from cmg_gguf.errors import SamplingError
+from cmg_gguf.errors import SamplingError, shown
 from cmg_gguf.runtime.protocol import FloatArray, IntArray
 
 LogitsProcessor = Callable[[IntArray, FloatArray], FloatArray]
 """(tokens so far (n,) int32, logits (n_vocab,) float32) -> logits (n_vocab,) float32."""
 
 MAX_SEED = 2**32 - 2
+
+MAX_BIAS = 1e9
+MAX_GRAMMAR = 250_000
+"""Characters of a grammar. llama.cpp's parser recurses; far above this it overflows the stack."""
+MAX_NESTING = 1000
+"""Parentheses of a grammar that may be open at once; for the same reason."""
 
 _RANGES = {
     "temperature": (0.0, 100.0),
@@ -74,10 +84,28 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise SamplingError(f"{name}={value!r} is out of range: {low:g} to {high:g}")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            raise SamplingError(f"seed={self.seed} is out of range: 0 to {MAX_SEED}, or None")
+            whole = isinstance(high, int)
+            if not _is_number(value, whole=whole) or not low <= value <= high:
+                numbers = "whole numbers from " if whole else ""
+                raise SamplingError(
+                    f"{name}={value!r} is out of range: {numbers}{low:.10g} to {high:.10g}"
+                )
+            object.__setattr__(self, name, int(value) if whole else float(value))
+        if self.seed is not None:
+            if not _is_number(self.seed, whole=True) or not 0 <= self.seed <= MAX_SEED:
+                raise SamplingError(
+                    f"seed={self.seed!r} is out of range: whole numbers from 0 to {MAX_SEED}, or "
+                    "None"
+                )
+            object.__setattr__(self, "seed", int(self.seed))
+        for token, bias in self.logit_bias.items():
+            if not (abs(bias) <= MAX_BIAS or bias == -math.inf):
+                raise SamplingError(
+                    f"logit_bias of token {token} is {bias!r}: it must be a number of at most "
+                    f"{MAX_BIAS:g} either way, or -inf to forbid the token"
+                )
+        if self.grammar is not None:
+            _check_grammar(self.grammar)
 
 
 def grammar_for(response_format: Mapping[str, Any] | None) -> str | None:
@@ -105,3 +133,24 @@ def grammar_for(response_format: Mapping[str, Any] | None) -> str | None:
         return str(llama_grammar.json_schema_to_gbnf(json.dumps(schema)))
     except Exception as exc:
         raise SamplingError(f"the JSON schema cannot be turned into a grammar: {exc!r}") from exc
+
+
+def _is_number(value: object, *, whole: bool) -> bool:
+    return isinstance(value, Integral if whole else Real)
+
+
+_LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
+
+
+def _check_grammar(grammar: object) -> None:
+    if not isinstance(grammar, str) or "\0" in grammar:
+        raise SamplingError(f"the grammar is {shown(grammar)}: give GBNF text without NUL")
+    if len(grammar) > MAX_GRAMMAR:
+        raise SamplingError(
+            f"the grammar has {len(grammar)} characters and the limit is {MAX_GRAMMAR}; simplify it"
+        )
+    steps = (1 if c == "(" else -1 for c in _LITERALS.sub("", grammar) if c in "()")
+    if (deepest := max(itertools.accumulate(steps), default=0)) > MAX_NESTING:
+        raise SamplingError(
+            f"the grammar nests {deepest} parentheses and the limit is {MAX_NESTING}; simplify it"
+        )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,8 @@ import llama_cpp
 
 from cmg_gguf import _core
 from cmg_gguf.engine import Branch, PairedEngine
-from cmg_gguf.errors import BackendError, ModelError, PromptError, UnsupportedError
-from cmg_gguf.generation import Answer, Limits, Piece, Reply, Seconds, generate
+from cmg_gguf.errors import ModelError, PromptError, UnsupportedError
+from cmg_gguf.generation import Limits, Reply
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.images import ImageSource, load_image
 from cmg_gguf.openai import create_chat_completion
@@ -24,13 +23,10 @@ from cmg_gguf.runtime.log import set_verbose
 from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
 from cmg_gguf.runtime.protocol import Prompt
-from cmg_gguf.runtime.sampler import Sampler
-from cmg_gguf.sampling import MAX_SEED, Sampling
+from cmg_gguf.sampling import Sampling
+from cmg_gguf.stream import Progress, Stream
 
 Pairing = Literal["auto", "pair", "contexts"]
-Phase = Literal["load", "encode", "prefill"]
-Progress = Callable[[Phase, int, int], None]
-"""progress(phase, done, total): "load" in percent, "encode" in image tokens, "prefill" in rows."""
 
 DEFAULT_TEMPLATE = "vicuna"
 RAW_MARKER = "<__media__>"
@@ -109,12 +105,21 @@ class GuidedVLM:
         """Guided decoding with the model that a `llama_cpp.Llama` has loaded.
 
         The weights are shared; the KV cache is not, for the patch must be in a context from the
-        start. n_ctx, threads, cache types and flash attention are taken over from `llama`.
+        start. Its settings are those of `llama`'s. Raises UnsupportedError where `llama` has a LoRA
+        adapter: that belongs to its own context.
         """
+        if getattr(llama, "_lora_adapter", None) is not None:
+            raise UnsupportedError(
+                "this Llama has a LoRA adapter, which guidance would not see; merge it into the "
+                "model (llama-export-lora)"
+            )
         model = Model(llama.model, path=Path(llama.model_path), owner=llama)
         vlm = cls.__new__(cls)
         options = ContextOptions.from_params(llama.context_params)
         vlm._assemble(model, mmproj_path, options, chat_template, pairing, use_gpu)
+        # What is made from the weights must be freed before them.
+        close = weakref.WeakMethod(vlm.close)
+        llama._stack.callback(lambda: (closing := close()) is not None and closing())
         return vlm
 
     def _assemble(
@@ -240,107 +245,6 @@ class GuidedVLM:
     def _check_open(self) -> None:
         if self._request < 0:
             raise ModelError("this GuidedVLM is closed; make a new one")
-
-
-class Stream(Iterator[Piece]):
-    """The pieces of an answer as they are generated; `reply` has the whole when they are done.
-
-    close() ends it early and frees its KV cells; so does dropping it, or a new request.
-    """
-
-    def __init__(
-        self,
-        vlm: GuidedVLM,
-        prompt: Prompt,
-        guidance: Guidance,
-        sampling: Sampling,
-        limits: Limits,
-        progress: Progress | None,
-    ) -> None:
-        self._vlm = vlm
-        self._prompt = prompt
-        self._guidance = guidance
-        self._limits = limits
-        self._progress = progress or (lambda phase, done, total: None)
-        self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
-        self._sampler = Sampler(
-            vlm.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
-        )
-        self._answer = Answer()
-        self._reply: Reply | None = None
-        self._pieces = self._run()
-
-    def __next__(self) -> Piece:
-        with self._vlm._lock:
-            return next(self._pieces)
-
-    def close(self) -> None:
-        """Ends the answer here. Does nothing if it has ended."""
-        self._pieces.close()
-
-    @property
-    def text(self) -> str:
-        """What has been said so far."""
-        return self._answer.text
-
-    @property
-    def reply(self) -> Reply:
-        """The finished answer. Raises BackendError while it is not finished."""
-        if self._reply is None:
-            raise BackendError("the answer is not finished; iterate to its end first")
-        return self._reply
-
-    def _run(self) -> Generator[Piece, None, None]:
-        vlm, engine = self._vlm, self._vlm.engine
-        vlm._check_open()
-        vlm._request += 1
-        mine = vlm._request
-
-        def check() -> None:
-            vlm._check_open()
-            if vlm._request != mine:
-                raise BackendError("this answer was ended by a newer request to the same GuidedVLM")
-
-        try:
-            started = time.perf_counter()
-            prompt = vlm.projector.encode(
-                self._prompt, lambda done, total: self._progress("encode", done, total)
-            )
-            encoded = time.perf_counter()
-            engine.prefill(
-                prompt,
-                self._guidance,
-                lambda done, total: self._progress("prefill", done, total),
-            )
-            prefilled = time.perf_counter()
-            layers = engine.layers
-            yield from generate(
-                engine,
-                self._sampler,
-                vlm.model,
-                self._guidance,
-                self._limits,
-                self._answer,
-                check,
-            )
-            seconds = Seconds(encoded - started, prefilled - encoded, self._answer.seconds)
-            self._reply = self._finished(prompt, layers, seconds)
-        finally:
-            if vlm._request == mine:
-                engine.reset()
-
-    def _finished(self, prompt: Prompt, layers: tuple[int, ...], seconds: Seconds) -> Reply:
-        return Reply(
-            text=self._answer.text,
-            tokens=tuple(self._answer.tokens),
-            finish_reason=self._answer.finish_reason,
-            n_prompt_tokens=prompt.n_tokens,
-            n_image_tokens=prompt.n_image_tokens,
-            guidance=self._guidance,
-            layers=layers,
-            seed=self._seed,
-            seconds=seconds,
-        )
 
 
 def _template(model: Model, chosen: str | None) -> ChatTemplate:

@@ -22,17 +22,41 @@ void check(bool ok, const std::string & what) {
 void check_tensor_layout(const Api & api) {
     check(api.ggml_tensor_overhead() == sizeof(ggml_tensor) + ggml_object_size,
           "sizeof(ggml_tensor)");
-    ggml_init_params params = {4 * api.ggml_tensor_overhead(), nullptr, true};
-    ggml_context * ctx = api.ggml_init(params);
+    ggml_context * ctx = api.ggml_init({8 * api.ggml_tensor_overhead(), nullptr, true});
     check(ctx != nullptr, "ggml_init");
-    const ggml_tensor * t = api.ggml_new_tensor_4d(ctx, GGML_TYPE_F16, 3, 5, 7, 11);
-    api.ggml_set_name(const_cast<ggml_tensor *>(t), "abi");
-    const bool same = t->type == GGML_TYPE_F16 && t->ne[0] == 3 && t->ne[3] == 11 &&
-                      t->nb[1] == 6 && t->nb[2] == 30 && t->op == GGML_OP_NONE &&
-                      t->src[0] == nullptr && t->view_src == nullptr && t->data == nullptr &&
-                      std::strcmp(t->name, "abi") == 0;
+    ggml_tensor * mask = api.ggml_new_tensor_4d(ctx, GGML_TYPE_F16, 3, 5, 1, 1);
+    ggml_tensor * q = api.ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 8, 5, 2, 1);
+    ggml_tensor * k = api.ggml_new_tensor_4d(ctx, GGML_TYPE_F16, 8, 3, 2, 1);
+    ggml_tensor * node = api.ggml_flash_attn_ext(ctx, q, k, k, mask, 0.25f, 2.0f, 30.0f);
+    api.ggml_set_name(mask, "abi");
+    float params[3];
+    std::memcpy(params, node->op_params, sizeof(params));
+    const bool leaf = mask->type == GGML_TYPE_F16 && mask->ne[0] == 3 && mask->ne[1] == 5 &&
+                      mask->nb[1] == 6 && mask->nb[2] == 30 && mask->op == GGML_OP_NONE &&
+                      mask->src[0] == nullptr && mask->view_src == nullptr &&
+                      mask->data == nullptr && std::strcmp(mask->name, "abi") == 0;
+    const bool attention = node->op == GGML_OP_FLASH_ATTN_EXT && node->src[0] == q &&
+                           node->src[1] == k && node->src[3] == mask && params[0] == 0.25f &&
+                           params[1] == 2.0f && params[2] == 30.0f;
     api.ggml_free(ctx);
-    check(same, "fields of ggml_tensor");
+    check(leaf && attention, "fields of ggml_tensor");
+}
+
+// A sampler of ours must be called as these headers say, on tokens laid out as they say.
+void check_sampler_layout(const Api & api) {
+    static llama_sampler_i interface{};
+    interface.name = [](const llama_sampler *) { return "abi"; };
+    interface.apply = [](llama_sampler *, llama_token_data_array * cur) {
+        const bool same = cur->size == 2 && cur->data[1].id == 7 && cur->data[1].logit == 0.5f;
+        cur->selected = same ? 1 : 0;
+    };
+    llama_token_data tokens[] = {{3, 1.0f, 0.0f}, {7, 0.5f, 0.0f}};
+    llama_token_data_array all = {tokens, 2, -1, false};
+    llama_sampler * sampler = api.llama_sampler_init(&interface, nullptr);
+    const bool named = std::strcmp(api.llama_sampler_name(sampler), "abi") == 0;
+    api.llama_sampler_apply(sampler, &all);
+    api.llama_sampler_free(sampler);
+    check(named && all.selected == 1, "llama_sampler");
 }
 
 void check_op_names(const Api & api) {
@@ -79,6 +103,7 @@ void bind_api(const std::map<std::string, std::uintptr_t> & addresses) {
     }
     check_tensor_layout(next);
     check_op_names(next);
+    check_sampler_layout(next);
     bound = next;
 }
 

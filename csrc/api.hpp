@@ -26,18 +26,20 @@ namespace cmg {
     X(ggml_backend_tensor_alloc)      \
     X(ggml_backend_tensor_get)        \
     X(ggml_backend_tensor_set)        \
+    X(ggml_flash_attn_ext)            \
     X(ggml_fp16_to_fp32_row)          \
     X(ggml_free)                      \
     X(ggml_get_type_traits)           \
+    X(ggml_get_unary_op)              \
     X(ggml_init)                      \
     X(ggml_nbytes)                    \
     X(ggml_new_tensor_4d)             \
     X(ggml_op_name)                   \
-    X(ggml_row_size)                  \
     X(ggml_set_name)                  \
     X(ggml_tensor_overhead)           \
     X(llama_sampler_accept)           \
     X(llama_sampler_apply)            \
+    X(llama_sampler_free)             \
     X(llama_sampler_init)             \
     X(llama_sampler_name)
 

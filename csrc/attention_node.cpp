@@ -40,6 +40,9 @@ AttentionNode from_flash(const ggml_tensor * node) {
     a.mask_src = 3;
     a.q = node->src[0];
     a.k = node->src[1];
+    if (a.k->op == GGML_OP_CPY) {
+        a.k = a.k->src[0]; // an F32 cache is cast, and the cast is not computed when we are asked
+    }
     a.sinks = node->src[4];
     a.scale = op_param(node, 0);
     a.max_bias = op_param(node, 1);
@@ -56,7 +59,8 @@ AttentionNode from_soft_max(const ggml_tensor * node) {
     for (; kq != nullptr && kq->op != GGML_OP_MUL_MAT; kq = kq->src[0]) {
         if (kq->op == GGML_OP_SCALE && op_param(kq, 1) == 0.0f) {
             (capped ? inner : outer) *= op_param(kq, 0);
-        } else if (kq->op == GGML_OP_UNARY && !capped) {
+        } else if (kq->op == GGML_OP_UNARY && !capped &&
+                   api().ggml_get_unary_op(kq) == GGML_UNARY_OP_TANH) {
             capped = true;
         } else {
             return {};
@@ -102,10 +106,12 @@ const ggml_tensor * root(const ggml_tensor * t) {
 }
 
 int32_t layer_in_name(const ggml_tensor * t, const char * prefix) {
+    // A copy for another backend is named "CUDA0#<name>#0".
+    const char * copied = std::strchr(t->name, '#');
+    const char * name = copied != nullptr ? copied + 1 : t->name;
     const size_t n = std::strlen(prefix);
-    const bool matches =
-        std::strncmp(t->name, prefix, n) == 0 && t->name[n] >= '0' && t->name[n] <= '9';
-    return matches ? std::atoi(t->name + n) : -1;
+    const bool matches = std::strncmp(name, prefix, n) == 0 && name[n] >= '0' && name[n] <= '9';
+    return matches ? std::atoi(name + n) : -1;
 }
 
 void to_float(ggml_type type, const uint8_t * from, float * to, int64_t n) {
@@ -132,7 +138,7 @@ AttentionNode find_attention(const ggml_tensor * node) {
 }
 
 std::vector<float> read_attention(const AttentionNode & node, const std::vector<int32_t> & rows,
-                                  const std::vector<float> & mask) {
+                                  const std::vector<float> & mask, int32_t n_threads) {
     AttentionShape shape;
     shape.head_dim = node.q->ne[0];
     shape.n_head = node.q->ne[2];
@@ -150,18 +156,12 @@ std::vector<float> read_attention(const AttentionNode & node, const std::vector<
         std::memcpy(in.sinks.data(), HostView(node.sinks).at(0), in.sinks.size() * sizeof(float));
     }
     const HostView k(node.k);
-    const ggml_type type = node.k->type;
-    const bool packed = node.k->nb[2] == api().ggml_row_size(type, shape.head_dim);
-    const int64_t n_runs = packed ? 1 : shape.n_head_kv;
-    const int64_t run = shape.head_dim * shape.n_head_kv / n_runs;
-    in.load_k = [&](int64_t cell, float * out) {
-        for (int64_t h = 0; h < n_runs; h++) {
-            const size_t offset =
-                static_cast<size_t>(cell) * node.k->nb[1] + static_cast<size_t>(h) * node.k->nb[2];
-            to_float(type, k.at(offset), out + h * run, run);
-        }
+    in.load_k = [&](int64_t cell, int64_t head, float * out) {
+        const size_t offset =
+            static_cast<size_t>(cell) * node.k->nb[1] + static_cast<size_t>(head) * node.k->nb[2];
+        to_float(node.k->type, k.at(offset), out, shape.head_dim);
     };
-    return attention_rows(shape, in);
+    return attention_rows(shape, in, n_threads);
 }
 
 } // namespace cmg

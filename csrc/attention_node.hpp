@@ -12,7 +12,7 @@ namespace cmg {
 // The tensor that owns the memory a view looks at.
 const ggml_tensor * root(const ggml_tensor * t);
 
-// The number behind `prefix` in the tensor's name, or -1 if the name does not start with it.
+// The number behind `prefix` in the tensor's own name, or -1 if that does not start with it.
 int32_t layer_in_name(const ggml_tensor * t, const char * prefix);
 
 // Flash attention or not, the same picture. Names alone find nothing: on a GPU split the mask is a
@@ -38,7 +38,7 @@ AttentionNode find_attention(const ggml_tensor * node);
 // Attention weights [rows.size(), n_kv] of the given rows, averaged over heads. q and K must have
 // been computed. mask: [rows.size(), n_kv] float32.
 std::vector<float> read_attention(const AttentionNode & node, const std::vector<int32_t> & rows,
-                                  const std::vector<float> & mask);
+                                  const std::vector<float> & mask, int32_t n_threads);
 
 // n values of any type ggml can dequantise, as float32.
 void to_float(ggml_type type, const uint8_t * from, float * to, int64_t n);

@@ -32,13 +32,14 @@ std::vector<Row> to_rows(const Array<int32_t> & rows) {
 }
 
 Plan new_plan(const Array<int32_t> & rows, int32_t n_layer, const std::vector<int32_t> & observe,
-              const std::vector<int32_t> & mask, const TokenPolicy & policy, bool keep_influence,
-              bool read_residual) {
+              const std::vector<int32_t> & mask, const TokenPolicy & policy, int32_t n_image_tokens,
+              bool keep_influence, bool read_residual) {
     Plan plan;
     plan.rows = to_rows(rows);
     plan.observe_layers = layer_flags(observe, n_layer);
     plan.mask_layers = layer_flags(mask, n_layer);
     plan.policy = policy;
+    plan.n_image_tokens = n_image_tokens;
     plan.keep_influence = keep_influence;
     plan.read_residual = read_residual;
     return plan;
@@ -67,6 +68,7 @@ void bind_graph_patch(py::module_ & m) {
     py::class_<Selections, std::shared_ptr<Selections>>(m, "Selections")
         .def(py::init<int32_t>(), py::arg("n_layer"))
         .def("resize", &Selections::resize, py::arg("n_slots"))
+        .def("keep_last", &Selections::keep_last)
         .def("__len__", &Selections::size)
         .def("tokens", [](Selections & s, int32_t slot,
                           int32_t il) { return to_array(s.at(slot).tokens[layer_index(s, il)]); })
@@ -78,13 +80,14 @@ void bind_graph_patch(py::module_ & m) {
         .def("influence", [](Selections & s, int32_t slot, int32_t il) {
             return to_array(s.at(slot).influence[layer_index(s, il)]);
         });
-    py::class_<Plan>(m, "Plan").def(
-        py::init(&new_plan), py::arg("rows"), py::kw_only(), py::arg("n_layer"),
-        py::arg("observe_layers"), py::arg("mask_layers"), py::arg("policy"),
-        py::arg("keep_influence") = false, py::arg("read_residual") = false);
+    py::class_<Plan>(m, "Plan").def(py::init(&new_plan), py::arg("rows"), py::kw_only(),
+                                    py::arg("n_layer"), py::arg("observe_layers"),
+                                    py::arg("mask_layers"), py::arg("policy"),
+                                    py::arg("n_image_tokens"), py::arg("keep_influence") = false,
+                                    py::arg("read_residual") = false);
     py::class_<GraphPatch>(m, "GraphPatch")
-        .def(py::init<int32_t, std::shared_ptr<Selections>>(), py::arg("n_layer"),
-             py::arg("selections"))
+        .def(py::init<int32_t, std::shared_ptr<Selections>, int32_t>(), py::arg("n_layer"),
+             py::arg("selections"), py::arg("n_threads") = 1)
         .def_property_readonly("callback",
                                [](const GraphPatch &) {
                                    return reinterpret_cast<std::uintptr_t>(&GraphPatch::callback);

@@ -14,7 +14,7 @@ py::array_t<int32_t> select(const TokenPolicy & policy, const Array<float> & inf
 
 py::array_t<float> attention(const Array<float> & q, const Array<float> & k,
                              const Array<float> & mask, float scale, float softcap, float max_bias,
-                             const Array<float> & sinks) {
+                             const Array<float> & sinks, int32_t n_threads) {
     if (q.ndim() != 3 || k.ndim() != 3 || mask.ndim() != 2 || q.shape(0) != mask.shape(0) ||
         k.shape(0) != mask.shape(1) || k.shape(2) != q.shape(2) || k.shape(1) == 0 ||
         q.shape(1) % k.shape(1) != 0 || (sinks.size() != 0 && sinks.size() != q.shape(1))) {
@@ -34,10 +34,11 @@ py::array_t<float> attention(const Array<float> & q, const Array<float> & k,
     in.mask.assign(mask.data(), mask.data() + mask.size());
     in.sinks.assign(sinks.data(), sinks.data() + sinks.size());
     const int64_t width = shape.n_head_kv * shape.head_dim;
-    in.load_k = [&](int64_t cell, float * out) {
-        std::memcpy(out, k.data() + cell * width, static_cast<size_t>(width) * sizeof(float));
+    in.load_k = [&](int64_t cell, int64_t head, float * out) {
+        std::memcpy(out, k.data() + cell * width + head * shape.head_dim,
+                    static_cast<size_t>(shape.head_dim) * sizeof(float));
     };
-    const auto rows = attention_rows(shape, in);
+    const auto rows = attention_rows(shape, in, n_threads);
     return py::array_t<float>({mask.shape(0), mask.shape(1)}, rows.data());
 }
 
@@ -54,7 +55,7 @@ void bind_policies(py::module_ & m) {
     m.def("select_tokens", &select, py::arg("policy"), py::arg("influence"));
     m.def("attention_rows", &attention, py::arg("q"), py::arg("k"), py::arg("mask"), py::kw_only(),
           py::arg("scale"), py::arg("softcap") = 0.0f, py::arg("max_bias") = 0.0f,
-          py::arg("sinks") = Array<float>(0));
+          py::arg("sinks") = Array<float>(0), py::arg("n_threads") = 1);
 }
 
 } // namespace cmg

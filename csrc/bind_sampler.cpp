@@ -20,9 +20,7 @@ std::unique_ptr<PairSampler> new_pair_sampler(int32_t n_vocab, std::uintptr_t co
 
 void bind_sampler(py::module_ & m) {
     py::class_<GuidanceState>(m, "GuidanceState")
-        .def(py::init([](float alpha, float beta) {
-                 return GuidanceState{alpha, beta, nullptr, nullptr};
-             }),
+        .def(py::init([](float alpha, float beta) { return GuidanceState{alpha, beta}; }),
              py::arg("alpha"), py::arg("beta"))
         .def("new_sampler",
              [](GuidanceState & state) {
@@ -34,7 +32,8 @@ void bind_sampler(py::module_ & m) {
                 state.original = pointer<const float>(original);
                 state.degraded = pointer<const float>(degraded);
             },
-            py::arg("original"), py::arg("degraded"));
+            py::arg("original"), py::arg("degraded"))
+        .def_readonly("finite", &GuidanceState::finite);
     py::class_<PairSampler>(m, "PairSampler")
         .def(py::init(&new_pair_sampler), py::arg("n_vocab"), py::arg("constraints"),
              py::arg("guided"), py::arg("plain"))

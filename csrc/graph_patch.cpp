@@ -13,10 +13,6 @@
 namespace cmg {
 namespace {
 
-bool is_image_row(const Row & row) {
-    return row.image_token >= 0;
-}
-
 [[noreturn]] void fail(const std::string & what, int32_t il) {
     throw std::runtime_error("layer " + std::to_string(il) + ": " + what);
 }
@@ -33,8 +29,9 @@ double cosine(const std::vector<float> & a, const std::vector<float> & b) {
 
 } // namespace
 
-GraphPatch::GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections)
-    : n_layer_(n_layer), selections_(std::move(selections)), ledger_(n_layer) {}
+GraphPatch::GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections, int32_t n_threads)
+    : n_layer_(n_layer), n_threads_(n_threads), selections_(std::move(selections)),
+      ledger_(n_layer) {}
 
 void GraphPatch::begin(Plan plan) {
     plan_ = std::move(plan);
@@ -44,16 +41,24 @@ void GraphPatch::begin(Plan plan) {
     ubatch_rows_ = 0;
     written_layer_ = n_layer_; // the first layer written starts the first micro-batch
     residual_.clear();
-    cosines_.assign(plan_.read_residual ? static_cast<size_t>(n_layer_) : 0, 1.0);
+    unattended_.assign(static_cast<size_t>(n_layer_), 0);
+    cosines_.assign(plan_.read_residual ? static_cast<size_t>(n_layer_) : 0,
+                    std::numeric_limits<double>::quiet_NaN());
 }
 
 void GraphPatch::end() {
     const auto planned = static_cast<int64_t>(plan_.rows.size());
     const int64_t seen = ubatch_begin_ + ubatch_rows_;
     const std::exception_ptr error = parked_;
+    const Plan plan = plan_;
     abandon();
     if (error != nullptr) {
         std::rethrow_exception(error);
+    }
+    check_layers_attended(plan);
+    if (std::any_of(cosines_.begin(), cosines_.end(), [](double c) { return std::isnan(c); })) {
+        throw std::runtime_error("the residual stream cannot be read in this model's graph; name "
+                                 "the layers or choose them by attention mass");
     }
     if (seen != planned) {
         throw std::runtime_error("the graph wrote " + std::to_string(seen) +
@@ -97,7 +102,7 @@ bool GraphPatch::ask(ggml_tensor * node) {
         return true;
     }
     AttentionNode attention = find_attention(node);
-    if (!attention.found()) {
+    if (!attention.found() || attention.cache_il >= n_layer_) {
         return false;
     }
     attention.mask = restored_mask(node, attention.mask);
@@ -108,6 +113,7 @@ bool GraphPatch::ask(ggml_tensor * node) {
     // Layers that share another layer's cache come after it, in order.
     attention.il = std::max(attention.cache_il, attention_layer_ + 1);
     attention_layer_ = attention.il;
+    unattended_[static_cast<size_t>(attention.cache_il)] = 0;
     if (attention.il < n_layer_) {
         observe(attention);
         if (ggml_tensor * ours = patched_mask(attention)) {
@@ -136,29 +142,29 @@ void GraphPatch::computed(ggml_tensor * node) {
         return;
     }
     if (node->op == GGML_OP_SET_ROWS) {
-        readable_layer_ = layer_in_name(root(node), "cache_v_l");
+        readable_layer_ = layer_in_name(root(node), "cache_k_l");
         n_boundaries_++;
     } else if (is_residual(node)) {
         read_residual(node);
     }
 }
 
-// Answers whether a boundary is needed behind this write into the cache.
+// Answers whether a boundary is needed behind this write into the cache. K of the rows at hand is
+// complete there, and q stands before it in every order that backends bring the graph into.
 bool GraphPatch::ask_set_rows(ggml_tensor * node) {
-    const ggml_tensor * cache = root(node);
-    if (const int32_t il = layer_in_name(cache, "cache_k_l"); il >= 0 && il < n_layer_) {
-        enter_layer(il, node->src[1]->ne[0]);
-        record_cells(node, il);
+    const int32_t il = layer_in_name(root(node), "cache_k_l");
+    if (il < 0 || il >= n_layer_) {
         return false;
     }
-    const int32_t il = layer_in_name(cache, "cache_v_l");
-    return il >= 0 && il < n_layer_ && !observed_.empty() &&
-           plan_.observe_layers[static_cast<size_t>(il)] != 0;
+    enter_layer(il, node->src[1]->ne[0]);
+    record_cells(node, il);
+    return !observed_.empty() && plan_.observe_layers[static_cast<size_t>(il)] != 0;
 }
 
 // Layers are written in ascending order; a layer not above the last one opens a micro-batch.
 void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
     if (il <= written_layer_) {
+        check_layers_attended(plan_);
         ubatch_begin_ += ubatch_rows_;
         ubatch_rows_ = n_rows;
         attention_layer_ = -1;
@@ -166,6 +172,7 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
         copies_.clear();
         observed_.clear();
         masked_.clear();
+        std::fill(unattended_.begin(), unattended_.end(), 0);
         for (int32_t r = 0; r < n_rows; r++) {
             if (batch_row(r).observe >= 0) {
                 observed_.push_back(r);
@@ -176,6 +183,17 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
         }
     }
     written_layer_ = il;
+    unattended_[static_cast<size_t>(il)] = 1;
+}
+
+// A graph whose attention is not recognised must not pass for one with nothing to mask.
+void GraphPatch::check_layers_attended(const Plan & plan) const {
+    for (int32_t il = 0; il < n_layer_; il++) {
+        const auto i = static_cast<size_t>(il);
+        if (unattended_[i] != 0 && (plan.observe_layers[i] != 0 || plan.mask_layers[i] != 0)) {
+            fail("its attention was not found in this model's graph", il);
+        }
+    }
 }
 
 const Row & GraphPatch::batch_row(int32_t ubatch_row) const {
@@ -195,18 +213,18 @@ const std::vector<uint8_t> & GraphPatch::host_copy(const ggml_tensor * t) {
 
 void GraphPatch::record_cells(const ggml_tensor * node, int32_t il) {
     const ggml_tensor * index = node->src[1];
+    if (index->type != GGML_TYPE_I64) {
+        fail("the KV cache is not indexed by 64-bit cells", il);
+    }
+    std::vector<int64_t> cells(static_cast<size_t>(ubatch_rows_));
+    std::memcpy(cells.data(), host_copy(index).data(), cells.size() * sizeof(int64_t));
     for (int32_t r = 0; r < ubatch_rows_; r++) {
         const Row & row = batch_row(r);
-        if (!is_image_row(row)) {
-            continue;
+        const int64_t cell = cells[static_cast<size_t>(r)];
+        ledger_.forget(il, cell);
+        if (row.image_token >= 0) {
+            ledger_.record(row.seq, il, row.image_token, cell);
         }
-        if (index->type != GGML_TYPE_I64) {
-            fail("the KV cache is not indexed by 64-bit cells", il);
-        }
-        int64_t cell;
-        std::memcpy(&cell, host_copy(index).data() + static_cast<size_t>(r) * sizeof(cell),
-                    sizeof(cell));
-        ledger_.record(row.seq, il, row.image_token, cell);
     }
 }
 
@@ -215,8 +233,10 @@ void GraphPatch::observe(const AttentionNode & a) {
     if (observed_.empty() || plan_.observe_layers[static_cast<size_t>(a.il)] == 0) {
         return;
     }
-    const bool pending = std::find(asked_.begin(), asked_.end(), root(a.q)) != asked_.end();
-    if (readable_layer_ != a.il || pending || a.q->type != GGML_TYPE_F32) {
+    const auto pending = [&](const ggml_tensor * t) {
+        return std::find(asked_.begin(), asked_.end(), root(t)) != asked_.end();
+    };
+    if (readable_layer_ != a.il || pending(a.q) || pending(a.k) || a.q->type != GGML_TYPE_F32) {
         fail("this model's graph does not compute q and K before its attention; "
              "attention cannot be observed here",
              a.il);
@@ -228,7 +248,7 @@ void GraphPatch::observe(const AttentionNode & a) {
         to_float(a.mask->type, host_copy(a.mask).data() + offset, mask.data() + i * n_kv,
                  a.k->ne[1]);
     }
-    const std::vector<float> weights = read_attention(a, observed_, mask);
+    const std::vector<float> weights = read_attention(a, observed_, mask, n_threads_);
     for (size_t i = 0; i < observed_.size(); i++) {
         select(a, batch_row(observed_[i]), mask.data() + i * n_kv, weights.data() + i * n_kv);
     }
@@ -295,12 +315,14 @@ bool GraphPatch::hide_cells(const AttentionNode & a, int32_t ubatch_row,
     const auto & hidden = selections_->at(row.mask).tokens[static_cast<size_t>(a.il)];
     uint8_t * line = mask.data() + static_cast<size_t>(ubatch_row) * a.mask->nb[1];
     for (const int32_t token : hidden) {
-        if (static_cast<size_t>(token) >= cells.size() || token < 0) {
-            fail("image token " + std::to_string(token) + " is not in sequence " +
-                     std::to_string(row.seq) + ", which has " + std::to_string(cells.size()),
+        if (token < 0 || token >= plan_.n_image_tokens) {
+            fail("image token " + std::to_string(token) + " is hidden and the prompt has " +
+                     std::to_string(plan_.n_image_tokens),
                  a.il);
         }
-        const int64_t cell = cells[static_cast<size_t>(token)];
+        // Not there yet: an image behind this row, which it does not see anyway.
+        const bool known = static_cast<size_t>(token) < cells.size();
+        const int64_t cell = known ? cells[static_cast<size_t>(token)] : -1;
         if (token == row.image_token || cell < 0 || cell >= a.mask->ne[0]) {
             continue;
         }
@@ -323,10 +345,9 @@ bool GraphPatch::is_residual(const ggml_tensor * node) const {
 void GraphPatch::read_residual(const ggml_tensor * node) {
     const int32_t il = layer_in_name(node, "l_out-");
     const ggml_tensor * stream = il < 0 ? node->src[0] : node;
-    if (stream->type != GGML_TYPE_F32 || (il >= 0 && residual_.empty())) {
-        fail("the residual stream cannot be read in this model's graph; name the layers or choose "
-             "them by attention mass",
-             std::max(il, 0));
+    if (stream->type != GGML_TYPE_F32 || stream->op == GGML_OP_MUL_MAT ||
+        (il >= 0 && residual_.empty())) {
+        return; // its cosine stays unknown, which `end` reports
     }
     std::vector<float> row(static_cast<size_t>(stream->ne[0]));
     const auto last = static_cast<size_t>(stream->ne[1] - 1);

@@ -7,9 +7,9 @@
 // image tokens. The library is unmodified; the kernels, flash attention or not, are the library's.
 //
 //     node                          what the patch does when asked
-//     SET_ROWS into cache_k_l<il>   notes the KV cells of image rows (the ledger)
-//     SET_ROWS into cache_v_l<il>   asks for a boundary if a row of this layer is observed, so
-//                                   that q and K are there when the attention node is asked
+//     SET_ROWS into cache_k_l<il>   notes the KV cells of image rows (the ledger); asks for a
+//                                   boundary if a row of this layer is observed, so that q and K
+//                                   are there when the attention node is asked
 //     FLASH_ATTN_EXT, SOFT_MAX      observes rows (influence -> token policy -> slot), then builds
 //                                   the layer's mask from the slots and swaps it in
 //     l_out-<il>                    reads one row of the residual stream (cosine layer policy)
@@ -50,13 +50,15 @@ struct Plan {
     std::vector<char> observe_layers; // [n_layer]
     std::vector<char> mask_layers;    // [n_layer]
     TokenPolicy policy;
+    int32_t n_image_tokens = 0;  // of the whole prompt; slots name tokens below it
     bool keep_influence = false; // keep the observed rows' influence in their slots
     bool read_residual = false;  // read the batch's last row (one micro-batch) for `cosines`
 };
 
 class GraphPatch {
   public:
-    GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections);
+    // n_threads: for the observed rows' attention.
+    GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections, int32_t n_threads);
     GraphPatch(const GraphPatch &) = delete;
     GraphPatch & operator=(const GraphPatch &) = delete;
 
@@ -75,7 +77,7 @@ class GraphPatch {
     Selections & selections() { return *selections_; }
     // [n_layer] cosine similarity of the residual row before and after each layer, last plan.
     const std::vector<double> & cosines() const { return cosines_; }
-    // Boundaries asked for since construction: each costs one synchronisation of the backend.
+    // Boundaries for observing since construction: each costs one synchronisation of the backend.
     int64_t n_boundaries() const { return n_boundaries_; }
 
   private:
@@ -86,6 +88,7 @@ class GraphPatch {
     bool is_residual(const ggml_tensor * node) const;
     void read_residual(const ggml_tensor * node);
     void enter_layer(int32_t il, int64_t n_rows);
+    void check_layers_attended(const Plan & plan) const;
     void record_cells(const ggml_tensor * node, int32_t il);
     void observe(const AttentionNode & attention);
     void select(const AttentionNode & attention, const Row & row, const float * mask,
@@ -97,6 +100,7 @@ class GraphPatch {
     const std::vector<uint8_t> & host_copy(const ggml_tensor * t);
 
     int32_t n_layer_;
+    int32_t n_threads_;
     std::shared_ptr<Selections> selections_;
     Ledger ledger_;
     Plan plan_;
@@ -108,6 +112,7 @@ class GraphPatch {
     int64_t ubatch_rows_ = 0;                // rows of the current micro-batch
     std::vector<int32_t> observed_;          // its rows that are observed
     std::vector<int32_t> masked_;            // its rows that are masked
+    std::vector<char> unattended_;           // [n_layer] K written, attention not asked yet
     int32_t written_layer_ = -1;             // layer whose K was written last
     int32_t attention_layer_ = -1;           // layer whose attention was asked last
     int32_t readable_layer_ = -1;            // layer whose q and K are computed

@@ -16,6 +16,15 @@ class Ledger {
   public:
     explicit Ledger(int32_t n_layer) : n_layer_(n_layer) {}
 
+    // `cell` of layer `il` is about to be written: no image token lies there any more. Cells come
+    // free when a sequence ends, and behind a sliding window.
+    void forget(int32_t il, int64_t cell) {
+        for (auto & entry : cells_) {
+            auto & cells = entry.second[static_cast<size_t>(il)];
+            std::replace(cells.begin(), cells.end(), cell, int64_t{-1});
+        }
+    }
+
     // Notes that image token `token` of sequence `seq` was written to `cell` of layer `il`.
     void record(int32_t seq, int32_t il, int32_t token, int64_t cell) {
         auto & cells = layers_of(seq)[static_cast<size_t>(il)];

@@ -28,7 +28,7 @@ ggml_tensor * MaskTensor::assign(const ggml_tensor * original, const std::vector
     if (buffer_ == nullptr || capacity_ < bytes.size() || too_large ||
         api().ggml_backend_buffer_get_type(buffer_) != type) {
         release();
-        capacity_ = bytes.size() + bytes.size() / 4;
+        capacity_ = bytes.size() + (bytes.size() < (1u << 20) ? bytes.size() / 4 : 0);
         buffer_ = api().ggml_backend_buft_alloc_buffer(type, capacity_);
         if (buffer_ == nullptr) {
             throw std::runtime_error("no memory for a mask of " + std::to_string(capacity_) +

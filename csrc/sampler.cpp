@@ -17,7 +17,7 @@ const char * guidance_name(const llama_sampler *) {
 }
 
 void guidance_apply(llama_sampler * smpl, llama_token_data_array * cur) {
-    const auto & state = *static_cast<const GuidanceState *>(smpl->ctx);
+    auto & state = *static_cast<GuidanceState *>(smpl->ctx);
     float highest = neg_inf;
     for (size_t i = 0; i < cur->size; i++) {
         highest = std::max(highest, cur->data[i].logit);
@@ -31,7 +31,10 @@ void guidance_apply(llama_sampler * smpl, llama_token_data_array * cur) {
             continue;
         }
         if (guided) {
-            token.logit += state.alpha * (state.original[token.id] - state.degraded[token.id]);
+            const float score =
+                token.logit + state.alpha * (state.original[token.id] - state.degraded[token.id]);
+            state.finite = state.finite && std::isfinite(score);
+            token.logit = std::isfinite(score) ? score : token.logit;
         }
         cur->data[kept++] = token;
     }

@@ -14,6 +14,7 @@ struct GuidanceState {
     float beta = 0.1f;
     const float * original = nullptr; // l_o [n_vocab]
     const float * degraded = nullptr; // l_d [n_vocab], or null: as if equal to l_o
+    bool finite = true;               // written by the sampler: false once a score is not a number
 };
 
 // A llama_sampler that

@@ -29,6 +29,13 @@ class Selections {
         }
     }
 
+    // Drops all slots but the last, which becomes slot 0.
+    void keep_last() {
+        if (slots_.size() > 1) {
+            slots_.erase(slots_.begin(), slots_.end() - 1);
+        }
+    }
+
     int32_t size() const { return static_cast<int32_t>(slots_.size()); }
     int32_t n_layer() const { return n_layer_; }
 

@@ -9,6 +9,7 @@ model says means nothing; how long it takes is what a trained one of this shape 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,7 +61,7 @@ def benchmark_pair(folder: Path, quant: Quant, *, n_image_tokens: int = 576) -> 
 
     n_image_tokens: a square number. The same arguments give the same bytes.
     """
-    side = round(n_image_tokens**0.5)
+    side = math.isqrt(max(0, n_image_tokens))
     if side < 1 or side * side != n_image_tokens:
         raise ValueError(f"{n_image_tokens} image tokens: not a square, as 576 = 24 * 24 is")
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +76,32 @@ def benchmark_pair(folder: Path, quant: Quant, *, n_image_tokens: int = 576) -> 
     return pair
 
 
-def image_size(n_image_tokens: int) -> int:
-    """Width and height, in pixels, of an image that becomes this many tokens."""
-    return PATCH * round(n_image_tokens**0.5)
+def cache_folder() -> Path:
+    """The user's folder for files that can be made again, one of ours in it."""
+    home = Path.home()
+    base = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or base) / "cmg-gguf-bench"
 
 
-def words(first: int, n: int) -> str:
-    """A text of n words that are one token each."""
+@dataclass(frozen=True)
+class Request:
+    """A prompt of known length: text, an image, text. Its first token opens the sequence."""
+
+    n_before: int
+    n_image_tokens: int
+    n_after: int
+
+    def text(self, marker: str) -> str:
+        """The prompt with `marker` for the image; every word is one token."""
+        return _words(0, self.n_before - 1) + marker + _words(1000, self.n_after)
+
+    def image(self) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 random pixels, of the size that the encoder takes."""
+        size = PATCH * math.isqrt(self.n_image_tokens)
+        return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def _words(first: int, n: int) -> str:
     return " ".join(f"w{first + i}" for i in range(n))
 
 
@@ -129,7 +149,7 @@ def _write_llm(path: Path, quant: Quant) -> None:
     for m in _tracked(matrices, f"writing {path.name}"):
         writer.write_tensor_data(quantize(_normal(rng, (m.n_out, m.n_in), m.gain), qtype))
     writer.close()
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _matrices() -> Iterator[_Matrix]:
@@ -167,7 +187,8 @@ def _add_tokenizer(writer: Any) -> None:
 
 
 def _write_mmproj(path: Path, side: int) -> None:
-    writer = gguf.GGUFWriter(path, "clip")
+    part = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(part, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "mlp")
     writer.add_bool("clip.use_gelu", False)
@@ -197,6 +218,7 @@ def _write_mmproj(path: Path, side: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    part.replace(path)
 
 
 def _add_vit_layer(writer: Any, rng: np.random.Generator, block: str) -> None:
@@ -222,7 +244,8 @@ def _add_linear(writer: Any, rng: np.random.Generator, name: str, shape: tuple[i
 
 def _normal(rng: np.random.Generator, shape: tuple[int, int], gain: float) -> Weights:
     values: Weights = rng.standard_normal(shape, dtype=np.float32)
-    return values * np.float32(gain / shape[1] ** 0.5)
+    values *= np.float32(gain / shape[1] ** 0.5)
+    return values
 
 
 def _tracked(matrices: Sequence[_Matrix], label: str) -> Iterable[_Matrix]:

@@ -1,14 +1,15 @@
 """Shared by the tests that run the engine on a real tiny pair and ask the judge.
 
-    rig = Rig(tiny)
-    prompt = tiny.prompt(ONE_IMAGE, 0)
-    verdict = judge(tiny.ref, prompt, Guidance())
-    errors = rig.follow(prompt, Guidance(), verdict)  # (n_steps, 2): original, degraded
+rig = Rig(tiny)
+prompt = tiny.prompt(ONE_IMAGE, 0)
+verdict = tiny.verdict(prompt, Guidance())
+errors = rig.follow(prompt, Guidance(), verdict)  # (n_steps, 2): original, degraded
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -48,15 +49,27 @@ TOLERANCE = 1e-4
 """Largest logit error with EXACT; the logits have an RMS of about 3."""
 
 
+PICTURE = 2
+PICTURES = (3, 4)
+"""Seeds for which no choice hangs by a hair: in every row and layer the last token that is taken is
+ahead of the first one left by 0.03 percent and more. A float32 forward is off by 0.001 percent."""
+ALL_TOKENS = _core.TokenPolicy(_core.TokenRule.top_ratio, 1.0)
+
+
 class Tiny:
-    """A tiny pair, opened: model, projector, and the judge's reading of the same file."""
+    """A tiny pair, opened: model, projector, and the judge's reading of the same file.
+
+    prompt: see `_prompt`. verdict: see `judge`, for this pair. Both remember what they gave.
+    """
 
     def __init__(self, pair: TinyPair) -> None:
         self.ref = Reference.load(pair.llm)
         self.model = Model.load(pair.llm, n_gpu_layers=0)
         self.projector = Projector(pair.mmproj, self.model, use_gpu=False, n_threads=1)
+        self.prompt = functools.cache(self._prompt)
+        self.verdict = functools.cache(partial(judge, self.ref))
 
-    def prompt(self, text: str, *image_seeds: int) -> Prompt:
+    def _prompt(self, text: str, *image_seeds: int) -> Prompt:
         """An encoded prompt; "<__media__>" in `text` stands for one picture each."""
         text = text.replace("<__media__>", self.projector.marker)
         images = [picture(seed) for seed in image_seeds]
@@ -96,6 +109,7 @@ class Verdict(NamedTuple):
 
 
 def judge(ref: Reference, prompt: Prompt, guidance: Guidance, n_steps: int = N_STEPS) -> Verdict:
+    """The judge's own greedy guided decoding after `prompt`."""
     policy, rows, is_image = judge_policy(guidance), prompt_rows(ref, prompt), prompt.is_image
     steps = reference.guided(ref, rows, is_image, n_steps, policy)
     last = len(rows) - 1
@@ -159,9 +173,7 @@ class Rig:
         self.tiny = tiny
         self.selections = _core.Selections(tiny.model.n_layer)
         self.contexts = [
-            LlamaContext(
-                tiny.model, tiny.projector, self.selections, options, n_seq_max=n_seq_max
-            )
+            LlamaContext(tiny.model, tiny.projector, self.selections, options, n_seq_max=n_seq_max)
             for _ in range(1 if pairing == "pair" else 2)
         ]
         self.engine = PairedEngine(
@@ -171,23 +183,71 @@ class Rig:
     def follow(self, prompt: Prompt, guidance: Guidance, verdict: Verdict) -> F64:
         """(n_steps, 2): largest logit error of each branch, taught with the judge's tokens.
 
-        Asserts that the engine chose the judge's layers and masks the judge's image tokens.
+        Asserts that the engine chose the judge's layers, and for each generated row masks the
+        judge's image tokens.
         """
-        engine, errors = self.engine, []
-        engine.prefill(prompt, guidance)
-        assert engine.layers == verdict.layers
-        for step, masked in zip(verdict.steps, verdict.masked, strict=True):
-            assert [tokens.tolist() for tokens in engine.attended] == masked
-            degraded = engine.degraded_logits
-            assert degraded is not None
-            errors.append(
-                (
-                    np.abs(engine.original_logits - step.original).max(),
-                    np.abs(degraded - step.degraded).max(),
-                )
-            )
-            engine.step(step.token)
+        self.engine.prefill(prompt, guidance)
+        assert self.engine.layers == verdict.layers
+        errors = [self._errors(verdict.steps[0])]
+        for i, step in enumerate(verdict.steps[1:]):
+            self.engine.step(verdict.steps[i].token)
+            assert [tokens.tolist() for tokens in self.engine.attended] == verdict.masked[i + 1]
+            errors.append(self._errors(step))
         return np.array(errors)
+
+    def decode_prompt(
+        self, prompt: Prompt, slots: IntArray | None = None, *, read_residual: bool = False
+    ) -> int:
+        """Decodes the prompt into the original branch alone; the number of its positions.
+
+        slots: (n_tokens,) int32, the slot that keeps each row's influence in every layer; -1: none.
+        """
+        context, seq = self.engine.original.context, self.engine.original.seq
+        table = np.full((prompt.n_tokens, 4), -1, np.int32)
+        table[:, 0] = seq
+        table[prompt.is_image, 1] = np.arange(prompt.n_image_tokens)
+        if slots is not None:
+            table[:, 2] = slots
+        row = position = 0
+        for segment in prompt.segments:
+            n, is_image = segment.n_tokens, isinstance(segment, ImageSegment)
+            for start in range(0, n, n if is_image else context.n_ubatch):
+                stop = n if is_image else min(n, start + context.n_ubatch)
+                is_last = row + stop == prompt.n_tokens
+                plan = self._watching(table[row + start : row + stop], read_residual and is_last)
+                if isinstance(segment, ImageSegment):
+                    context.decode_image(segment, position, seq, plan)
+                else:
+                    context.decode(
+                        segment.tokens[start:stop],
+                        np.arange(position + start, position + stop, dtype=np.int32),
+                        np.full(stop - start, seq, np.int32),
+                        outputs=np.arange(row + start, row + stop) == prompt.n_tokens - 1,
+                        plan=plan,
+                    )
+            row, position = row + n, position + segment.n_pos
+        return position
+
+    def _watching(self, table: IntArray, read_residual: bool) -> _core.Plan:
+        n_layer = self.tiny.model.n_layer
+        return _core.Plan(
+            table,
+            n_layer=n_layer,
+            observe_layers=list(range(n_layer)),
+            mask_layers=[],
+            policy=ALL_TOKENS,
+            n_image_tokens=int(table[:, 1].max()) + 1,
+            keep_influence=True,
+            read_residual=read_residual,
+        )
+
+    def _errors(self, step: Step) -> tuple[float, float]:
+        degraded = self.engine.degraded_logits
+        assert degraded is not None
+        return (
+            float(np.abs(self.engine.original_logits - step.original).max()),
+            float(np.abs(degraded - step.degraded).max()),
+        )
 
 
 def logits(context: LlamaContext, row: int) -> F32:
@@ -268,9 +328,3 @@ class Unhooked:
             ctypes.c_void_p(0),
         )
         assert status == 0
-
-
-def batch_arrays(*rows: tuple[int, int, int]) -> tuple[IntArray, IntArray, IntArray]:
-    """Tokens, positions and sequences of rows (token, position, sequence)."""
-    tokens, positions, seqs = np.array(rows, np.int32).T.copy()
-    return tokens, positions, seqs

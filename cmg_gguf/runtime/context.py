@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import llama_cpp
@@ -40,7 +40,8 @@ class ContextOptions:
 
     n_ctx: KV cells; 0 = the model's training context. n_ubatch: rows of one decode, at most.
     n_threads: 0 = llama.cpp's own default of 4. flash_attn: None = where the backend has it.
-    type_k, type_v: cache types, one of f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0.
+    type_k, type_v: cache types, one of f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0. base: a
+    llama_context_params that everything not named here is taken from (RoPE scaling, ...).
     """
 
     n_ctx: int = 4096
@@ -50,6 +51,7 @@ class ContextOptions:
     type_k: str = "f16"
     type_v: str = "f16"
     offload_kqv: bool = True
+    base: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, low, high in (("n_ctx", 0, 2**31 - 1), ("n_ubatch", 8, 65536)):
@@ -80,6 +82,7 @@ class ContextOptions:
             type_k=names[params.type_k],
             type_v=names[params.type_v],
             offload_kqv=params.offload_kqv,
+            base=params,
         )
 
 
@@ -101,7 +104,8 @@ class LlamaContext:
         self.n_layer = model.n_layer
         self.n_vocab = model.n_vocab
         self.n_seq_max = n_seq_max
-        self.patch = _core.GraphPatch(model.n_layer, selections)
+        threads = options.n_threads or usable_threads()
+        self.patch = _core.GraphPatch(model.n_layer, selections, threads)
         params = _context_params(options, n_seq_max)
         params.cb_eval = ctypes.cast(
             self.patch.callback, llama_cpp.ggml_backend_sched_eval_callback
@@ -114,7 +118,7 @@ class LlamaContext:
             raise BackendError(f"llama.cpp cannot make a context with {options}: {reason}")
         self.handle = handle
         # The patch and the model must outlive the context: the finalizer holds them.
-        self._finalizer = weakref.finalize(self, _free, handle, self.patch, model)
+        self._finalizer = weakref.finalize(self, _free, handle, self.patch, model.keepalive)
         self.n_ctx: int = llama_cpp.llama_n_ctx(handle)
         self.n_ubatch: int = llama_cpp.llama_n_ubatch(handle)
         self._memory = llama_cpp.llama_get_memory(handle)
@@ -134,6 +138,7 @@ class LlamaContext:
         plan: _core.Plan | None,
     ) -> None:
         """See `protocol.Context.decode`. Raises BackendError; ContextLengthError if full."""
+        self._check_open()
         self._batch.fill(tokens, positions, seqs, outputs)
         with self._patched(plan):
             code = llama_cpp.llama_decode(self.handle, self._batch.struct)
@@ -143,6 +148,7 @@ class LlamaContext:
         self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
     ) -> None:
         """See `protocol.Context.decode_image`."""
+        self._check_open()
         if image.embd is None or self.projector is None:
             raise BackendError("the image has not been encoded; call Projector.encode first")
         if image.non_causal and image.n_tokens > self.n_ubatch:
@@ -168,6 +174,7 @@ class LlamaContext:
 
     def logits_address(self, row: int) -> int:
         """See `protocol.Context.logits_address`."""
+        self._check_open()
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
         address = ctypes.cast(pointer, ctypes.c_void_p).value
         if not address:
@@ -176,14 +183,21 @@ class LlamaContext:
 
     def share(self, source: int, target: int, n_pos: int) -> None:
         """See `protocol.Context.share`. Metadata only: no KV cell is copied."""
+        self._check_open()
         llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
         if n_pos > 0:
             llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, n_pos)
 
     def truncate(self, seq: int, n_pos: int) -> None:
-        """See `protocol.Context.truncate`."""
+        """See `protocol.Context.truncate`. Nothing is left to drop after `close`."""
+        if not self._finalizer.alive:
+            return
         if not llama_cpp.llama_memory_seq_rm(self._memory, seq, n_pos if n_pos else -1, -1):
             raise BackendError(f"sequence {seq} cannot be cut back to {n_pos} positions")
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise BackendError("this context is closed; make a new one")
 
     @contextmanager
     def _patched(self, plan: _core.Plan | None) -> Iterator[None]:
@@ -243,6 +257,10 @@ class _Batch:
 
 def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
     params = llama_cpp.llama_context_default_params()
+    if options.base is not None:
+        params = llama_cpp.llama_context_params.from_buffer_copy(options.base)
+        params.embeddings = False
+        params.n_samplers, params.samplers = 0, None
     params.n_ctx = options.n_ctx
     # Every decode is one micro-batch, so a row of the batch is a row of the graph.
     params.n_batch = params.n_ubatch = options.n_ubatch
@@ -262,7 +280,7 @@ def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
     return params
 
 
-def _free(handle: Any, patch: _core.GraphPatch, model: Model) -> None:
+def _free(handle: Any, patch: _core.GraphPatch, model: Model | None) -> None:
     llama_cpp.llama_free(handle)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def read_architecture(path: Path, what: str) -> str:
         )
     lib = _gguf()
     with captured_errors() as errors:
-        gguf = lib.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
+        gguf = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
     if not gguf:
         raise ModelError(
             f"{what} file {path} is damaged or truncated ({_last(errors)}); download it again"
@@ -69,7 +70,7 @@ def read_architecture(path: Path, what: str) -> str:
 
 
 def _check_size(lib: ctypes.CDLL, gguf: int, path: Path, what: str) -> None:
-    """llama.cpp checks this for models alone: a cut mmproj would be loaded with noise for weights."""
+    """llama.cpp checks this for models alone: a cut mmproj would load with noise for weights."""
     ends = [
         lib.gguf_get_tensor_offset(gguf, i) + lib.gguf_get_tensor_size(gguf, i)
         for i in range(lib.gguf_get_n_tensors(gguf))

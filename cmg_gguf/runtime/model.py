@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,9 @@ class Model:
         self.has_recurrent_layers: bool = llama_cpp.llama_model_is_recurrent(
             handle
         ) or llama_cpp.llama_model_is_hybrid(handle)
-        self.token_bytes = functools.lru_cache(maxsize=65536)(self._token_bytes)
+        self._token_bytes = functools.lru_cache(maxsize=65536)(
+            functools.partial(_piece, self.vocab)
+        )
 
     @classmethod
     def load(
@@ -53,7 +56,7 @@ class Model:
         use_mmap: bool = True,
         progress: Callable[[float], None] | None = None,
     ) -> Model:
-        """Loads a GGUF language model. progress: called with 0 to 1.
+        """Loads a GGUF language model. progress: called with 0 to 1; what it raises ends loading.
 
         Raises ModelError for a missing, damaged or swapped file.
         """
@@ -69,14 +72,27 @@ class Model:
         params.load_mode = (
             llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         )
-        report = llama_cpp.llama_progress_callback(_reporter(progress))
+        raised: list[BaseException] = []
+        report = llama_cpp.llama_progress_callback(_reporter(progress, raised))
         params.progress_callback = report
         with captured_errors() as errors:
-            handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+            handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if raised:
+            if handle:
+                llama_cpp.llama_model_free(handle)
+            raise raised[0]
         if not handle:
             reason = errors[0] if errors else "no reason given"
             raise ModelError(f"llama.cpp cannot load model file {path}: {reason}")
         return cls(handle, path=path)
+
+    @property
+    def keepalive(self) -> Model | None:
+        """What a finalizer must hold so that it is run before the weights are freed.
+
+        None with an owner, which may hold what is made from its model and would never be freed.
+        """
+        return self if self._owner is None else None
 
     def close(self) -> None:
         """Frees the weights. Nothing made from this model may be used afterwards."""
@@ -112,7 +128,9 @@ class Model:
     def special_text(self, which: str) -> str:
         """Text of the "bos" or "eos" token; "" if the vocabulary has none."""
         token: int = getattr(llama_cpp, f"llama_vocab_{which}")(self.vocab)
-        return "" if token < 0 else self._piece(token, special=True).decode("utf-8", "replace")
+        return (
+            "" if token < 0 else _piece(self.vocab, token, special=True).decode("utf-8", "replace")
+        )
 
     def tokenize(self, text: str, *, special: bool = False, add_bos: bool = False) -> IntArray:
         """(n,) int32 tokens of `text`. special: whether "</s>" in it means the special token."""
@@ -122,24 +140,30 @@ class Model:
         n = llama_cpp.llama_tokenize(self.vocab, data, len(data), tokens, room, add_bos, special)
         return np.array(tokens[: max(n, 0)], dtype=np.int32)
 
-    def _token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of a token, possibly part of a character; b"" for control tokens."""
-        return self._piece(token, special=False)
-
-    def _piece(self, token: int, *, special: bool) -> bytes:
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        return self._token_bytes(token)
 
 
-def _reporter(progress: Callable[[float], None] | None) -> Callable[[float, Any], bool]:
+def _piece(vocab: Any, token: int, *, special: bool = False) -> bytes:
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n
+
+
+def _reporter(
+    progress: Callable[[float], None] | None, raised: list[BaseException]
+) -> Callable[[float, Any], bool]:
     def report(share: float, _: Any) -> bool:
-        if progress is not None:
-            progress(share)
-        return True
+        try:
+            if progress is not None and not raised:
+                progress(share)
+        except BaseException as exc:  # it may not pass through llama.cpp
+            raised.append(exc)
+        return not raised
 
     return report

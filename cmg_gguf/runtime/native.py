@@ -6,13 +6,15 @@ the handles that llama_cpp holds, so the same wheel serves CPU, CUDA and Metal b
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import llama_cpp
-import llama_cpp._ctypes_extensions
-import llama_cpp._ggml
-import llama_cpp.mtmd_cpp
+from llama_cpp._ctypes_extensions import load_shared_library
 
 try:
     from cmg_gguf import _core
@@ -27,7 +29,7 @@ REMEDY = 'pip install "llama-cpp-python>=0.3.36,<0.3.37" --force-reinstall'
 
 
 def _check_version() -> None:
-    found = tuple(int(x) for x in llama_cpp.__version__.split("+")[0].split(".")[:3])
+    found = tuple(int(x) for x in re.findall(r"\d+", llama_cpp.__version__)[:3])
     if not TESTED[0] <= found < TESTED[1]:
         raise ImportError(
             f"llama-cpp-python {llama_cpp.__version__} is outside the tested range: {REMEDY}"
@@ -35,24 +37,21 @@ def _check_version() -> None:
 
 
 def _handles() -> Iterator[ctypes.CDLL]:
-    """The loaded libraries. Loading a library again by its path gives the loaded one."""
+    """libllama, whose handle also finds what it is linked to; then, for Windows, where it does
+    not, the ggml libraries themselves. Elsewhere loading those by path would be a second copy."""
     yield llama_cpp.llama_cpp._lib
-    yield llama_cpp._ggml.libggml
-    for name in ("ggml-base", "ggml-cpu"):
-        try:
-            yield llama_cpp._ctypes_extensions.load_shared_library(
-                name, llama_cpp._ggml.libggml_base_path
-            )
-        except (FileNotFoundError, RuntimeError):
-            continue
+    if sys.platform != "win32":
+        return
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    for name in ("ggml", "ggml-base", "ggml-cpu"):
+        with contextlib.suppress(FileNotFoundError, RuntimeError):
+            yield load_shared_library(name, folder)
 
 
 def _address(name: str, handles: list[ctypes.CDLL]) -> int:
     for handle in handles:
-        try:
+        with contextlib.suppress(AttributeError):
             return ctypes.cast(getattr(handle, name), ctypes.c_void_p).value or 0
-        except AttributeError:
-            continue
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ class Projector:
         if n_threads > 0:
             params.n_threads = n_threads
         with captured_errors() as errors:
-            handle = mtmd_cpp.mtmd_init_from_file(str(path).encode(), model.handle, params)
+            handle = mtmd_cpp.mtmd_init_from_file(os.fsencode(path), model.handle, params)
         if not handle:
             reason = errors[0] if errors else "no reason given"
             raise ProjectorError(
@@ -65,7 +66,7 @@ class Projector:
             )
         self.handle = handle
         self._n_embd = model.n_embd
-        self._finalizer = weakref.finalize(self, _free, handle, model)
+        self._finalizer = weakref.finalize(self, _free, handle, model.keepalive)
         if not mtmd_cpp.mtmd_support_vision(handle):
             self.close()
             raise ProjectorError(f"{path} cannot see: it has no image encoder")
@@ -176,5 +177,5 @@ def _bitmap(image: npt.NDArray[np.uint8]) -> Any:
     return bitmap
 
 
-def _free(handle: Any, model: Model) -> None:
+def _free(handle: Any, model: Model | None) -> None:
     mtmd_cpp.mtmd_free(handle)

@@ -16,6 +16,7 @@ from cmg_gguf.runtime.model import Model
 from cmg_gguf.sampling import Sampling
 
 _MIROSTAT_M = 100  # as llama.cpp's own tools
+_ALL_TOKENS = 2**20  # more than an answer has; llama.cpp allocates room for each
 
 
 class Sampler:
@@ -43,13 +44,17 @@ class Sampler:
         """(guided token, plain token) from rows at these addresses.
 
         logits: what is sampled from: l_o, or l_o changed by logits processors. original, degraded:
-        l_o and l_d; 0 for no l_d. Raises BackendError if no token is possible.
+        l_o and l_d; 0 for no l_d. Raises BackendError if no token is possible, or if a score of a
+        plausible token is not a number.
         """
         self._state.set_rows(original, degraded)
         try:
-            return self._sampler.sample(logits)
+            drawn = self._sampler.sample(logits)
         except RuntimeError as exc:
             raise BackendError(str(exc)) from exc
+        if not self._state.finite:
+            raise BackendError("the degraded branch gave logits that are not numbers")
+        return drawn
 
     def accept(self, token: int) -> None:
         """Tells penalties and grammar which token was taken."""
@@ -88,7 +93,7 @@ def _constraints(model: Model, sampling: Sampling) -> Iterable[Any]:
     if sampling.grammar is not None:
         with captured_errors() as errors:
             grammar = llama_cpp.llama_sampler_init_grammar(
-                model.vocab, sampling.grammar.encode(), b"root"
+                model.vocab, sampling.grammar.encode("utf-8", "replace"), b"root"
             )
         if not grammar:
             raise SamplingError(f"the grammar does not parse: {' '.join(errors) or 'no root rule'}")
@@ -99,7 +104,7 @@ def _tail(model: Model, sampling: Sampling, seed: int) -> Iterable[Any]:
     """Everything behind guidance. Samplers at their neutral value are left out."""
     s = sampling
     if (s.repeat_penalty, s.frequency_penalty, s.presence_penalty) != (1.0, 0.0, 0.0):
-        last_n = 2**20 if s.penalty_last_n < 0 else s.penalty_last_n
+        last_n = _ALL_TOKENS if s.penalty_last_n < 0 else min(s.penalty_last_n, _ALL_TOKENS)
         yield llama_cpp.llama_sampler_init_penalties(
             model.n_vocab, last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty
         )

@@ -1,0 +1,115 @@
+"""One answer of a loaded model, with progress before it and Ctrl-C during it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cmg_gguf.cli.interrupt import Interrupt
+from cmg_gguf.cli.screen import Phase, Screen, summary
+
+if TYPE_CHECKING:
+    from cmg_gguf.cli.model_flags import ModelFlags
+    from cmg_gguf.generation import Piece, Reply
+    from cmg_gguf.guidance import Guidance
+    from cmg_gguf.sampling import Sampling
+    from cmg_gguf.vlm import GuidedVLM
+
+Message = Mapping[str, Any]
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in an answer. text: what had been said."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A loaded model, and what all answers of a command share. seconds: loading took."""
+
+    vlm: GuidedVLM
+    screen: Screen
+    max_tokens: int | None
+    seconds: float
+
+    @classmethod
+    def open(cls, flags: ModelFlags, screen: Screen, *, max_tokens: int | None) -> Asker:
+        """Loads the model. Raises CMGError; KeyboardInterrupt on Ctrl-C."""
+        flags.pair()
+        started = time.perf_counter()
+        with Interrupt() as interrupt, screen.waiting("load") as waiting:
+
+            def progress(phase: Phase, done: int, total: int) -> None:
+                interrupt.check()
+                waiting(phase, done, total)
+
+            vlm = flags.open(progress)
+            interrupt.check()
+        return cls(vlm, screen, max_tokens, time.perf_counter() - started)
+
+    def ask(
+        self,
+        messages: Sequence[Message],
+        guidance: Guidance,
+        sampling: Sampling,
+        show: Callable[[Piece], None] | None = None,
+    ) -> Reply:
+        """The answer. show: called with each piece as it comes; None = progress until the end.
+
+        Raises CMGError; Stopped on Ctrl-C.
+        """
+        first: Phase = "encode" if _has_images(messages) else "prefill"
+        with Interrupt() as interrupt, self.screen.waiting(first) as waiting:
+
+            def progress(phase: Phase, done: int, total: int) -> None:
+                interrupt.check()
+                waiting(phase, done, total)
+
+            stream = self.vlm.stream(
+                messages,
+                guidance=guidance,
+                sampling=sampling,
+                max_tokens=self.max_tokens,
+                progress=progress,
+            )
+            n_tokens = 0
+            try:
+                for piece in stream:
+                    n_tokens += len(piece.tokens)
+                    if show is None:
+                        waiting.answering(n_tokens)
+                    else:
+                        waiting.stop()
+                        show(piece)
+                    interrupt.check()
+                return stream.reply
+            except KeyboardInterrupt as exc:
+                raise Stopped(stream.text) from exc
+            finally:
+                stream.close()
+
+    def summarise(self, reply: Reply, *, label: str = "", load: bool = True) -> None:
+        """Writes the figures of an answer. load: those of loading the model too."""
+        seconds = self.seconds if load else None
+        self.screen.aside(label + summary(reply, load=seconds, max_tokens=self.max_tokens))
+
+
+def user_message(text: str, images: Sequence[Any]) -> dict[str, Any]:
+    """A user's turn with `images` ahead of its text."""
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def system_messages(text: str | None) -> list[dict[str, Any]]:
+    """The system turn, if there is one."""
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _has_images(messages: Sequence[Message]) -> bool:
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return any(part["type"] == "image" for content in asked for part in content)

@@ -1,0 +1,38 @@
+"""Ctrl-C as a wish that is looked at between steps, so that no step is torn apart.
+
+with Interrupt() as interrupt:
+    for piece in stream:
+        ...
+        interrupt.check()   # raises KeyboardInterrupt once Ctrl-C was pressed
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Interrupt:
+    """Inside the block, the first Ctrl-C waits for `check`; a second one raises at once."""
+
+    def __init__(self) -> None:
+        self._wanted = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if Ctrl-C was pressed."""
+        if self._wanted:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._wanted:
+            raise KeyboardInterrupt
+        self._wanted = True

@@ -1,0 +1,156 @@
+"""Flags that say which model is asked, and how it is run. Names are llama-mtmd-cli's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+import typer
+
+if TYPE_CHECKING:
+    from cmg_gguf.stream import Progress
+    from cmg_gguf.vlm import GuidedVLM
+
+FlashAttention = Literal["on", "off", "auto"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+Pairing = Literal["auto", "pair", "contexts"]
+
+_flag = partial(typer.Option, rich_help_panel="Model")
+
+ModelFile = Annotated[
+    Path | None, _flag("--model", "-m", metavar="FILE", help="GGUF file of the language model.")
+]
+ProjectorFile = Annotated[
+    Path | None,
+    _flag("--mmproj", metavar="FILE", help="GGUF file of the model's image projector (mmproj)."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """A model pair and the context it runs in."""
+
+    model: ModelFile = None
+    mmproj: ProjectorFile = None
+    ctx_size: Annotated[
+        int,
+        _flag(
+            "--ctx-size",
+            "-c",
+            min=0,
+            metavar="N",
+            help="Room for tokens: the prompt counts once, the part behind its first image twice, "
+            "each token of the answer twice; 0 = what the model was trained with.",
+        ),
+    ] = 4096
+    n_gpu_layers: Annotated[
+        int,
+        _flag(
+            "--n-gpu-layers",
+            "-ngl",
+            min=-1,
+            metavar="N",
+            help="Layers on the accelerator, if there is one; -1 = all, 0 = none.",
+        ),
+    ] = -1
+    threads: Annotated[
+        int,
+        _flag(
+            "--threads",
+            "-t",
+            min=0,
+            max=512,
+            metavar="N",
+            help="CPU threads; 0 = llama.cpp chooses.",
+        ),
+    ] = 0
+    ubatch_size: Annotated[
+        int,
+        _flag(
+            "--ubatch-size",
+            "-ub",
+            min=8,
+            max=65536,
+            metavar="N",
+            help="Most prompt tokens in one step.",
+        ),
+    ] = 512
+    flash_attn: Annotated[
+        FlashAttention,
+        _flag("--flash-attn", "-fa", help="Flash attention; auto = where it is supported."),
+    ] = "auto"
+    cache_type_k: Annotated[
+        CacheType,
+        _flag(
+            "--cache-type-k",
+            "-ctk",
+            metavar="TYPE",
+            help=f"Number type of cached keys: {', '.join(get_args(CacheType))}.",
+        ),
+    ] = "f16"
+    cache_type_v: Annotated[
+        CacheType,
+        _flag(
+            "--cache-type-v",
+            "-ctv",
+            metavar="TYPE",
+            help="Number type of cached values; the q types need flash attention.",
+        ),
+    ] = "f16"
+    chat_template: Annotated[
+        str | None,
+        _flag(
+            "--chat-template",
+            metavar="TEMPLATE",
+            help="vicuna, mistral, chatml or a Jinja text. Default: the model's own, vicuna if it "
+            "has none.",
+        ),
+    ] = None
+    pairing: Annotated[
+        Pairing,
+        _flag(
+            "--pairing",
+            help="pair = both branches of guidance in one context, contexts = one each (twice the "
+            "memory and time), auto = pair where the model allows it.",
+        ),
+    ] = "auto"
+    verbose: Annotated[
+        bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
+    ] = False
+
+    def open(self, progress: Progress | None = None) -> GuidedVLM:
+        """The loaded model. Raises CMGError; BadParameter where a file is not named."""
+        from cmg_gguf.vlm import GuidedVLM
+
+        model, mmproj = self.pair()
+        return GuidedVLM(
+            model,
+            mmproj,
+            n_ctx=self.ctx_size,
+            n_ubatch=self.ubatch_size,
+            n_threads=self.threads,
+            n_gpu_layers=self.n_gpu_layers,
+            flash_attn={"on": True, "off": False}.get(self.flash_attn),
+            type_k=self.cache_type_k,
+            type_v=self.cache_type_v,
+            chat_template=self.chat_template,
+            pairing=self.pairing,
+            verbose=self.verbose,
+            progress=progress,
+        )
+
+    def pair(self) -> tuple[Path, Path]:
+        """Model and projector file. Raises BadParameter where one is not named."""
+        if self.model is None:
+            raise typer.BadParameter(
+                "none is given; name a GGUF file, and its image projector with --mmproj",
+                param_hint="'--model' / '-m'",
+            )
+        if self.mmproj is None:
+            raise typer.BadParameter(
+                f"none is given; name the image projector that belongs to {self.model.name}",
+                param_hint="'--mmproj'",
+            )
+        return self.model, self.mmproj

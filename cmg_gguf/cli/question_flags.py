@@ -1,0 +1,86 @@
+"""Flags that `run` and `chat` share besides model, guidance and sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from cmg_gguf.cli.options import split_images
+
+_asked = partial(typer.Option, rich_help_panel="Question")
+_seen = partial(typer.Option, rich_help_panel="Output")
+
+NO_LIMIT = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionFlags:
+    """What is asked about, and how long the answer may be."""
+
+    image: Annotated[
+        list[str] | None,
+        _asked(
+            "--image",
+            metavar="FILE",
+            help="An image, seen before the question: a file, a file: or data: URL. Repeat it, or "
+            "put commas between, for several.",
+        ),
+    ] = None
+    system_prompt: Annotated[
+        str | None,
+        _asked("--system-prompt", "-sys", metavar="TEXT", help="Instruction ahead of it all."),
+    ] = None
+    predict: Annotated[
+        int,
+        _asked(
+            "--predict",
+            "-n",
+            min=NO_LIMIT,
+            metavar="N",
+            help="Most tokens of an answer; -1 = until it ends or the context is full.",
+        ),
+    ] = NO_LIMIT
+
+    @property
+    def images(self) -> list[str]:
+        """Image sources in order."""
+        return split_images(self.image or ())
+
+    def load_images(self) -> list[NDArray[np.uint8]]:
+        """Their pixels, each (H, W, 3) uint8. Before the model is loaded, for that takes longer.
+
+        Raises ImageError.
+        """
+        from cmg_gguf.images import load_image
+
+        return [load_image(source) for source in self.images]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The limit as the library takes it. Raises BadParameter for 0."""
+        if self.predict == 0:
+            raise typer.BadParameter(
+                "0 tokens are no answer; give 1 and up, or -1", param_hint="'--predict' / '-n'"
+            )
+        return None if self.predict == NO_LIMIT else self.predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenFlags:
+    """What is written besides the answer."""
+
+    show_changes: Annotated[
+        bool,
+        _seen(
+            "--show-changes",
+            help="Underline the tokens that guidance changed, where the answer goes to a terminal.",
+        ),
+    ] = False
+    quiet: Annotated[
+        bool, _seen("--quiet", "-q", help="No progress, notes or figures on standard error.")
+    ] = False

@@ -1,0 +1,159 @@
+"""`cmg-gguf run`: one question, one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmg_gguf.cli.asker import Asker, system_messages, user_message
+from cmg_gguf.cli.compare import print_comparison
+from cmg_gguf.cli.exits import load_library, manners
+from cmg_gguf.cli.guidance_flags import PLAIN, GuidanceFlags
+from cmg_gguf.cli.model_flags import ModelFlags
+from cmg_gguf.cli.output import AnswerWriter, write_json
+from cmg_gguf.cli.question_flags import QuestionFlags, ScreenFlags
+from cmg_gguf.cli.report import question_block, reply_block
+from cmg_gguf.cli.sampling_flags import SamplingFlags
+from cmg_gguf.cli.screen import Screen
+from cmg_gguf.guidance import Guidance
+
+if TYPE_CHECKING:
+    from cmg_gguf.sampling import Sampling
+
+EXAMPLES = """\
+Examples:
+
+  cmg-gguf run -m llava.gguf --mmproj mmproj.gguf --image kitchen.jpg -p "What is on the table?"
+
+  cmg-gguf run ... --compare                   plain and guided answer, differing words marked
+
+  cmg-gguf run ... --alpha 2 --layers 0.5-     stronger, in the upper half of the layers
+
+  cmg-gguf run ... --temp 0.7 --seed 1         drawn instead of greedy, and repeatable
+
+  cmg-gguf run ... --json | jq .cmg.changed    what guidance changed, for programs
+
+  cat question.txt | cmg-gguf run ... -p -     the prompt from standard input
+"""
+
+
+@manners()
+def run(
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            rich_help_panel="Question",
+            help="The question; - = read it from standard input, as is done without -p if that is "
+            "no terminal.",
+        ),
+    ] = None,
+    *,
+    question: QuestionFlags,
+    guidance: GuidanceFlags,
+    sampling: SamplingFlags,
+    model: ModelFlags,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            rich_help_panel="Output",
+            help="Write the plain answer and the guided one, with the words that differ marked.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            rich_help_panel="Output",
+            help="Write one JSON object: text, tokens, what guidance changed, figures.",
+        ),
+    ] = False,
+    screen: ScreenFlags,
+) -> None:
+    """Answer one question about images.
+
+    The answer goes to standard output as it is generated; all else goes to standard error.
+    """
+    load_library()
+    model.pair()
+    settings = guidance.guidance()
+    if compare and not settings.contrasts:
+        raise typer.BadParameter(
+            "there is nothing to compare without guidance", param_hint="'--compare'"
+        )
+    draw, text = sampling.sampling(), _prompt(prompt)
+    pixels = question.load_images()
+    err = Screen(quiet=screen.quiet, progress=not model.verbose)
+    if idle := sampling.idle():
+        err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
+    if not pixels and settings.contrasts:
+        err.note("no --image, so there is nothing to guide by")
+    asker = Asker.open(model, err, max_tokens=question.max_tokens)
+    messages = [*system_messages(question.system_prompt), user_message(text, pixels)]
+    with asker.vlm:
+        if compare:
+            blocks = _compare(asker, messages, settings, draw, as_json=as_json)
+        elif as_json:
+            blocks = _silent(asker, messages, settings, draw)
+        else:
+            blocks = {}
+            _stream(asker, messages, settings, draw, show_changes=screen.show_changes)
+        if as_json:
+            write_json({**question_block(asker.vlm, question.images, text), **blocks})
+
+
+def _stream(
+    asker: Asker,
+    messages: list[dict[str, Any]],
+    guidance: Guidance,
+    sampling: Sampling,
+    *,
+    show_changes: bool,
+) -> None:
+    with AnswerWriter(show_changes=show_changes).line() as write:
+        reply = asker.ask(messages, guidance, sampling, write)
+    asker.summarise(reply)
+
+
+def _silent(
+    asker: Asker, messages: list[dict[str, Any]], guidance: Guidance, sampling: Sampling
+) -> dict[str, Any]:
+    reply = asker.ask(messages, guidance, sampling)
+    asker.summarise(reply)
+    return reply_block(reply, asker.vlm)
+
+
+def _compare(
+    asker: Asker,
+    messages: list[dict[str, Any]],
+    guidance: Guidance,
+    sampling: Sampling,
+    *,
+    as_json: bool,
+) -> dict[str, Any]:
+    plain = asker.ask(messages, PLAIN, sampling)
+    # The same draws, so that the answers differ in guidance alone.
+    guided = asker.ask(messages, guidance, dataclasses.replace(sampling, seed=plain.seed))
+    if not as_json:
+        print_comparison(plain, guided)
+    asker.summarise(plain, label="plain: ")
+    asker.summarise(guided, label="guided: ", load=False)
+    return {"plain": reply_block(plain, asker.vlm), "guided": reply_block(guided, asker.vlm)}
+
+
+def _prompt(given: str | None) -> str:
+    """The prompt, from standard input where that is meant. Raises BadParameter for none."""
+    text, remedy = given, "it is empty; ask something"
+    if given is None and sys.stdin.isatty():
+        text, remedy = "", "none is given; write -p TEXT"
+    elif given is None or given == "-":
+        text, remedy = sys.stdin.read().rstrip("\n"), "standard input holds none; write -p TEXT"
+    if not text:
+        raise typer.BadParameter(remedy, param_hint="'--prompt' / '-p'")
+    return text

@@ -1,0 +1,162 @@
+"""Everything that is written but the answer: progress, notes, figures, errors. Standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
+from rich.text import Text
+
+from cmg_gguf.cli.options import format_numbers
+from cmg_gguf.errors import ContextLengthError
+
+if TYPE_CHECKING:
+    from cmg_gguf.generation import Reply
+
+Phase = Literal["load", "encode", "prefill", "decode"]
+
+_DOING: dict[Phase, str] = {
+    "load": "loading the model",
+    "encode": "encoding the images",
+    "prefill": "reading the prompt",
+    "decode": "answering",
+}
+
+
+def print_error(exc: Exception) -> None:
+    """Writes "error: ..." in one line."""
+    flag = " (--ctx-size, -c)" if isinstance(exc, ContextLengthError) else ""
+    message = f" {_flat(str(exc))}{flag}"
+    _line(Console(stderr=True), Text.assemble(("error:", "bold red"), message))
+
+
+class Screen:
+    """Standard error during a command. quiet: nothing but errors. progress: whether to show it."""
+
+    def __init__(self, *, quiet: bool = False, progress: bool = True) -> None:
+        self._console = Console(stderr=True)
+        self._quiet = quiet
+        self._shows_progress = progress and not quiet and self._console.is_interactive
+
+    def note(self, text: str) -> None:
+        """Writes "note: ..." in one line."""
+        if not self._quiet:
+            _line(self._console, Text.assemble(("note:", "bold"), f" {_flat(text)}"))
+
+    def tell(self, text: str) -> None:
+        """Writes text that answers a command, whether quiet or not."""
+        _line(self._console, Text(text))
+
+    def aside(self, text: str) -> None:
+        """Writes a line that need not be read."""
+        if not self._quiet:
+            _line(self._console, Text(text, style="dim"))
+
+    @contextmanager
+    def waiting(self, phase: Phase) -> Iterator[Waiting]:
+        """Shows progress from `phase` on; after the block nothing of it is left."""
+        waiting = Waiting(self._console, shown=self._shows_progress)
+        waiting.begin(phase)
+        try:
+            yield waiting
+        finally:
+            waiting.stop()
+
+
+class Waiting:
+    """One line that says what takes time. Call it as `cmg_gguf.vlm.Progress`."""
+
+    def __init__(self, console: Console, *, shown: bool) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            "{task.description}",
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._shown = shown
+        self._phase: Phase | None = None
+        self._task = TaskID(0)
+
+    def begin(self, phase: Phase) -> None:
+        """Shows `phase`, of which it is not known how long it takes."""
+        if phase == self._phase or not self._shown:
+            return
+        if self._phase is None:
+            self._progress.start()
+        else:
+            self._progress.remove_task(self._task)
+        self._phase = phase
+        self._task = self._progress.add_task(_DOING[phase], total=None)
+
+    def __call__(self, phase: Phase, done: int, total: int) -> None:
+        if phase == "encode" and done == total:
+            self.begin("prefill")
+            return
+        self.begin(phase)
+        self._update(completed=done, total=total)
+
+    def answering(self, n_tokens: int) -> None:
+        """Shows how far an answer is that is not shown itself."""
+        self.begin("decode")
+        self._update(description=f"answering, {count(n_tokens, 'token')}")
+
+    def stop(self) -> None:
+        """Takes the line away. Does nothing the second time."""
+        if self._phase is not None:
+            self._progress.stop()
+            self._phase = None
+
+    def _update(self, **values: Any) -> None:
+        if self._shown:
+            self._progress.update(self._task, **values)
+
+
+def summary(reply: Reply, *, load: float | None = None, max_tokens: int | None = None) -> str:
+    """The figures of an answer in one line: tokens, changed tokens, speed, seconds, layers."""
+    n, seconds = len(reply.tokens), reply.seconds
+    phases = {"load": load, "image": seconds.encode, "prompt": seconds.prefill}
+    parts = [f"{count(n, 'token')}, {reply.n_changed} changed"]
+    if reply.finish_reason == "length":
+        parts.append("cut off by -n" if n == max_tokens else "cut off: the context is full")
+    if seconds.decode > 0:
+        parts.append(f"{n / seconds.decode:.1f} tokens/s")
+    parts.append(
+        ", ".join(
+            f"{name} {value:.2f} s"
+            for name, value in {**phases, "answer": seconds.decode}.items()
+            if value is not None
+        )
+    )
+    return " · ".join([*parts, _masked(reply)])
+
+
+def count(n: int, what: str) -> str:
+    """A number and what it counts: "1 token", "2 tokens"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _masked(reply: Reply) -> str:
+    if not reply.guidance.contrasts:
+        return "plain decoding"
+    if not reply.n_image_tokens:
+        return "no image, not guided"
+    if not reply.layers:
+        return "no layer masked"
+    word = "layer" if len(reply.layers) == 1 else "layers"
+    return f"{word} {format_numbers(reply.layers)} masked"
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _line(console: Console, text: Text) -> None:
+    # Soft wrap: the terminal breaks the line, not rich, so that in a file it is one.
+    console.print(text, soft_wrap=True, highlight=False)

@@ -1,0 +1,141 @@
+"""One answer of a `GuidedVLM`, piece by piece, and how it ends."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Literal
+
+from cmg_gguf.errors import BackendError
+from cmg_gguf.generation import Answer, Limits, Piece, Reply, Seconds, generate
+from cmg_gguf.guidance import Guidance
+from cmg_gguf.runtime.protocol import Prompt
+from cmg_gguf.runtime.sampler import Sampler
+from cmg_gguf.sampling import MAX_SEED, Sampling
+
+if TYPE_CHECKING:
+    from cmg_gguf.vlm import GuidedVLM
+
+Phase = Literal["load", "encode", "prefill"]
+Progress = Callable[[Phase, int, int], None]
+"""progress(phase, done, total): "load" in percent, "encode" in image tokens, "prefill" in rows."""
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of an answer as they are generated; `reply` has the whole when they are done.
+
+    close() ends it early and frees its KV cells; so does dropping it, or a new request.
+    """
+
+    def __init__(
+        self,
+        vlm: GuidedVLM,
+        prompt: Prompt,
+        guidance: Guidance,
+        sampling: Sampling,
+        limits: Limits,
+        progress: Progress | None,
+    ) -> None:
+        self._lock = vlm._lock
+        self._run = _Run(vlm, prompt, guidance, sampling, limits, progress)
+        # The generator holds the run and not this object: dropping this object ends it at once.
+        self._pieces = self._run.pieces()
+
+    def __next__(self) -> Piece:
+        with self._lock:
+            return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the answer here. Does nothing if it has ended."""
+        with self._lock:
+            self._pieces.close()
+
+    @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return self._run.answer.text
+
+    @property
+    def reply(self) -> Reply:
+        """The finished answer. Raises BackendError while it is not finished."""
+        if self._run.reply is None:
+            raise BackendError("the answer is not finished; iterate to its end first")
+        return self._run.reply
+
+
+class _Run:
+    """One answer in the making. `reply`: None until it is finished."""
+
+    def __init__(
+        self,
+        vlm: GuidedVLM,
+        prompt: Prompt,
+        guidance: Guidance,
+        sampling: Sampling,
+        limits: Limits,
+        progress: Progress | None,
+    ) -> None:
+        self._vlm = vlm
+        self._prompt = prompt
+        self._guidance = guidance
+        self._limits = limits
+        self._progress = progress or (lambda phase, done, total: None)
+        self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
+        self._sampler = Sampler(
+            vlm.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
+        )
+        self.answer = Answer()
+        self.reply: Reply | None = None
+
+    def pieces(self) -> Generator[Piece, None, None]:
+        vlm, engine = self._vlm, self._vlm.engine
+        vlm._check_open()
+        vlm._request += 1
+        mine = vlm._request
+
+        def check() -> None:
+            vlm._check_open()
+            if vlm._request != mine:
+                raise BackendError("this answer was ended by a newer request to the same GuidedVLM")
+
+        def report(phase: Phase, done: int, total: int) -> None:
+            self._progress(phase, done, total)
+            check()  # the callback can have closed the model or asked it something else
+
+        try:
+            started = time.perf_counter()
+            prompt = vlm.projector.encode(self._prompt, functools.partial(report, "encode"))
+            encoded = time.perf_counter()
+            engine.prefill(prompt, self._guidance, functools.partial(report, "prefill"))
+            prefilled = time.perf_counter()
+            layers = engine.layers
+            yield from generate(
+                engine,
+                self._sampler,
+                vlm.model,
+                self._guidance,
+                self._limits,
+                self.answer,
+                check,
+            )
+            seconds = Seconds(encoded - started, prefilled - encoded, self.answer.seconds)
+            self.reply = self._finished(prompt, layers, seconds)
+        finally:
+            with vlm._lock:
+                if vlm._request == mine:
+                    engine.reset()
+
+    def _finished(self, prompt: Prompt, layers: tuple[int, ...], seconds: Seconds) -> Reply:
+        return Reply(
+            text=self.answer.text,
+            tokens=tuple(self.answer.tokens),
+            finish_reason=self.answer.finish_reason,
+            n_prompt_tokens=prompt.n_tokens,
+            n_image_tokens=prompt.n_image_tokens,
+            guidance=self._guidance,
+            layers=layers,
+            seed=self._seed,
+            seconds=seconds,
+        )

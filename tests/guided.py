@@ -1,0 +1,80 @@
+"""Shared by the tests that talk to a `GuidedVLM` on a tiny pair."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from test_reference import picture
+from tiny_llava import TinyPair
+
+from cmg_gguf import Guidance, GuidedVLM, Reply
+
+QUESTION = "What is there?"
+PLAIN = Guidance(alpha=0.0, beta=0.0)
+N_IMAGE_TOKENS = 16
+"""Of one picture of the default tiny pair."""
+
+
+def open_vlm(pair: TinyPair, **settings: Any) -> GuidedVLM:
+    """A `GuidedVLM` that gives the same numbers everywhere: one thread, one kind of attention."""
+    defaults: dict[str, Any] = {
+        "n_ctx": 256,
+        "n_ubatch": 64,
+        "n_threads": 1,
+        "n_gpu_layers": 0,
+        "flash_attn": False,
+        "type_k": "f32",
+        "type_v": "f32",
+    }
+    return GuidedVLM(pair.llm, pair.mmproj, **{**defaults, **settings})
+
+
+def ids(reply: Reply) -> list[int]:
+    """The tokens of the answer."""
+    return [token.id for token in reply.tokens]
+
+
+def is_empty(vlm: GuidedVLM) -> bool:
+    """Whether no sequence of the model's contexts holds anything."""
+    return vlm.engine.n_past == 0 and all(
+        llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(context.handle), seq) == -1
+        for context in vlm._contexts
+        for seq in range(context.n_seq_max)
+    )
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """The pixels as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(pixels: NDArray[np.uint8]) -> str:
+    """The pixels as a `data:` URL."""
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+
+
+def user(*parts: str | NDArray[np.uint8]) -> dict[str, Any]:
+    """A user's turn; arrays are images."""
+    return {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image", "image": part}
+            for part in parts
+        ],
+    }
+
+
+def asked(image_seed: int = 0, question: str = QUESTION) -> list[dict[str, Any]]:
+    """Messages that ask about one picture, as OpenAI's clients write them."""
+    image = {"type": "image_url", "image_url": {"url": data_url(picture(image_seed))}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]

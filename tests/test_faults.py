@@ -1,0 +1,213 @@
+"""Whatever goes wrong is told in one clear line, and the next answer is right."""
+
+from __future__ import annotations
+
+import gc
+import random
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from faults import EARLY, FAULTS, PICTURE, UNDER_WAY, Fault
+from guided import QUESTION, ids, is_empty, open_vlm
+from test_reference import picture
+from tiny_llava import TinyPair
+
+from cmg_gguf import Guidance, GuidedVLM, PromptError, Sampling
+
+N_MARATHON = 3 * len(FAULTS)
+
+
+@pytest.fixture(scope="module")
+def vlm(pair: TinyPair) -> Iterator[GuidedVLM]:
+    with open_vlm(pair) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def expected(vlm: GuidedVLM) -> list[int]:
+    """The right answer, from before anything went wrong."""
+    return answer(vlm)
+
+
+def answer(vlm: GuidedVLM) -> list[int]:
+    return ids(vlm.generate(QUESTION, [picture(1), picture(2)], max_tokens=20))
+
+
+def named(fault: Fault) -> str:
+    return fault.name
+
+
+# --- one at a time -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", EARLY, ids=named)
+def test_a_fault_of_the_request_is_told_before_anything_is_computed(
+    vlm: GuidedVLM, expected: list[int], fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        for name in ("decode", "decode_image"):
+            patched.setattr(vlm.engine.original.context, name, _computed)
+        patched.setattr(vlm.projector, "encode", _computed)
+        fault.happen(vlm)
+    assert answer(vlm) == expected
+
+
+def _computed(*arguments: object, **settings: object) -> None:
+    pytest.fail("computed")
+
+
+@pytest.mark.parametrize("fault", UNDER_WAY, ids=named)
+def test_a_fault_under_way_leaves_the_model_empty_and_usable(
+    vlm: GuidedVLM, expected: list[int], fault: Fault
+) -> None:
+    fault.happen(vlm)
+    assert is_empty(vlm)
+    assert answer(vlm) == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (np.zeros((1, 1, 3), np.uint8), QUESTION),
+        (np.full((1, 20_000, 3), 9, np.uint8), QUESTION),
+        (np.full((20_000, 1, 3), 9, np.uint8), QUESTION),
+        (np.zeros((2_000, 3_000, 3), np.uint8), QUESTION),
+        (PICTURE, ""),
+        (PICTURE, " "),
+        (PICTURE, "\n\r\t"),
+        (PICTURE, "a\0b\0"),
+        (PICTURE, "\ud800 \udcff"),
+        (PICTURE, "\u202e\u200b\ufeff"),
+        (PICTURE, "</s><s><unk><0x00>"),
+        (PICTURE, "{{ 1 / 0 }}{% raise %}"),
+        (PICTURE, "\U0001f642" * 5),
+        (PICTURE, "\x1b[31m"),
+    ],
+)
+def test_what_is_only_odd_is_answered(
+    vlm: GuidedVLM, expected: list[int], image: Any, text: str
+) -> None:
+    reply = vlm.generate(text, [image], max_tokens=3)
+    assert len(reply.tokens) == 3
+    assert reply.n_image_tokens == 16
+    assert len(vlm.generate(text, max_tokens=3).tokens) == 3
+    assert len(vlm.generate(text + "<__media__>a", [image], raw=True, max_tokens=3).tokens) == 3
+    assert answer(vlm) == expected
+
+
+def test_a_raw_prompt_may_be_empty_but_for_the_beginning(vlm: GuidedVLM) -> None:
+    assert vlm.generate("", raw=True, max_tokens=2).n_prompt_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "[] instead of [0]"),
+        ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "[0, 0] instead of [0]"),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{{ messages[9].content }}", "refuses"),
+        ("{{ (1).__class__.__mro__ }}", "refuses"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "refuses"),
+        ("{{ '' }}", "empty prompt"),
+    ],
+)
+def test_a_template_that_cannot_show_the_image_says_so(
+    pair: TinyPair, template: str, says: str
+) -> None:
+    with open_vlm(pair, chat_template=template) as odd, pytest.raises(PromptError) as info:
+        odd.stream(QUESTION, [PICTURE])
+    assert says in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("template", ["{{ nonsense", "{% for %}", "{{ 1 | no_such_filter }}"])
+def test_a_template_that_is_no_jinja_is_refused_with_the_model(
+    pair: TinyPair, template: str
+) -> None:
+    with pytest.raises(PromptError, match="not valid Jinja"):
+        open_vlm(pair, chat_template=template)
+
+
+def test_an_odd_template_is_taken_at_its_word(pair: TinyPair) -> None:
+    with open_vlm(pair, chat_template="{{ messages[0].content }} <s>{{ '\0' }}!") as odd:
+        assert len(odd.generate(QUESTION, [PICTURE], max_tokens=3).tokens) == 3
+
+
+# --- at any moment -----------------------------------------------------------------------------
+
+
+class Alarm(BaseException):
+    """Raised by a timer, wherever the program happens to be."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX timers")
+def test_an_interrupt_at_any_moment_leaves_the_model_usable(
+    vlm: GuidedVLM, expected: list[int]
+) -> None:
+    armed = n_interrupted = 0
+
+    def ring(number: int, frame: object) -> None:
+        if armed:
+            raise Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    rng = random.Random(0)
+    try:
+        for _ in range(60):
+            armed = 1
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.05))
+                answer(vlm)
+                armed = 0
+            except Alarm:
+                n_interrupted += 1
+            armed = 0
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            guidance = rng.choice([Guidance(), Guidance(alpha=0.0, beta=0.0)])
+            vlm.generate(QUESTION, [PICTURE], guidance=guidance, max_tokens=3)
+            assert answer(vlm) == expected
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert n_interrupted > 10
+
+
+# --- in a row ----------------------------------------------------------------------------------
+
+
+def test_a_hundred_faults_in_a_row_change_no_answer(vlm: GuidedVLM, expected: list[int]) -> None:
+    assert N_MARATHON >= 100
+    faults = list(FAULTS) * 3
+    random.Random(7).shuffle(faults)
+    for i, fault in enumerate(faults):
+        fault.happen(vlm)
+        if i % 20 == 0:
+            assert answer(vlm) == expected
+    assert answer(vlm) == expected
+    assert is_empty(vlm)
+
+
+MAX_GROWTH_MB = 8.0
+
+
+def test_abandoned_and_failed_requests_leave_no_memory_behind(vlm: GuidedVLM) -> None:
+    sampling = Sampling(temperature=1.0, repeat_penalty=1.1, grammar='root ::= [a-z ]+ "."')
+
+    def abandon(n: int) -> None:
+        for i in range(n):
+            stream = vlm.stream(QUESTION, [picture(i)], sampling=sampling)
+            next(stream)
+            if i % 2:
+                stream.close()
+            UNDER_WAY[i % len(UNDER_WAY)].happen(vlm)
+        gc.collect()
+
+    process = psutil.Process()
+    abandon(60)
+    before = process.memory_info().rss
+    abandon(300)
+    grown = (process.memory_info().rss - before) / 2**20
+    assert grown < MAX_GROWTH_MB

@@ -1,0 +1,337 @@
+"""The graph patch in a real context: the cells it knows, its errors, its cost, and no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference
+from support import (
+    ALL_TOKENS,
+    EXACT,
+    PICTURE,
+    PICTURES,
+    TOLERANCE,
+    Rig,
+    Tiny,
+    Unhooked,
+    logits,
+    prompt_rows,
+)
+from test_reference import ONE_IMAGE, TWO_IMAGES
+from tiny_llava import TinyConfig
+
+from cmg_gguf import _core
+from cmg_gguf.errors import BackendError
+from cmg_gguf.guidance import AttentionMass, Guidance, LowestCosine, Scope
+from cmg_gguf.runtime.context import LlamaContext
+from cmg_gguf.runtime.protocol import Prompt
+
+N_LAYER = TinyConfig().n_layer
+N_IMAGE = TinyConfig().n_image_tokens
+NONE = -1
+
+
+def plan(
+    rows: Sequence[tuple[int, int, int, int]],
+    *,
+    observe: Sequence[int] = (),
+    mask: Sequence[int] = (),
+    n_layer: int = N_LAYER,
+) -> _core.Plan:
+    """rows: sequence, image token, slot observed into, slot hidden."""
+    return _core.Plan(
+        np.array(rows, np.int32),
+        n_layer=n_layer,
+        observe_layers=list(observe),
+        mask_layers=list(mask),
+        policy=ALL_TOKENS,
+        n_image_tokens=N_IMAGE,
+    )
+
+
+def decode(
+    context: LlamaContext, rows: Sequence[tuple[int, int, int]], plan: _core.Plan | None = None
+) -> None:
+    """rows: token, position, sequence."""
+    tokens, positions, seqs = np.array(rows, np.int32).T.copy()
+    context.decode(tokens, positions, seqs, outputs=np.ones(len(rows), np.bool_), plan=plan)
+
+
+def occupy(context: LlamaContext, seq: int, n: int) -> None:
+    """Fills n cells with text of another sequence."""
+    decode(context, [(300 + i, i, seq) for i in range(n)])
+
+
+def check(rig: Rig, prompt: Prompt, guidance: Guidance) -> None:
+    errors = rig.follow(prompt, guidance, rig.tiny.verdict(prompt, guidance))
+    assert errors.max() <= TOLERANCE
+
+
+@pytest.fixture(params=["llama", "gemma"])
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    found: Tiny = request.getfixturevalue(request.param)
+    return found
+
+
+# --- what it leaves behind ----------------------------------------------------------------------
+
+
+def test_without_a_plan_a_pair_decodes_as_without_a_callback(tiny: Tiny) -> None:
+    rig, plain, prompt = Rig(tiny), Unhooked(tiny), tiny.prompt(ONE_IMAGE, PICTURE)
+    n = rig.decode_prompt(prompt)
+    np.testing.assert_array_equal(
+        logits(rig.contexts[0], prompt.segments[-1].n_tokens - 1), plain.prefill(prompt)
+    )
+    rig.contexts[0].share(0, 1, n)
+    plain.share(0, 1)
+    for i in range(4):
+        decode(rig.contexts[0], [(300 + i, n + i, 0), (310 + i, n + i, 1)])
+        plain.decode([300 + i, 310 + i], [n + i] * 2, [0, 1], [True] * 2)
+        for row in (0, 1):
+            np.testing.assert_array_equal(logits(rig.contexts[0], row), plain.logits(row))
+    plain.close()
+
+
+def test_masks_toggled_between_steps_touch_their_own_steps_alone(tiny: Tiny) -> None:
+    masked_layers = [(), (2, 3, 5), (), (0,), (0,), (2, 3, 5), (), (1, 4), ()]
+    rig, plain, prompt = Rig(tiny), Unhooked(tiny), tiny.prompt(ONE_IMAGE, PICTURE)
+    context, ref = rig.contexts[0], tiny.ref
+    n = rig.decode_prompt(prompt)
+    context.share(0, 1, n)
+    context.patch.copy_image_tokens(0, 1, N_IMAGE)
+    plain.prefill(prompt)
+    plain.share(0, 1)
+    rig.selections.resize(1)
+    for il in range(N_LAYER):
+        rig.selections.set_tokens(0, il, np.arange(N_IMAGE, dtype=np.int32))
+    tokens = [300 + i for i in range(len(masked_layers))]
+    rows = np.concatenate([prompt_rows(ref, prompt), ref.embed(tokens)])
+    is_image = np.append(prompt.is_image, np.zeros(len(tokens), np.bool_))
+    blocked = np.zeros((N_LAYER, len(rows), len(rows)), np.bool_)
+    degraded = []
+    for i, (token, layers) in enumerate(zip(tokens, masked_layers, strict=True)):
+        hide = plan([(0, NONE, NONE, NONE), (1, NONE, NONE, 0)], mask=layers)
+        decode(context, [(token, n + i, 0), (token, n + i, 1)], hide if layers else None)
+        degraded.append(logits(context, 1))
+        for il in layers:
+            blocked[il, n + i, is_image] = True
+        plain.decode([token] * 2, [n + i] * 2, [0, 1], [True] * 2)
+        np.testing.assert_array_equal(logits(context, 0), plain.logits(0))
+    plain.close()
+    expected = ref.forward(rows, blocked).logits[n:]
+    np.testing.assert_allclose(degraded, expected, rtol=0, atol=TOLERANCE)
+    gaps = np.abs(expected - ref.forward(rows).logits[n:]).max(axis=1)
+    assert gaps[0] == 0.0
+    assert gaps[1:].min() > 100 * TOLERANCE
+
+
+# --- cells --------------------------------------------------------------------------------------
+
+
+def test_cells_are_those_of_the_image_rows_in_every_layer(tiny: Tiny) -> None:
+    rig, prompt = Rig(tiny, seqs=(4, 1), n_seq_max=5), tiny.prompt(TWO_IMAGES, *PICTURES)
+    rig.decode_prompt(prompt)
+    for il in range(N_LAYER):
+        cells = rig.contexts[0].patch.cells(4, il)
+        assert cells.tolist() == np.flatnonzero(prompt.is_image).tolist()
+        assert rig.contexts[0].patch.cells(1, il).tolist() == []
+
+
+def test_image_tokens_are_copied_and_cut_as_sequences_are(llama: Tiny) -> None:
+    rig, prompt = Rig(llama), llama.prompt(TWO_IMAGES, *PICTURES)
+    rig.decode_prompt(prompt)
+    patch = rig.contexts[0].patch
+    cells = patch.cells(0, 3).tolist()
+    patch.copy_image_tokens(0, 1, N_IMAGE)
+    assert patch.cells(1, 3).tolist() == cells[:N_IMAGE]
+    patch.truncate_image_tokens(0, N_IMAGE + 3)
+    assert patch.cells(0, 3).tolist() == cells[: N_IMAGE + 3]
+    patch.truncate_image_tokens(0, 0)
+    assert patch.cells(0, 3).tolist() == []
+    patch.clear_image_tokens()
+    assert patch.cells(1, 3).tolist() == []
+    with pytest.raises(IndexError, match=f"layer {N_LAYER} of {N_LAYER}"):
+        patch.cells(0, N_LAYER)
+
+
+@pytest.mark.parametrize("scope", ["decode", "text", "all"])
+def test_cells_behind_another_sequence_are_found(tiny: Tiny, scope: Scope) -> None:
+    rig, prompt = Rig(tiny, n_seq_max=4), tiny.prompt(ONE_IMAGE, PICTURE)
+    occupy(rig.contexts[0], 3, 21)
+    check(rig, prompt, Guidance(scope=scope))
+    cells = rig.contexts[0].patch.cells(0, 0)
+    assert cells.tolist() == (21 + np.flatnonzero(prompt.is_image)).tolist()
+
+
+@pytest.mark.parametrize("scope", ["decode", "text", "all"])
+def test_cells_in_the_holes_that_others_left_are_found(tiny: Tiny, scope: Scope) -> None:
+    rig, prompt = Rig(tiny, n_seq_max=6), tiny.prompt(ONE_IMAGE, PICTURE)
+    context, guidance = rig.contexts[0], Guidance(scope=scope)
+    check(rig, tiny.prompt(TWO_IMAGES, *PICTURES), guidance)
+    rig.engine.reset()
+    for seq, n in ((2, 7), (3, 11), (4, 13), (5, 3)):
+        occupy(context, seq, n)
+    context.truncate(2, 0)
+    context.truncate(4, 0)
+    check(rig, prompt, guidance)
+    cells = context.patch.cells(0, 0)
+    assert np.diff(cells).max() > 1
+    check(rig, tiny.prompt(TWO_IMAGES, *PICTURES), guidance)
+
+
+@pytest.mark.parametrize("scope", ["decode", "text", "all"])
+def test_cells_that_come_free_during_an_answer_may_be_taken(tiny: Tiny, scope: Scope) -> None:
+    """Also by rows whose sequence has left cells behind its window."""
+    rig, prompt = Rig(tiny, n_seq_max=4), tiny.prompt(TWO_IMAGES, *PICTURES)
+    guidance = Guidance(scope=scope)
+    verdict = tiny.verdict(prompt, guidance)
+    occupy(rig.contexts[0], 3, 3)
+    rig.engine.prefill(prompt, guidance)
+    rig.contexts[0].truncate(3, 0)
+    for step in verdict.steps:
+        degraded = rig.engine.degraded_logits
+        assert degraded is not None
+        np.testing.assert_allclose(rig.engine.original_logits, step.original, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(degraded, step.degraded, rtol=0, atol=1e-4)
+        rig.engine.step(step.token)
+
+
+@pytest.mark.parametrize("scope", ["decode", "text", "all"])
+def test_masks_grow_with_the_part_of_the_cache_in_use(tiny: Tiny, scope: Scope) -> None:
+    """llama.cpp looks at 256 cells at a time; these answers begin below cell 256 and end above."""
+    rig, prompt = (
+        Rig(tiny, replace(EXACT, n_ctx=512), n_seq_max=4),
+        tiny.prompt(TWO_IMAGES, *PICTURES),
+    )
+    guidance = Guidance(scope=scope)
+    for start in range(0, 250 - rig.engine.cells_needed(prompt, guidance), 10):
+        decode(rig.contexts[0], [(300 + i, start + i, 3) for i in range(10)])
+    check(rig, prompt, guidance)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", [-1, N_IMAGE, 10**6])
+def test_an_image_token_that_does_not_exist_ends_only_that_request(llama: Tiny, token: int) -> None:
+    rig, prompt, guidance = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE), Guidance(refresh="prompt")
+    rig.engine.prefill(prompt, guidance)
+    rig.selections.set_tokens(0, rig.engine.layers[1], np.array([2, token], np.int32))
+    with pytest.raises(BackendError, match=f"image token {token} .* the prompt has {N_IMAGE}"):
+        rig.engine.step(300)
+    check(rig, prompt, guidance)
+
+
+@pytest.mark.parametrize("row", [(0, NONE, 2, NONE), (0, NONE, NONE, 2)])
+def test_a_slot_that_does_not_exist_ends_only_that_decode(
+    llama: Tiny, row: tuple[int, int, int, int]
+) -> None:
+    rig, prompt, layers = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE), range(N_LAYER)
+    n = rig.decode_prompt(prompt)
+    rig.selections.resize(2)
+    with pytest.raises(BackendError, match="slot 2 of 2"):
+        decode(rig.contexts[0], [(300, n, 0)], plan([row], observe=layers, mask=layers))
+    check(rig, prompt, Guidance())
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 3), (1, 5), (1, 1, 4)])
+def test_a_plan_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"rows is \[n_rows, 4\]"):
+        _core.Plan(
+            np.zeros(shape, np.int32),
+            n_layer=N_LAYER,
+            observe_layers=[],
+            mask_layers=[],
+            policy=ALL_TOKENS,
+            n_image_tokens=0,
+        )
+
+
+@pytest.mark.parametrize("il", [-1, N_LAYER])
+def test_a_plan_for_a_layer_that_does_not_exist_is_refused(il: int) -> None:
+    row = (0, NONE, NONE, NONE)
+    with pytest.raises(ValueError, match=f"layer {il} of {N_LAYER}"):
+        plan([row], observe=[0, il])
+    with pytest.raises(ValueError, match=f"layer {il} of {N_LAYER}"):
+        plan([row], mask=[0, il])
+
+
+def test_a_plan_for_another_model_is_refused_and_leaves_no_trace(llama: Tiny) -> None:
+    rig, prompt = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE)
+    other = plan([(0, NONE, NONE, NONE)], n_layer=N_LAYER + 1)
+    with pytest.raises(ValueError, match=f"{N_LAYER + 1} layers, a patch for {N_LAYER}"):
+        rig.contexts[0].patch.begin(other)
+    with pytest.raises(ValueError, match=f"{N_LAYER + 1} layers, a patch for {N_LAYER}"):
+        decode(rig.contexts[0], [(300, 0, 0)], other)
+    check(rig, prompt, Guidance())
+
+
+def test_selections_know_their_slots_and_layers() -> None:
+    selections = _core.Selections(N_LAYER)
+    selections.resize(2)
+    selections.set_tokens(1, 5, np.array([3, 4], np.int32))
+    assert len(selections) == 2
+    assert selections.tokens(1, 5).tolist() == [3, 4]
+    assert selections.tokens(0, 5).tolist() == []
+    for slot, il in ((2, 0), (-1, 0), (0, N_LAYER), (0, -1)):
+        for read in (selections.tokens, selections.influence):
+            with pytest.raises(IndexError):
+                read(slot, il)
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+def test_cosines_are_the_judges_and_only_there_when_asked_for(tiny: Tiny) -> None:
+    rig, prompt, ref = Rig(tiny), tiny.prompt(ONE_IMAGE, PICTURE), tiny.ref
+    rig.decode_prompt(prompt, read_residual=True)
+    forward = ref.forward(prompt_rows(ref, prompt))
+    influence = reference.candidate_influence(ref, forward, prompt.is_image)
+    evidence = reference.layer_evidence(forward, influence, prompt.n_tokens - 1)
+    np.testing.assert_allclose(rig.contexts[0].patch.cosines, evidence.cosine, atol=1e-6)
+    rig.engine.prefill(prompt, Guidance(layers=AttentionMass(0.5)))
+    assert rig.contexts[0].patch.cosines.tolist() == []
+
+
+@pytest.mark.parametrize("layers", [[2, 3, 5], [], AttentionMass(0.5), LowestCosine(0.5)], ids=str)
+def test_a_step_costs_one_boundary_for_each_layer_it_observes(
+    llama: Tiny, layers: list[int] | AttentionMass | LowestCosine
+) -> None:
+    rig, prompt = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE)
+    patch = rig.contexts[0].patch
+    rig.engine.prefill(prompt, Guidance(layers=layers))
+    for token in (300, 301, 302):
+        before = patch.n_boundaries
+        rig.engine.step(token)
+        assert patch.n_boundaries - before == len(rig.engine.layers)
+
+
+def test_steps_without_a_choice_to_make_cost_no_boundary(llama: Tiny) -> None:
+    rig, prompt = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE)
+    patch = rig.contexts[0].patch
+    for guidance, in_prompt in (
+        (Guidance(layers=[2, 3, 5], refresh="prompt"), 3),
+        (Guidance(layers=AttentionMass(0.5), refresh="prompt"), N_LAYER),
+        (Guidance(alpha=0.0), 0),
+    ):
+        before = patch.n_boundaries
+        rig.engine.prefill(prompt, guidance)
+        assert patch.n_boundaries - before == in_prompt
+        for token in (300, 301, 302):
+            rig.engine.step(token)
+        assert patch.n_boundaries - before == in_prompt
+
+
+def test_each_micro_batch_with_observed_rows_costs_its_own_boundaries(llama: Tiny) -> None:
+    rig, prompt = Rig(llama, EXACT), llama.prompt(TWO_IMAGES, *PICTURES)
+    patch, first = rig.contexts[0].patch, int(prompt.is_image.argmax())
+    rig.selections.resize(prompt.n_tokens)
+    slots = np.arange(prompt.n_tokens, dtype=np.int32)
+    slots[:first] = NONE
+    before = patch.n_boundaries
+    rig.decode_prompt(prompt, slots)
+    assert len(prompt.segments) == 5
+    assert patch.n_boundaries - before == N_LAYER * 4

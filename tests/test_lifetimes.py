@@ -1,0 +1,323 @@
+"""Who ends whom: streams, models and callbacks, in any order, leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import llama_cpp
+import pytest
+from guided import QUESTION, asked, ids, is_empty, open_vlm
+from test_reference import picture
+from tiny_llava import TinyPair
+
+from cmg_gguf import BackendError, CMGChatHandler, GuidedVLM, ModelError, Stream
+
+
+@pytest.fixture(scope="module")
+def vlm(pair: TinyPair) -> Iterator[GuidedVLM]:
+    with open_vlm(pair) as opened:
+        yield opened
+
+
+@pytest.fixture
+def without_gc() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def answer(vlm: GuidedVLM, seed: int = 0) -> list[int]:
+    return ids(vlm.generate(QUESTION, [picture(seed)], max_tokens=12))
+
+
+def begun(vlm: GuidedVLM, seed: int = 0, n_pieces: int = 3) -> Stream:
+    stream = vlm.stream(QUESTION, [picture(seed)])
+    for _ in range(n_pieces):
+        next(stream)
+    return stream
+
+
+def chunk_stream(vlm: GuidedVLM) -> Iterator[dict[str, Any]]:
+    return cast(Iterator[dict[str, Any]], vlm.create_chat_completion(asked(), stream=True))
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+
+def test_a_stream_costs_nothing_until_it_is_iterated(vlm: GuidedVLM) -> None:
+    stream = vlm.stream(QUESTION, [picture(0)])
+    assert is_empty(vlm)
+    next(stream)
+    assert not is_empty(vlm)
+    stream.close()
+
+
+def test_a_finished_answer_leaves_the_cache_empty(vlm: GuidedVLM) -> None:
+    answer(vlm)
+    assert is_empty(vlm)
+
+
+def test_a_newer_request_ends_an_open_stream(vlm: GuidedVLM) -> None:
+    expected = answer(vlm, 1)
+    older = begun(vlm)
+    assert answer(vlm, 1) == expected
+    with pytest.raises(BackendError, match="ended by a newer request"):
+        next(older)
+    with pytest.raises(StopIteration):
+        next(older)
+
+
+def test_a_newer_stream_goes_on_when_the_older_is_used_or_dropped(vlm: GuidedVLM) -> None:
+    expected = answer(vlm, 1)
+    older = begun(vlm)
+    newer = vlm.stream(QUESTION, [picture(1)], max_tokens=12)
+    said = [token.id for token in next(newer).tokens]
+    with pytest.raises(BackendError):
+        next(older)
+    said += [token.id for token in next(newer).tokens]
+    older.close()
+    del older
+    gc.collect()
+    said += [token.id for piece in newer for token in piece.tokens]
+    assert said == ids(newer.reply) == expected
+
+
+def test_what_was_said_before_the_end_can_still_be_read(vlm: GuidedVLM) -> None:
+    older = begun(vlm)
+    said = older.text
+    answer(vlm)
+    assert older.text == said != ""
+    with pytest.raises(BackendError, match="not finished"):
+        _ = older.reply
+
+
+@pytest.mark.parametrize("n_pieces", [0, 1, 5])
+def test_a_closed_stream_frees_its_cells_and_is_at_its_end(vlm: GuidedVLM, n_pieces: int) -> None:
+    stream = begun(vlm, n_pieces=n_pieces)
+    stream.close()
+    stream.close()
+    assert is_empty(vlm)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+@pytest.mark.usefixtures("without_gc")
+def test_a_dropped_stream_frees_its_cells_at_once(vlm: GuidedVLM) -> None:
+    stream = begun(vlm)
+    assert not is_empty(vlm)
+    del stream
+    assert is_empty(vlm)
+
+
+@pytest.mark.usefixtures("without_gc")
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_so_does_a_chat_completion_that_is_not_read_to_its_end(vlm: GuidedVLM, how: str) -> None:
+    stream: Any = chunk_stream(vlm)
+    next(stream)
+    next(stream)
+    assert not is_empty(vlm)
+    if how == "close":
+        stream.close()
+    else:
+        del stream
+    assert is_empty(vlm)
+
+
+def test_threads_take_turns_and_every_finished_answer_is_right(vlm: GuidedVLM) -> None:
+    expected = {seed: answer(vlm, seed) for seed in range(4)}
+    wrong: list[object] = []
+    finished: list[int] = []
+
+    def ask(seed: int) -> None:
+        for _ in range(15):
+            try:
+                got = answer(vlm, seed)
+            except BackendError as exc:
+                if "newer request" not in str(exc):
+                    wrong.append(exc)
+            else:
+                finished.append(seed)
+                if got != expected[seed]:
+                    wrong.append((seed, got))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert finished
+    assert is_empty(vlm)
+    assert answer(vlm, 2) == expected[2]
+
+
+# --- models ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda vlm: vlm.generate(QUESTION),
+        lambda vlm: vlm.stream(QUESTION, [picture(0)]),
+        lambda vlm: vlm.create_chat_completion(asked()),
+    ],
+)
+def test_a_closed_model_says_so(pair: TinyPair, use: Callable[[GuidedVLM], object]) -> None:
+    vlm = open_vlm(pair)
+    answer(vlm)
+    vlm.close()
+    vlm.close()
+    with pytest.raises(ModelError, match="closed; make a new one"):
+        use(vlm)
+
+
+def test_a_context_manager_closes_its_model(pair: TinyPair) -> None:
+    with open_vlm(pair) as vlm:
+        answer(vlm)
+    with pytest.raises(ModelError, match="closed"):
+        answer(vlm)
+
+
+@pytest.mark.parametrize("n_pieces", [0, 3])
+def test_closing_the_model_ends_its_streams(pair: TinyPair, n_pieces: int) -> None:
+    vlm = open_vlm(pair)
+    stream = begun(vlm, n_pieces=n_pieces)
+    vlm.close()
+    with pytest.raises(ModelError, match="closed"):
+        next(stream)
+    stream.close()
+
+
+@pytest.mark.parametrize("where", ["encode", "prefill", "processor"])
+def test_a_callback_may_close_the_model_under_the_answer(pair: TinyPair, where: str) -> None:
+    vlm = open_vlm(pair)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == where:
+            vlm.close()
+
+    def processor(tokens: Any, logits: Any) -> Any:
+        if where == "processor" and len(tokens) == 2:
+            vlm.close()
+        return logits
+
+    with pytest.raises(ModelError, match="closed"):
+        vlm.generate(QUESTION, [picture(0)], progress=progress, logits_processors=[processor])
+
+
+@pytest.mark.parametrize("where", ["encode", "prefill", "processor"])
+def test_a_callback_may_ask_the_model_something_else(vlm: GuidedVLM, where: str) -> None:
+    expected, others = answer(vlm, 1), []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == where:
+            others.append(answer(vlm, 1))
+
+    def processor(tokens: Any, logits: Any) -> Any:
+        if where == "processor" and len(tokens) == 2:
+            others.append(answer(vlm, 1))
+        return logits
+
+    with pytest.raises(BackendError, match="newer request"):
+        vlm.generate(QUESTION, [picture(0)], progress=progress, logits_processors=[processor])
+    assert others == [expected]
+    assert is_empty(vlm)
+    assert answer(vlm, 1) == expected
+
+
+@pytest.mark.usefixtures("without_gc")
+def test_a_dropped_model_is_freed_at_once(pair: TinyPair) -> None:
+    vlm = open_vlm(pair)
+    answer(vlm)
+    watched = [weakref.ref(o) for o in (vlm, vlm.model, vlm.projector, *vlm._contexts)]
+    del vlm
+    assert [watch() for watch in watched] == [None] * len(watched)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_the_load_progress_raises_ends_loading_and_arrives(
+    pair: TinyPair, error: type[BaseException]
+) -> None:
+    def fail(phase: str, done: int, total: int) -> None:
+        raise error("told to")
+
+    with pytest.raises(error, match="told to"):
+        open_vlm(pair, progress=fail)
+
+
+def test_loading_reports_up_to_a_hundred_percent(pair: TinyPair) -> None:
+    reports: list[tuple[str, int, int]] = []
+    open_vlm(pair, progress=lambda *report: reports.append(report)).close()
+    assert {phase for phase, _, _ in reports} == {"load"}
+    done = [share for _, share, _ in reports]
+    assert done == sorted(done)
+    assert (done[-1], reports[-1][2]) == (100, 100)
+
+
+def test_an_answer_reports_image_tokens_and_rows(vlm: GuidedVLM) -> None:
+    reports: list[tuple[str, int, int]] = []
+    vlm.generate(
+        QUESTION,
+        [picture(0), picture(1)],
+        max_tokens=1,
+        progress=lambda *report: reports.append(report),
+    )
+    assert [report for report in reports if report[0] == "encode"] == [
+        ("encode", 16, 32),
+        ("encode", 32, 32),
+    ]
+    rows = [report[1:] for report in reports if report[0] == "prefill"]
+    assert [done for done, _ in rows] == sorted(done for done, _ in rows)
+    assert rows[-1][0] == rows[-1][1] == {total for _, total in rows}.pop()
+
+
+# --- models of a Llama -------------------------------------------------------------------------
+
+
+def open_llama(pair: TinyPair, **settings: Any) -> llama_cpp.Llama:
+    return llama_cpp.Llama(
+        str(pair.llm), n_ctx=256, n_threads=1, n_gpu_layers=0, verbose=False, **settings
+    )
+
+
+def test_closing_a_llama_closes_the_guided_model_made_of_it(pair: TinyPair) -> None:
+    llm = open_llama(pair)
+    vlm = GuidedVLM.from_llama(llm, pair.mmproj, use_gpu=False)
+    stream = begun(vlm)
+    llm.close()
+    with pytest.raises(ModelError, match="closed"):
+        next(stream)
+    with pytest.raises(ModelError, match="closed"):
+        answer(vlm)
+
+
+def test_a_guided_model_keeps_its_llama_alive(pair: TinyPair) -> None:
+    vlm = GuidedVLM.from_llama(open_llama(pair), pair.mmproj, use_gpu=False)
+    gc.collect()
+    assert len(answer(vlm)) == 12
+
+
+def test_a_llama_with_a_handler_can_be_forgotten(pair: TinyPair) -> None:
+    llm = open_llama(pair, chat_handler=CMGChatHandler(pair.mmproj, use_gpu=False))
+    llm.create_chat_completion(asked(), max_tokens=2)
+    handler = cast(CMGChatHandler, llm.chat_handler)
+    watched = [weakref.ref(llm), weakref.ref(handler.vlm(llm)), weakref.ref(handler)]
+    del llm, handler
+    gc.collect()
+    assert [watch() for watch in watched] == [None] * 3
+
+
+def test_a_handler_serves_several_llamas_and_forgets_those_that_are_gone(pair: TinyPair) -> None:
+    handler = CMGChatHandler(pair.mmproj, use_gpu=False)
+    first, second = (open_llama(pair, chat_handler=handler) for _ in range(2))
+    assert handler.vlm(first) is handler.vlm(first) is not handler.vlm(second)
+    assert first.create_chat_completion(asked(), max_tokens=2)
+    first.close()
+    with pytest.raises(ModelError, match="closed"):
+        first.create_chat_completion(asked(), max_tokens=2)
+    assert second.create_chat_completion(asked(), max_tokens=2)
+    second.close()

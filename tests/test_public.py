@@ -1,0 +1,71 @@
+"""The public surface: what can be imported, and that importing it says nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import cmg_gguf
+
+PUBLIC = [
+    "AttentionMass",
+    "BackendError",
+    "CMGChatHandler",
+    "CMGError",
+    "ContextLengthError",
+    "CumulativeMass",
+    "Guidance",
+    "GuidanceError",
+    "GuidedVLM",
+    "ImageError",
+    "LayerRange",
+    "LayerSet",
+    "LowestCosine",
+    "MeanStd",
+    "ModelError",
+    "Piece",
+    "ProjectorError",
+    "PromptError",
+    "Reply",
+    "Sampling",
+    "SamplingError",
+    "Seconds",
+    "Stream",
+    "Token",
+    "TopRatio",
+    "UnsupportedError",
+    "__version__",
+]
+
+
+def test_the_public_names_are_these() -> None:
+    assert list(cmg_gguf.__all__) == PUBLIC
+
+
+def test_every_public_name_can_be_imported_and_is_documented() -> None:
+    for name in PUBLIC:
+        assert getattr(cmg_gguf, name) is not None
+        assert getattr(cmg_gguf, name).__doc__, name
+
+
+def test_every_error_is_a_cmg_error() -> None:
+    errors = [getattr(cmg_gguf, name) for name in PUBLIC if name.endswith("Error")]
+    assert len(errors) == 10
+    assert all(issubclass(error, cmg_gguf.CMGError) for error in errors)
+    for error in (
+        cmg_gguf.GuidanceError,
+        cmg_gguf.SamplingError,
+        cmg_gguf.ImageError,
+        cmg_gguf.PromptError,
+    ):
+        assert issubclass(error, ValueError)
+
+
+def test_importing_the_package_prints_and_warns_of_nothing() -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import cmg_gguf"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
