@@ -32,8 +32,10 @@ MAX_SEED = 2**32 - 2
 MAX_BIAS = 1e9
 MAX_GRAMMAR = 250_000
 """Characters of a grammar. llama.cpp's parser recurses; far above this it overflows the stack."""
-MAX_NESTING = 1000
+MAX_NESTING = 2000
 """Parentheses of a grammar that may be open at once; for the same reason."""
+MAX_REPEAT = 2000
+"""Largest bound in a JSON schema, as in a grammar: each repetition is written out in its text."""
 
 _RANGES = {
     "temperature": (0.0, 100.0),
@@ -130,13 +132,35 @@ def grammar_for(response_format: Mapping[str, Any] | None) -> str | None:
     if schema is None:
         return str(llama_grammar.JSON_GBNF)
     try:
+        _check_repeats(schema)
         return str(llama_grammar.json_schema_to_gbnf(json.dumps(schema)))
+    except SamplingError:
+        raise
     except Exception as exc:
         raise SamplingError(f"the JSON schema cannot be turned into a grammar: {exc!r}") from exc
 
 
 def _is_number(value: object, *, whole: bool) -> bool:
     return isinstance(value, Integral if whole else Real)
+
+
+_REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
+_BRACES = re.compile(r"\{(\d*),?(\d*)\}")
+
+
+def _check_repeats(schema: object) -> None:
+    if isinstance(schema, Mapping):
+        bounds = [(key, schema[key]) for key in _REPEATS if isinstance(schema.get(key), int)]
+        braces = _BRACES.findall(str(schema.get("pattern", "")))
+        bounds += [("pattern", int(n[:9])) for pair in braces for n in pair if n]
+        for key, bound in bounds:
+            if bound > MAX_REPEAT:
+                raise SamplingError(
+                    f"the JSON schema has {key} {bound} and the limit is {MAX_REPEAT}; lower it"
+                )
+    if isinstance(schema, Mapping | list):
+        for part in schema.values() if isinstance(schema, Mapping) else schema:
+            _check_repeats(part)
 
 
 _LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)

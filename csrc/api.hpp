@@ -35,6 +35,7 @@ namespace cmg {
     X(ggml_nbytes)                    \
     X(ggml_new_tensor_4d)             \
     X(ggml_op_name)                   \
+    X(ggml_row_size)                  \
     X(ggml_set_name)                  \
     X(ggml_tensor_overhead)           \
     X(llama_sampler_accept)           \

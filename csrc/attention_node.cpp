@@ -156,10 +156,16 @@ std::vector<float> read_attention(const AttentionNode & node, const std::vector<
         std::memcpy(in.sinks.data(), HostView(node.sinks).at(0), in.sinks.size() * sizeof(float));
     }
     const HostView k(node.k);
-    in.load_k = [&](int64_t cell, int64_t head, float * out) {
-        const size_t offset =
-            static_cast<size_t>(cell) * node.k->nb[1] + static_cast<size_t>(head) * node.k->nb[2];
-        to_float(node.k->type, k.at(offset), out, shape.head_dim);
+    const ggml_type type = node.k->type;
+    const bool packed = node.k->nb[2] == api().ggml_row_size(type, shape.head_dim);
+    const int64_t n_runs = packed ? 1 : shape.n_head_kv;
+    const int64_t run = shape.head_dim * shape.n_head_kv / n_runs;
+    in.load_k = [&](int64_t cell, float * out) {
+        for (int64_t i = 0; i < n_runs; i++) {
+            const size_t offset =
+                static_cast<size_t>(cell) * node.k->nb[1] + static_cast<size_t>(i) * node.k->nb[2];
+            to_float(type, k.at(offset), out + i * run, run);
+        }
     };
     return attention_rows(shape, in, n_threads);
 }

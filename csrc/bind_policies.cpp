@@ -34,9 +34,8 @@ py::array_t<float> attention(const Array<float> & q, const Array<float> & k,
     in.mask.assign(mask.data(), mask.data() + mask.size());
     in.sinks.assign(sinks.data(), sinks.data() + sinks.size());
     const int64_t width = shape.n_head_kv * shape.head_dim;
-    in.load_k = [&](int64_t cell, int64_t head, float * out) {
-        std::memcpy(out, k.data() + cell * width + head * shape.head_dim,
-                    static_cast<size_t>(shape.head_dim) * sizeof(float));
+    in.load_k = [&](int64_t cell, float * out) {
+        std::memcpy(out, k.data() + cell * width, static_cast<size_t>(width) * sizeof(float));
     };
     const auto rows = attention_rows(shape, in, n_threads);
     return py::array_t<float>({mask.shape(0), mask.shape(1)}, rows.data());

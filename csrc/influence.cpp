@@ -2,7 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 // The dot products are most of the work here. A wheel is built for the oldest x86-64; let the
 // loader pick the AVX2 clone where the CPU has it.
@@ -18,29 +23,98 @@ namespace {
 
 constexpr float neg_inf = -std::numeric_limits<float>::infinity();
 constexpr size_t row_block = 32; // rows at once: bounds the scores of a long prompt
-constexpr size_t tile = 32;      // cells at once: their keys of one head stay in the L1 cache
-constexpr size_t worth_threads = size_t{1} << 21; // multiplications
+constexpr size_t tile = 16;      // cells at once: their keys stay in the cache for all rows
+constexpr size_t worth_threads = size_t{1} << 24; // multiplications: a prompt's, not a step's
 
-// out[i] = q . k[i] for n keys of dim floats each.
-CMG_CLONES void dots(const float * q, const float * k, size_t n, size_t dim, float * out) {
-    constexpr size_t lanes = 16; // independent sums: lets the compiler use vector registers
-    for (size_t i = 0; i < n; i++, k += dim) {
-        float sums[lanes] = {};
-        size_t x = 0;
-        for (; x + lanes <= dim; x += lanes) {
-            for (size_t j = 0; j < lanes; j++) {
-                sums[j] += q[x + j] * k[x + j];
-            }
+// out[i] = q . k[i] for n keys of dim floats, `stride` apart. Four at a time, so that the sums do
+// not wait for each other.
+CMG_CLONES void dots(const float * q, const float * k, size_t n, size_t dim, size_t stride,
+                     float * out) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4, k += 4 * stride) {
+        const float * k1 = k + stride;
+        const float * k2 = k1 + stride;
+        const float * k3 = k2 + stride;
+        float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+        for (size_t x = 0; x < dim; x++) {
+            a += q[x] * k[x];
+            b += q[x] * k1[x];
+            c += q[x] * k2[x];
+            d += q[x] * k3[x];
         }
-        float total = 0;
-        for (size_t j = 0; j < lanes; j++) {
-            total += sums[j];
-        }
-        for (; x < dim; x++) {
-            total += q[x] * k[x];
-        }
-        out[i] = total;
+        out[i] = a;
+        out[i + 1] = b;
+        out[i + 2] = c;
+        out[i + 3] = d;
     }
+    for (; i < n; i++, k += stride) {
+        float a = 0;
+#pragma omp simd reduction(+ : a)
+        for (size_t x = 0; x < dim; x++) {
+            a += q[x] * k[x];
+        }
+        out[i] = a;
+    }
+}
+
+CMG_CLONES void add(const float * values, size_t n, float * sums) {
+    for (size_t i = 0; i < n; i++) {
+        sums[i] += values[i];
+    }
+}
+
+// exp(x) for x <= 0, 0 below -87, to 2e-7 of its value: in a form that compilers vectorise.
+// exp(x) = 2^n * exp(r), |r| <= ln(2)/2, the latter by its Taylor series.
+inline float exp_of_negative(float x) {
+    const float clamped = std::max(x, -87.0f);
+    const auto n = static_cast<int32_t>(clamped * 1.44269504f - 0.5f); // rounds, for x <= 0
+    const float r = (clamped - static_cast<float>(n) * 0.693359375f) +
+                    static_cast<float>(n) * 2.12194440e-4f; // ln(2) in two parts
+    const float series =
+        1.0f +
+        r * (1.0f +
+             r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
+    const int32_t bits = (n + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof(power));
+    return series * power * static_cast<float>(x >= -87.0f);
+}
+
+// scores = scale * scores + slope * mask; returns the highest, or `highest` if that is higher.
+CMG_CLONES float masked_scores(float * scores, const float * mask, size_t n, float scale,
+                               float slope, float highest) {
+#pragma omp simd reduction(max : highest)
+    for (size_t j = 0; j < n; j++) {
+        scores[j] = scores[j] * scale + slope * mask[j];
+        highest = scores[j] > highest ? scores[j] : highest;
+    }
+    return highest;
+}
+
+// scores = exp(scores - highest); returns their sum.
+CMG_CLONES float exponentials(float * scores, size_t n, float highest) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (size_t j = 0; j < n; j++) {
+        scores[j] = exp_of_negative(scores[j] - highest);
+        total += scores[j];
+    }
+    return total;
+}
+
+CMG_CLONES void multiply(float * values, size_t n, float factor) {
+    for (size_t i = 0; i < n; i++) {
+        values[i] *= factor;
+    }
+}
+
+size_t thread_number() {
+#ifdef _OPENMP
+    return static_cast<size_t>(omp_get_thread_num());
+#else
+    return 0;
+#endif
 }
 
 // Slope of head h under ALiBi, as ggml_soft_max_ext and ggml_flash_attn_ext define it.
@@ -57,36 +131,30 @@ float alibi_slope(const AttentionShape & shape, size_t h) {
 // Scores of one head to weights, in place.
 void soft_max(const AttentionShape & shape, size_t head, const float * mask, const float * sink,
               float * scores, size_t n) {
-    const float slope = alibi_slope(shape, head);
-    float highest = sink != nullptr ? *sink : neg_inf;
-    for (size_t j = 0; j < n; j++) {
-        float s = scores[j] * shape.scale;
-        if (shape.softcap > 0.0f) {
-            s = shape.softcap * std::tanh(s / shape.softcap);
+    float scale = shape.scale;
+    if (shape.softcap > 0.0f) {
+        for (size_t j = 0; j < n; j++) {
+            scores[j] = shape.softcap * std::tanh(scores[j] * scale / shape.softcap);
         }
-        scores[j] = s + slope * mask[j];
-        highest = std::max(highest, scores[j]);
+        scale = 1.0f;
     }
+    const float lowest = sink != nullptr ? *sink : neg_inf;
+    const float highest = masked_scores(scores, mask, n, scale, alibi_slope(shape, head), lowest);
     if (highest == neg_inf) {
         std::fill_n(scores, n, 0.0f);
         return;
     }
-    double total = sink != nullptr ? std::exp(static_cast<double>(*sink) - highest) : 0.0;
-    for (size_t j = 0; j < n; j++) {
-        scores[j] = std::exp(scores[j] - highest);
-        total += scores[j];
-    }
-    const auto weight = static_cast<float>(1.0 / total);
-    for (size_t j = 0; j < n; j++) {
-        scores[j] *= weight;
-    }
+    const float extra = sink != nullptr ? std::exp(*sink - highest) : 0.0f;
+    multiply(scores, n, 1.0f / (exponentials(scores, n, highest) + extra));
 }
 
 // Cells that any row sees, ascending.
 std::vector<int64_t> visible_cells(const std::vector<float> & mask, size_t n_kv) {
     std::vector<char> seen(n_kv, 0);
-    for (size_t i = 0; i < mask.size(); i++) {
-        seen[i % n_kv] |= static_cast<char>(mask[i] != neg_inf);
+    for (size_t row = 0; row < mask.size(); row += n_kv) {
+        for (size_t j = 0; j < n_kv; j++) {
+            seen[j] |= static_cast<char>(mask[row + j] != neg_inf);
+        }
     }
     std::vector<int64_t> cells;
     for (size_t j = 0; j < n_kv; j++) {
@@ -110,21 +178,22 @@ struct Block {
         return scores.data() + (row * static_cast<size_t>(shape.n_head) + head) * cells.size();
     }
 
-    // Scores of all query heads that share this KV head. keys: [tile, head_dim] scratch.
-    void score(size_t kv_head, float * keys) const {
+    // Scores of the cells [begin, begin + tile) under all heads. keys: [tile, n_head_kv * head_dim]
+    // scratch.
+    void score(size_t begin, float * keys) const {
         const auto dim = static_cast<size_t>(shape.head_dim);
         const auto n_head = static_cast<size_t>(shape.n_head);
-        const size_t group = n_head / static_cast<size_t>(shape.n_head_kv);
-        for (size_t begin = 0; begin < cells.size(); begin += tile) {
-            const size_t n = std::min(tile, cells.size() - begin);
-            for (size_t i = 0; i < n; i++) {
-                in.load_k(cells[begin + i], static_cast<int64_t>(kv_head), keys + i * dim);
-            }
-            for (size_t row = 0; row < n_rows; row++) {
-                for (size_t h = kv_head * group; h < (kv_head + 1) * group; h++) {
-                    const float * q = in.q.data() + ((first + row) * n_head + h) * dim;
-                    dots(q, keys, n, dim, scores_of(row, h) + begin);
-                }
+        const auto n_head_kv = static_cast<size_t>(shape.n_head_kv);
+        const size_t n = std::min(tile, cells.size() - begin);
+        const size_t stride = n_head_kv * dim;
+        for (size_t i = 0; i < n; i++) {
+            in.load_k(cells[begin + i], keys + i * stride);
+        }
+        for (size_t row = 0; row < n_rows; row++) {
+            for (size_t h = 0; h < n_head; h++) {
+                const float * q = in.q.data() + ((first + row) * n_head + h) * dim;
+                const float * k = keys + h / (n_head / n_head_kv) * dim;
+                dots(q, k, n, dim, stride, scores_of(row, h) + begin);
             }
         }
     }
@@ -135,14 +204,15 @@ struct Block {
         soft_max(shape, head, mask, sink, scores_of(row, head), cells.size());
     }
 
-    // Adds the mean over heads to `out` [n_kv].
-    void add_mean(size_t row, float * out) const {
+    // Writes the mean over heads to `out` [n_kv]. The weights of the row are no more after it.
+    void write_mean(size_t row, float * out) const {
         const auto n_head = static_cast<size_t>(shape.n_head);
-        for (size_t h = 0; h < n_head; h++) {
-            const float * weights = scores_of(row, h);
-            for (size_t j = 0; j < cells.size(); j++) {
-                out[cells[j]] += weights[j] / static_cast<float>(n_head);
-            }
+        float * mean = scores_of(row, 0);
+        for (size_t h = 1; h < n_head; h++) {
+            add(scores_of(row, h), cells.size(), mean);
+        }
+        for (size_t j = 0; j < cells.size(); j++) {
+            out[cells[j]] = mean[j] / static_cast<float>(n_head);
         }
     }
 };
@@ -161,10 +231,11 @@ std::vector<float> attention_rows(const AttentionShape & shape, const AttentionI
     const size_t most_rows = std::min(row_block, n_rows);
     const bool parallel = most_rows * n_head * cells.size() * dim > worth_threads;
     const int threads = parallel ? std::max(n_threads, 1) : 1;
-    (void)threads; // where there is no OpenMP
+
     std::vector<float> scores(most_rows * n_head * cells.size());
     std::vector<float> masks(most_rows * cells.size());
-    std::vector<float> keys(n_head_kv * tile * dim);
+    const auto n_tiles = static_cast<int64_t>((cells.size() + tile - 1) / tile);
+    std::vector<float> keys(static_cast<size_t>(threads) * tile * n_head_kv * dim);
     for (size_t first = 0; first < n_rows; first += row_block) {
         const Block block{shape, in, cells, first, std::min(row_block, n_rows - first), scores};
         for (size_t row = 0; row < block.n_rows; row++) {
@@ -176,10 +247,10 @@ std::vector<float> attention_rows(const AttentionShape & shape, const AttentionI
         const auto n_tasks = static_cast<int64_t>(block.n_rows * n_head);
 #pragma omp parallel num_threads(threads)
         {
+            float * scratch = keys.data() + thread_number() * tile * n_head_kv * dim;
 #pragma omp for schedule(static)
-            for (int64_t h = 0; h < shape.n_head_kv; h++) {
-                block.score(static_cast<size_t>(h),
-                            keys.data() + static_cast<size_t>(h) * tile * dim);
+            for (int64_t i = 0; i < n_tiles; i++) {
+                block.score(static_cast<size_t>(i) * tile, scratch);
             }
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < n_tasks; task++) {
@@ -189,7 +260,7 @@ std::vector<float> attention_rows(const AttentionShape & shape, const AttentionI
             }
         }
         for (size_t row = 0; row < block.n_rows; row++) {
-            block.add_mean(row, mean.data() + (first + row) * n_kv);
+            block.write_mean(row, mean.data() + (first + row) * n_kv);
         }
     }
     return mean;

@@ -25,9 +25,9 @@ struct AttentionInput {
     std::vector<float> q;     // [n_rows, n_head, head_dim]
     std::vector<float> mask;  // [n_rows, n_kv]: 0 or a bias, -inf = not visible
     std::vector<float> sinks; // [n_head] extra logits in the denominator, or empty
-    // Writes K [head_dim] of one cell and KV head to its third argument. Called from n_threads
+    // Writes K [n_head_kv, head_dim] of one cell to its second argument. Called from n_threads
     // threads at once, only for cells that some row sees; may not throw.
-    std::function<void(int64_t cell, int64_t head, float * k)> load_k;
+    std::function<void(int64_t cell, float * k)> load_k;
 };
 
 // [n_rows, n_kv] float32, rows sum to 1 (less with sinks); exactly 0 where the mask is -inf. The

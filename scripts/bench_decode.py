@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -29,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,10 +52,13 @@ UNHOOKED, IDLE, TWO = "llama_cpp.Llama", "plain", "two contexts"
 UNPATCHED, PROMPT, EVERY = "pair, no patch", "pair, refresh prompt", "pair, refresh step"
 STDERR = Console(stderr=True)
 
+Times = dict[str, list[float]]
+"""Milliseconds of each round, by way."""
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of n ratios, and the 95% interval of that median (order statistics)."""
+    """Median of n ratios, and its 95% interval: order statistics, the whole range below n = 6."""
 
     median: float
     low: float
@@ -65,8 +69,10 @@ class Ratio:
     def of(cls, values: Sequence[float], bases: Sequence[float]) -> Ratio:
         ratios = sorted(v / b for v, b in zip(values, bases, strict=True))
         n = len(ratios)
-        k = max(0, int((n - 1.96 * n**0.5) / 2))
-        return cls(statistics.median(ratios), ratios[k], ratios[n - 1 - k], n)
+        # Ratios i and n-1-i enclose the median but for a chance of 2 P(binomial(n, 1/2) <= i).
+        below = accumulate(math.comb(n, i) / 2**n for i in range(n))
+        i = max(0, sum(2 * chance <= 0.05 for chance in below) - 1)
+        return cls(statistics.median(ratios), ratios[i], ratios[n - 1 - i], n)
 
     def __str__(self) -> str:
         interval = f" [{self.low:.3f}, {self.high:.3f}]" if self.n > 1 else ""
@@ -118,8 +124,7 @@ class Unhooked:
     """llama-cpp-python alone, on as long a text: the speed that plain decoding is held against."""
 
     def __init__(self, llama: llama_cpp.Llama, n_prompt: int) -> None:
-        self._llama = llama
-        self._n_prompt = n_prompt
+        self._llama, self._n_prompt = llama, n_prompt
 
     def prefill(self) -> None:
         self._llama.reset()
@@ -137,8 +142,7 @@ class Guided:
     """The engine of a `GuidedVLM`, plain or guided, as one of the ways to decode."""
 
     def __init__(self, vlm: GuidedVLM, guidance: Guidance, request: Request) -> None:
-        self._engine = vlm.engine
-        self._guidance = guidance
+        self._engine, self._guidance = vlm.engine, guidance
         text = request.text(vlm.projector.marker)
         self.prompt = vlm.projector.encode(vlm.projector.tokenize(text, [request.image()]))
 
@@ -161,14 +165,10 @@ class Unpatched(Guided):
 
     def step(self) -> None:
         engine = self._engine
-        context = engine.original.context
-        context.decode(
-            np.full(2, TOKEN, np.int32),
-            np.full(2, engine.n_past, np.int32),
-            np.array([engine.original.seq, engine.degraded.seq], np.int32),
-            outputs=np.ones(2, bool),
-            plan=None,
-        )
+        context, both = engine.original.context, np.ones(2, np.int32)
+        seqs = np.array([engine.original.seq, engine.degraded.seq], np.int32)
+        outputs = np.ones(2, bool)
+        context.decode(TOKEN * both, engine.n_past * both, seqs, outputs=outputs, plan=None)
         context.logits_address(0)
         context.logits_address(1)
         engine.n_past += 1
@@ -206,14 +206,15 @@ def open_ways(pair: Pair, args: argparse.Namespace) -> dict[str, Way]:
     }
 
 
-def measure_prefill(ways: dict[str, Way], rounds: int, label: str) -> dict[str, list[float]]:
+def measure_prefill(ways: dict[str, Way], rounds: int, label: str) -> Times:
     """Milliseconds of each round's prefill; leaves every way at the end of the prompt."""
     for way in track(list(ways.values()), f"{label} warming up", console=STDERR):
         way.prefill()
     timed = [IDLE, PROMPT, EVERY]
-    times: dict[str, list[float]] = {name: [] for name in timed}
+    times: Times = {name: [] for name in timed}
     for i in track(range(rounds), f"{label} prefill", console=STDERR):
-        for name in _rotated(timed, i):
+        for k in range(len(timed)):
+            name = timed[(i + k) % len(timed)]
             times[name].append(_milliseconds(ways[name].prefill))
     return times
 
@@ -224,8 +225,8 @@ def measure_decode(
     """Milliseconds of every step, by round. A step before those of a round is not counted."""
     times: dict[str, list[list[float]]] = {name: [] for name in ways}
     for i in track(range(rounds), f"{label} decoding", console=STDERR):
-        for name in _rotated(list(ways), i):
-            way = ways[name]
+        for k in range(len(ways)):
+            name, way = list(ways.items())[(i + k) % len(ways)]
             way.rewind()
             way.step()
             times[name].append([_milliseconds(way.step) for _ in range(steps)])
@@ -278,7 +279,7 @@ def measure(quant: Quant, argv: Sequence[str], args: argparse.Namespace) -> Figu
     steps = measure_decode(ways, args.rounds, args.steps, quant)
     decode = {name: [statistics.median(run) for run in runs] for name, runs in steps.items()}
 
-    def bound(name: str, times: dict[str, list[float]], way: str, base: str, limit: float) -> Bound:
+    def bound(name: str, times: Times, way: str, base: str, limit: float) -> Bound:
         return Bound(name, Ratio.of(times[way], times[base]), limit)
 
     return Figures(
@@ -287,6 +288,7 @@ def measure(quant: Quant, argv: Sequence[str], args: argparse.Namespace) -> Figu
         prefill={n: Row.of(runs, runs, prefill[IDLE]) for n, runs in prefill.items()},
         memory_mib=memory,
         bounds=(
+            bound("plain / llama_cpp.Llama", decode, IDLE, UNHOOKED, 1.03),
             bound("patch (prompt) / pair without", decode, PROMPT, UNPATCHED, 1.03),
             bound("refresh step / prompt", decode, EVERY, PROMPT, 1.10),
             bound("pair (prompt) / two contexts", decode, PROMPT, TWO, 1.0),
@@ -303,19 +305,19 @@ def measure(quant: Quant, argv: Sequence[str], args: argparse.Namespace) -> Figu
 
 def show(figures: Figures, console: Console) -> None:
     """Prints the table for people."""
-    table = Table(title=f"{figures.quant}: decoding a token, prefilling the prompt", box=None)
-    for column in ("", "ms", "x plain [95%]", "n"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(f"{figures.quant}, decoding a token", box=None)
+    for column in ("ms", "x plain [95%]", "n"):
+        table.add_column(column, justify="right")
     for phase, rows in (("", figures.decode), ("prefill, ", figures.prefill)):
         for name, row in rows.items():
             table.add_row(f"{phase}{name}", f"{row.ms:.1f}", str(row.ratio), str(row.n))
     console.print(table)
     for load, peak in figures.memory_mib.items():
-        guided, plain = peak["guided"], peak["plain"]
-        console.print(f"peak MiB, weights {load}: plain {plain:.0f}, guided {guided:.0f}")
-    bounds = Table(box=None)
-    for column in ("expected", "at most", "is", ""):
-        bounds.add_column(column, justify="left" if column == "expected" else "right")
+        both = ", ".join(f"{kind} {mib:.0f}" for kind, mib in peak.items())
+        console.print(f"peak MiB, weights {load}: {both}")
+    bounds = Table("expected", box=None)
+    for column in ("at most", "is", ""):
+        bounds.add_column(column, justify="right")
     for b in figures.bounds:
         bounds.add_row(b.name, f"{b.limit:.2f}", str(b.ratio), "met" if b.met else "MISSED")
     console.print(bounds)
@@ -332,10 +334,6 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "llama_cpp_python": llama_cpp.__version__,
         **{k: v for k, v in vars(args).items() if k not in ("cache", "answer", "json_only")},
     }
-
-
-def _rotated(names: Sequence[str], by: int) -> list[str]:
-    return [*names[by % len(names) :], *names[: by % len(names)]]
 
 
 def _milliseconds(run: Callable[[], None]) -> float:
@@ -368,7 +366,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image-tokens", type=int, default=576, help="a square number")
     add("--prompt-tokens", type=int, default=24, help="text behind the image")
     add("--steps", type=int, default=4, help="steps of each way in a round")
-    add("--rounds", type=int, default=24)
+    add("--rounds", type=int, default=32)
     add("--prefill-rounds", type=int, default=5)
     add("--threads", type=int, default=os.cpu_count())
     add("--n-ctx", type=int, default=2048)
@@ -385,16 +383,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     if args.answer:
         return answer(args)
-    about = machine(args)
+    about, results = machine(args), []
     quants = get_args(Quant) if args.quant == "both" else [args.quant]
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    if not args.json_only:
-        console.print(", ".join(f"{k} {v}" for k, v in about.items()))
-    results = []
+    width = None if sys.stdout.isatty() else 100
+    console = Console(width=width, highlight=False, quiet=args.json_only)
+    console.print(", ".join(f"{k} {v}" for k, v in about.items()))
     for quant in quants:
         figures = measure(quant, argv, args)
-        if not args.json_only:
-            show(figures, console)
+        show(figures, console)
         results.append(figures.as_dict())
     print(json.dumps({"machine": about, "results": results}))
     return 0

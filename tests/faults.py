@@ -117,7 +117,7 @@ IMAGES = (
     _image("a folder", "/", "not a regular file"),
     _image("NUL in the path", "a\0.png", "cannot be opened"),
     _image("a web address", "https://example.org/a.png", "example.org", "download"),
-    _image("a data URL of junk", "data:image/png;base64,AAAA", "4 characters" if False else "data"),
+    _image("a data URL of junk", "data:image/png;base64,AAAA", "26 characters"),
     _image("a data URL of no base64", "data:image/png;base64,???", "base64"),
     _image("another dtype", np.zeros((4, 4, 3), np.float32), "float32", "uint8"),
     _image("grey", np.zeros((4, 4), np.uint8), "(4, 4)", "(H, W, 3)"),
@@ -211,21 +211,21 @@ def _interrupt_in(phase: str, at: int) -> Happening:
     return cause
 
 
-def _processor_fails(at: int, failure: Callable[[Any], Any], **settings: Any) -> Happening:
+def _processor_fails(at: int, failure: Callable[[Any], Any]) -> Happening:
     def cause(vlm: GuidedVLM) -> None:
         def process(tokens: Any, logits: Any) -> Any:
             return failure(logits) if len(tokens) == at else logits
 
-        vlm.generate(QUESTION, [PICTURE], logits_processors=[process], **settings)
+        vlm.generate(QUESTION, [PICTURE], logits_processors=[process])
 
     return cause
 
 
-def _raise(error: type[BaseException]) -> Callable[[Any], Any]:
+def _fail_after(n_tokens: int, error: type[BaseException]) -> Happening:
     def failure(logits: Any) -> Any:
         raise error
 
-    return failure
+    return _processor_fails(n_tokens, failure)
 
 
 def _superseded(vlm: GuidedVLM) -> None:
@@ -245,22 +245,19 @@ def _closed(vlm: GuidedVLM) -> None:
 def _unfinished(vlm: GuidedVLM) -> None:
     stream = vlm.stream(QUESTION, [PICTURE])
     next(stream)
-    _ = stream.reply
+    try:
+        _ = stream.reply
+    finally:
+        stream.close()
 
 
 UNDER_WAY = (
     _under_way("interrupt while encoding", _interrupt_in("encode", 1), KeyboardInterrupt),
     _under_way("interrupt between images", _interrupt_in("prefill", 20), KeyboardInterrupt),
     _under_way("interrupt in mid-prompt", _interrupt_in("prefill", 40), KeyboardInterrupt),
-    _under_way(
-        "interrupt at once", _processor_fails(0, _raise(KeyboardInterrupt)), KeyboardInterrupt
-    ),
-    _under_way(
-        "interrupt later", _processor_fails(7, _raise(KeyboardInterrupt)), KeyboardInterrupt
-    ),
-    _under_way(
-        "processor fails", _processor_fails(3, _raise(ZeroDivisionError)), ZeroDivisionError
-    ),
+    _under_way("interrupt at once", _fail_after(0, KeyboardInterrupt), KeyboardInterrupt),
+    _under_way("interrupt later", _fail_after(7, KeyboardInterrupt), KeyboardInterrupt),
+    _under_way("processor fails", _fail_after(3, ZeroDivisionError), ZeroDivisionError),
     _under_way(
         "processor cuts",
         _processor_fails(2, lambda logits: logits[:5]),

@@ -2,133 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from scripted import N_VOCAB, FakeEngine, Run, told
 
-from cmg_gguf.engine import PairedEngine
 from cmg_gguf.errors import SamplingError
-from cmg_gguf.generation import Answer, Limits, Piece, Token, generate
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.generation import Limits, Token
 from cmg_gguf.logits import combine, log_softmax
 from cmg_gguf.runtime.protocol import FloatArray, IntArray
-
-N_VOCAB = 40
-END = N_VOCAB - 1
-
-
-class FakeEngine:
-    """Logits that tell the steps apart, and room for a number of steps."""
-
-    def __init__(self, *, room: int = 1000, guided: bool = True) -> None:
-        self.room, self.guided = room, guided
-        self.steps: list[int] = []
-        self._compute()
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.steps) < self.room
-
-    @property
-    def logits_addresses(self) -> tuple[int, int]:
-        degraded = self.degraded_logits
-        address = 0 if degraded is None else degraded.ctypes.data
-        return self.original_logits.ctypes.data, address
-
-    def step(self, token: int) -> None:
-        assert self.has_room, "stepped without room"
-        self.steps.append(token)
-        self._compute()
-
-    def _compute(self) -> None:
-        random_rows = np.random.default_rng(len(self.steps)).standard_normal((2, N_VOCAB)) * 3
-        original, degraded = random_rows.astype(np.float32)
-        self.original_logits: FloatArray = original
-        self.degraded_logits: FloatArray | None = degraded if self.guided else None
-
-
-class Script:
-    """Draws what is written down, and END after that. Keeps what it was given."""
-
-    def __init__(self, draws: Sequence[int | tuple[int, int]]) -> None:
-        self._draws = [d if isinstance(d, tuple) else (d, d) for d in draws]
-        self.given: list[tuple[int, int, int]] = []
-        self.rows: list[FloatArray] = []
-        self.accepted: list[int] = []
-
-    def sample(self, logits: int, original: int, degraded: int) -> tuple[int, int]:
-        self.given.append((logits, original, degraded))
-        self.rows.append(row_at(logits))
-        i = len(self.rows) - 1
-        return self._draws[i] if i < len(self._draws) else (END, END)
-
-    def accept(self, token: int) -> None:
-        self.accepted.append(token)
-
-
-@dataclass
-class Words:
-    """A vocabulary: token i is words[i]."""
-
-    words: Sequence[bytes]
-
-    def token_bytes(self, token: int) -> bytes:
-        return self.words[token] if token < len(self.words) else b"?"
-
-    def is_end(self, token: int) -> bool:
-        return token == END
-
-
-@dataclass
-class Run:
-    """One answer of the fakes."""
-
-    words: Sequence[bytes]
-    draws: Sequence[int | tuple[int, int]] | None = None
-    limits: Limits = field(default_factory=Limits)
-    engine: FakeEngine = field(default_factory=FakeEngine)
-    check: Callable[[], None] = lambda: None
-
-    def __post_init__(self) -> None:
-        self.script = Script(self.draws if self.draws is not None else range(len(self.words)))
-        self.answer = Answer()
-        self.pieces: list[Piece] = []
-        self.generator = generate(
-            cast(PairedEngine, self.engine),
-            self.script,
-            Words(self.words),
-            Guidance(alpha=1.0, beta=0.1),
-            self.limits,
-            self.answer,
-            self.check,
-        )
-
-    def finish(self) -> Run:
-        self.pieces.extend(self.generator)
-        return self
-
-    @property
-    def ids(self) -> list[int]:
-        return [token.id for token in self.answer.tokens]
-
-
-def row_at(address: int) -> FloatArray:
-    return np.array((ctypes.c_float * N_VOCAB).from_address(address), np.float32)
-
-
-def told(*words: str | bytes, **settings: Any) -> Run:
-    """The finished answer that says these tokens."""
-    data = [word.encode() if isinstance(word, str) else word for word in words]
-    names = ("draws", "engine", "check")
-    given = {name: settings.pop(name) for name in names if name in settings}
-    return Run(data, limits=Limits(**settings), **given).finish()
-
 
 # --- what ends an answer -----------------------------------------------------------------------
 
@@ -358,6 +243,24 @@ def test_a_processor_that_changes_its_argument_leaves_the_engines_logits_alone()
     run = told("a", processors=[forbid_all_but_3])
     assert all(np.flatnonzero(np.isfinite(row)).tolist() == [3] for row in run.script.rows)
     assert np.isfinite(run.engine.original_logits).all()
+
+
+def test_nothing_is_drawn_if_a_processor_ended_the_request() -> None:
+    ended = False
+
+    def end(tokens: IntArray, logits: FloatArray) -> FloatArray:
+        nonlocal ended
+        ended = True
+        return logits
+
+    def check() -> None:
+        if ended:
+            raise InterruptedError
+
+    run = Run([b"a"], limits=Limits(processors=[end]), check=check)
+    with pytest.raises(InterruptedError):
+        run.finish()
+    assert run.script.given == []
 
 
 def test_a_processor_may_return_another_dtype_or_layout() -> None:

@@ -178,6 +178,10 @@ CHAINS: dict[str, tuple[dict[str, Any], Callable[[Model], list[Any]]]] = {
         {"typical_p": 0.3},
         lambda m: _then_draw(llama_cpp.llama_sampler_init_typical(0.3, 1)),
     ),
+    "narrowest": (
+        {"typical_p": 0.0},
+        lambda m: _then_draw(llama_cpp.llama_sampler_init_typical(0.0, 1)),
+    ),
     "repeat_penalty": (
         {"repeat_penalty": 3.0},
         lambda m: _then_draw(_penalties(m, 64, 3.0, 0.0, 0.0)),

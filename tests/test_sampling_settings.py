@@ -132,6 +132,17 @@ def test_a_lone_surrogate_in_a_grammar_is_no_crash(llama: Tiny) -> None:
 SCHEMA = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
 
 
+def test_bounds_within_the_limit_are_fine(llama: Tiny) -> None:
+    schema = {
+        "type": "array",
+        "items": {"type": "string", "maxLength": 100, "pattern": "^[a-z]{2,50}x{,3}$"},
+        "maxItems": 500,
+    }
+    grammar = grammar_for({"type": "json_object", "schema": schema})
+    assert grammar is not None
+    build(llama, grammar)
+
+
 def test_free_text_has_no_grammar() -> None:
     assert grammar_for(None) is grammar_for({"type": "text"}) is None
 
@@ -159,6 +170,15 @@ def test_both_ways_to_give_a_schema_give_the_same_grammar(llama: Tiny) -> None:
         ({"type": "json_object", "schema": {"$ref": "#/nowhere"}}, "nowhere"),
         ({"type": "json_object", "schema": {"allOf": [{"$ref": "https://x.org/y"}]}}, "Fetching"),
         ({"type": "json_object", "schema": [1]}, "schema"),
+        ({"type": "json_object", "schema": {"type": "string", "maxLength": 10**9}}, "1000000000"),
+        (
+            {"type": "json_object", "schema": {"type": "array", "items": {"minItems": 5001}}},
+            "minItems 5001 and the limit is 2000",
+        ),
+        (
+            {"type": "json_object", "schema": {"type": "string", "pattern": "^a{3,100000000000}$"}},
+            "pattern",
+        ),
         ({"type": "json_object", "schema": {"enum": [{1, 2}]}}, "schema"),
     ],
 )

@@ -157,7 +157,7 @@ class LlamaContext:
                 f"is {self.n_ubatch}; raise n_ubatch"
             )
         after = llama_cpp.llama_pos(0)
-        with self._patched(plan):
+        with self._patched(plan), captured_errors():
             code = mtmd_cpp.mtmd_helper_decode_image_chunk(
                 self.projector.handle,
                 self.handle,

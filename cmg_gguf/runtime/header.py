@@ -59,7 +59,7 @@ def read_architecture(path: Path, what: str) -> str:
         gguf = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
     if not gguf:
         raise ModelError(
-            f"{what} file {path} is damaged or truncated ({_last(errors)}); download it again"
+            f"{what} file {path} is damaged or truncated ({'; '.join(errors)}); download it again"
         )
     try:
         _check_size(lib, gguf, path, what)
@@ -81,7 +81,3 @@ def _check_size(lib: ctypes.CDLL, gguf: int, path: Path, what: str) -> None:
             f"{what} file {path} is truncated: it has {size} bytes and its tensors end at "
             f"{needed}; download it again"
         )
-
-
-def _last(errors: list[str]) -> str:
-    return errors[-1] if errors else "no reason given"

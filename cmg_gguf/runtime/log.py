@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import llama_cpp
 from llama_cpp import _logger, mtmd_cpp
 
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR; the table in llama_cpp._logger is of an older ggml
+from cmg_gguf import _core
 
 
 def set_verbose(verbose: bool) -> None:
@@ -21,21 +21,20 @@ def set_verbose(verbose: bool) -> None:
 
 @contextmanager
 def captured_errors() -> Iterator[list[str]]:
-    """Collects what llama.cpp logs as errors inside the block, instead of printing it."""
+    """Collects what llama.cpp logs as errors inside the block; the list is filled at its end.
+
+    For every call that logs: see csrc/bind_callbacks.cpp for what would happen to Ctrl-C else.
+    """
     errors: list[str] = []
-    verbose = _logger.logger.level <= logging.DEBUG
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def collect(level: int, text: bytes, _: object) -> None:
-        if level == _ERROR:
-            errors.append(" ".join(text.decode("utf-8", "replace").split()))
-        elif verbose:
-            _logger.llama_log_callback(level, text, None)
-
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
-    mtmd_cpp.mtmd_helper_log_set(collect, ctypes.c_void_p(0))
+    _core.log_begin(_logger.logger.level <= logging.DEBUG)
+    _set_log(ctypes.cast(_core.log_callback(), llama_cpp.llama_log_callback))
     try:
         yield errors
     finally:
-        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
-        mtmd_cpp.mtmd_helper_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+        _set_log(_logger.llama_log_callback)
+        errors += [" ".join(e.decode("utf-8", "replace").split()) for e in _core.log_errors()]
+
+
+def _set_log(callback: object) -> None:
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    mtmd_cpp.mtmd_helper_log_set(callback, ctypes.c_void_p(0))

@@ -14,6 +14,7 @@ import llama_cpp
 import numpy as np
 
 import cmg_gguf.runtime.native  # noqa: F401  (binds _core before anything uses it)
+from cmg_gguf import _core
 from cmg_gguf.errors import ModelError
 from cmg_gguf.runtime.header import read_architecture
 from cmg_gguf.runtime.log import captured_errors
@@ -72,19 +73,17 @@ class Model:
         params.load_mode = (
             llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         )
-        raised: list[BaseException] = []
-        report = llama_cpp.llama_progress_callback(_reporter(progress, raised))
-        params.progress_callback = report
+        report = _core.LoadProgress(progress or (lambda share: None))
+        params.progress_callback = ctypes.cast(report.callback, llama_cpp.llama_progress_callback)
+        params.progress_callback_user_data = report.user_data
         with captured_errors() as errors:
             handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        if raised:
-            if handle:
-                llama_cpp.llama_model_free(handle)
-            raise raised[0]
-        if not handle:
+        model = cls(handle, path=path) if handle else None
+        report.rethrow()
+        if model is None:
             reason = errors[0] if errors else "no reason given"
             raise ModelError(f"llama.cpp cannot load model file {path}: {reason}")
-        return cls(handle, path=path)
+        return model
 
     @property
     def keepalive(self) -> Model | None:
@@ -153,17 +152,3 @@ def _piece(vocab: Any, token: int, *, special: bool = False) -> bytes:
         if n >= 0:
             return buffer.raw[:n]
         size = -n
-
-
-def _reporter(
-    progress: Callable[[float], None] | None, raised: list[BaseException]
-) -> Callable[[float, Any], bool]:
-    def report(share: float, _: Any) -> bool:
-        try:
-            if progress is not None and not raised:
-                progress(share)
-        except BaseException as exc:  # it may not pass through llama.cpp
-            raised.append(exc)
-        return not raised
-
-    return report
