@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cmg_gguf import _core
-from cmg_gguf.errors import BackendError, ContextLengthError, PromptError
+from cmg_gguf.errors import BackendError, ContextLengthError, PromptError, UnsupportedError
 from cmg_gguf.guidance import (
     AttentionMass,
     Guidance,
@@ -89,6 +89,13 @@ class PairedEngine:
             raise PromptError("the prompt is empty; give at least one token")
         if isinstance(prompt.segments[-1], ImageSegment):
             raise PromptError("the prompt ends with an image; put text behind it")
+        n_ubatch = self.original.context.n_ubatch
+        for segment in prompt.segments:
+            if isinstance(segment, ImageSegment) and segment.needs_ubatch > n_ubatch:
+                raise UnsupportedError(
+                    f"this model decodes the {segment.n_tokens} tokens of an image at once and "
+                    f"n_ubatch is {n_ubatch}; raise n_ubatch"
+                )
         if isinstance(guidance.layers, LayerSet | LayerRange):
             static_layers(guidance.layers, self.original.context.n_layer)
         n_ctx = self.original.context.n_ctx

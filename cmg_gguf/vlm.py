@@ -199,10 +199,10 @@ class GuidedVLM:
     ) -> Stream:
         """An answer as it comes: iterate over its pieces, then read `.reply`.
 
-        prompt: a question (always literal text), or a list of chat messages. images: seen before
-        the question; with messages, put them in there instead. guidance: None = `Guidance()`.
-        sampling: None = greedy. raw: `prompt` is the full text for the model, without template;
-        each "<__media__>" in it stands for one image.
+        prompt: a question, or a list of chat messages; a media marker in it is just text. images:
+        seen before the question; with messages, put them in there instead. guidance: None =
+        `Guidance()`. sampling: None = greedy. raw: `prompt` is the full text for the model, without
+        template; each "<__media__>" in it stands for one image.
 
         What is wrong with the request is raised here, before anything is computed: PromptError,
         ContextLengthError, ImageError, GuidanceError, SamplingError. While iterating: BackendError.

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 from fakes import PROMPT, PROMPTS, Call, Pairing, Rig, filled, prompt
 
-from cmg_gguf.errors import BackendError, CMGError, ContextLengthError, GuidanceError, PromptError
+from cmg_gguf.errors import (
+    BackendError,
+    CMGError,
+    ContextLengthError,
+    GuidanceError,
+    PromptError,
+    UnsupportedError,
+)
 from cmg_gguf.guidance import Guidance, LayerRange, Refresh, Scope
-from cmg_gguf.runtime.protocol import FloatArray, Prompt
+from cmg_gguf.runtime.protocol import FloatArray, ImageSegment, Prompt
 
 SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
@@ -205,6 +212,10 @@ def test_an_answer_takes_all_cells_there_are_and_no_more(
             rig.engine.step(5)
 
 
+WIDE = Prompt((ImageSegment(30, 30, True, None), *prompt(1).segments))
+"""An image that sees itself as a whole, and more of it than a micro-batch holds."""
+
+
 # --- faults ------------------------------------------------------------------------------------
 
 
@@ -219,6 +230,7 @@ def test_an_answer_takes_all_cells_there_are_and_no_more(
         (PROMPT, Guidance(layers=[0, 4]), GuidanceError, "layer 4 is out of range"),
         (PROMPT, Guidance(layers=LayerRange(0.0, 0.1)), GuidanceError, "hold no layer"),
         (prompt(3), Guidance(layers=[4]), GuidanceError, "layer 4 is out of range"),
+        (WIDE, Guidance(), UnsupportedError, "30 tokens of an image at once and n_ubatch is 8"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(

@@ -151,11 +151,8 @@ class LlamaContext:
         self._check_open()
         if image.embd is None or self.projector is None:
             raise BackendError("the image has not been encoded; call Projector.encode first")
-        if image.non_causal and image.n_tokens > self.n_ubatch:
-            raise UnsupportedError(
-                f"this model decodes the {image.n_tokens} tokens of an image at once and n_ubatch "
-                f"is {self.n_ubatch}; raise n_ubatch"
-            )
+        if image.needs_ubatch > self.n_ubatch:
+            raise BackendError(f"an image of {image.n_tokens} tokens in {self.n_ubatch} rows")
         after = llama_cpp.llama_pos(0)
         with self._patched(plan), captured_errors():
             code = mtmd_cpp.mtmd_helper_decode_image_chunk(

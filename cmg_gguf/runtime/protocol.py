@@ -47,6 +47,11 @@ class ImageSegment:
     chunk: Any
     embd: FloatArray | None = None
 
+    @property
+    def needs_ubatch(self) -> int:
+        """Rows that one micro-batch must have room for."""
+        return self.n_tokens if self.non_causal else 1
+
 
 Segment = TextSegment | ImageSegment
 
