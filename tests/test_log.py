@@ -108,7 +108,7 @@ def test_a_ctrl_c_while_llama_cpp_computes_is_not_lost(pair: TinyPair, function:
     program = PROGRAM.format(
         path=[str(Path(__file__).parent)], function=function, pair=tuple(map(str, pair))
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    run = subprocess.run(  # not in this folder: the package is the installed one
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd="/"
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "3\n", "")

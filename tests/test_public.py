@@ -63,9 +63,10 @@ def test_every_error_is_a_cmg_error() -> None:
 
 def test_importing_the_package_prints_and_warns_of_nothing() -> None:
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import cmg_gguf"],
+        [sys.executable, "-W", "error", "-c", "import cmg_gguf; cmg_gguf.GuidedVLM"],
         capture_output=True,
         text=True,
         check=False,
+        cwd="/",  # not in this folder: the package is the installed one
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
