@@ -69,7 +69,7 @@ class PairedEngine:
         self.n_cells = 0
         self.layers: tuple[int, ...] = ()
         self._guided = False
-        self._step_plans: tuple[_core.Plan, _core.Plan] | None = None
+        self._step_plans: tuple[_core.Plan | None, ...] = (None,)
         self._addresses = (0, 0)
         self._last_in_batch = 0
         for branch in (self.original, self.degraded):
@@ -99,7 +99,8 @@ class PairedEngine:
         if isinstance(guidance.layers, LayerSet | LayerRange):
             static_layers(guidance.layers, self.original.context.n_layer)
         n_ctx = self.original.context.n_ctx
-        needed = self.cells_needed(prompt, guidance) + self._cells_per_step(prompt, guidance)
+        per_step = self._cells_per_step(self._contrasts(prompt, guidance))
+        needed = self.cells_needed(prompt, guidance) + per_step
         if needed > n_ctx:
             raise ContextLengthError(
                 f"the prompt needs {needed} KV cells ({prompt.n_tokens} tokens, "
@@ -129,25 +130,21 @@ class PairedEngine:
             raise ContextLengthError(
                 f"all {self.original.context.n_ctx} KV cells are taken; raise n_ctx"
             )
-        if self._step_plans is None:
-            self._decode_step(self.original, token)
-            self._addresses = (self.original.context.logits_address(0), 0)
-        elif self.paired:
-            self._decode_pair(token)
+        if self._guided and self.paired:
+            self._decode_pair(token, self._step_plans[0])
         else:
-            for branch, plan in zip((self.original, self.degraded), self._step_plans, strict=True):
+            branches = (self.original, self.degraded)[: len(self._step_plans)]
+            for branch, plan in zip(branches, self._step_plans, strict=True):
                 self._decode_step(branch, token, plan)
-            self._addresses = (
-                self.original.context.logits_address(0),
-                self.degraded.context.logits_address(0),
-            )
+            original, *degraded = (branch.context.logits_address(0) for branch in branches)
+            self._addresses = (original, degraded[0] if degraded else 0)
         self.n_past += 1
-        self.n_cells += 2 if self._guided and self.paired else 1
+        self.n_cells += self._cells_per_step(self._guided)
 
     @property
     def has_room(self) -> bool:
         """Whether another step fits into the KV cache."""
-        needed = 2 if self._guided and self.paired else 1
+        needed = self._cells_per_step(self._guided)
         return self.n_cells + needed <= self.original.context.n_ctx
 
     @property
@@ -190,8 +187,8 @@ class PairedEngine:
     def _contrasts(prompt: Prompt, guidance: Guidance) -> bool:
         return guidance.contrasts and prompt.n_image_tokens > 0
 
-    def _cells_per_step(self, prompt: Prompt, guidance: Guidance) -> int:
-        return 2 if self.paired and self._contrasts(prompt, guidance) else 1
+    def _cells_per_step(self, guided: bool) -> int:
+        return 2 if guided and self.paired else 1
 
     def _prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress) -> None:
         self._guided = self._contrasts(prompt, guidance)
@@ -274,10 +271,8 @@ class PairedEngine:
             return layers_by_cosine(policy.share, self.original.context.patch.cosines)
         return rows.observe_layers
 
-    def _new_step_plans(
-        self, rows: PromptRows, guidance: Guidance
-    ) -> tuple[_core.Plan, _core.Plan]:
-        """Plans of the two branches' rows; the first holds both rows where they are a pair."""
+    def _new_step_plans(self, rows: PromptRows, guidance: Guidance) -> tuple[_core.Plan, ...]:
+        """A plan for each decode of a step: one for both rows of a pair, or one a context."""
         observe = 0 if guidance.refresh == "step" else NONE
         watch = (self.original.seq, NONE, observe, NONE)
         hide = (self.degraded.seq, NONE, NONE, 0)
@@ -293,10 +288,9 @@ class PairedEngine:
             )
 
         self._pair_arrays = _PairArrays(self.original.seq, self.degraded.seq)
-        return (plan(watch, hide), plan(hide)) if self.paired else (plan(watch), plan(hide))
+        return (plan(watch, hide),) if self.paired else (plan(watch), plan(hide))
 
-    def _decode_pair(self, token: int) -> None:
-        assert self._step_plans is not None
+    def _decode_pair(self, token: int, plan: _core.Plan | None) -> None:
         context, arrays = self.original.context, self._pair_arrays
         arrays.tokens[:] = token
         arrays.positions[:] = self.n_past
@@ -305,11 +299,11 @@ class PairedEngine:
             arrays.positions,
             arrays.seqs,
             outputs=arrays.outputs,
-            plan=self._step_plans[0],
+            plan=plan,
         )
         self._addresses = (context.logits_address(0), context.logits_address(1))
 
-    def _decode_step(self, branch: Branch, token: int, plan: _core.Plan | None = None) -> None:
+    def _decode_step(self, branch: Branch, token: int, plan: _core.Plan | None) -> None:
         branch.context.decode(
             np.array([token], np.int32),
             np.array([self.n_past], np.int32),

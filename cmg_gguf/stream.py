@@ -29,17 +29,9 @@ class Stream(Iterator[Piece]):
     close() ends it early and frees its KV cells; so does dropping it, or a new request.
     """
 
-    def __init__(
-        self,
-        vlm: GuidedVLM,
-        prompt: Prompt,
-        guidance: Guidance,
-        sampling: Sampling,
-        limits: Limits,
-        progress: Progress | None,
-    ) -> None:
-        self._lock = vlm._lock
-        self._run = _Run(vlm, prompt, guidance, sampling, limits, progress)
+    def __init__(self, run: Run) -> None:
+        self._lock = run.lock
+        self._run = run
         # The generator holds the run and not this object: dropping this object ends it at once.
         self._pieces = self._run.pieces()
 
@@ -65,7 +57,7 @@ class Stream(Iterator[Piece]):
         return self._run.reply
 
 
-class _Run:
+class Run:
     """One answer in the making. `reply`: None until it is finished."""
 
     def __init__(
@@ -78,6 +70,7 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self._vlm = vlm
+        self.lock = vlm._lock
         self._prompt = prompt
         self._guidance = guidance
         self._limits = limits
@@ -123,7 +116,7 @@ class _Run:
             seconds = Seconds(encoded - started, prefilled - encoded, self.answer.seconds)
             self.reply = self._finished(prompt, layers, seconds)
         finally:
-            with vlm._lock:
+            with self.lock:
                 if vlm._request == mine:
                     engine.reset()
 

@@ -24,7 +24,7 @@ from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
 from cmg_gguf.runtime.protocol import Prompt
 from cmg_gguf.sampling import Sampling
-from cmg_gguf.stream import Progress, Stream
+from cmg_gguf.stream import Progress, Run, Stream
 
 Pairing = Literal["auto", "pair", "contexts"]
 
@@ -219,7 +219,7 @@ class GuidedVLM:
             self._check_open()
             tokenized = self._tokenize(prompt, images, raw=raw)
             self.engine.check(tokenized, guidance)
-            return Stream(self, tokenized, guidance, sampling, limits, progress)
+            return Stream(Run(self, tokenized, guidance, sampling, limits, progress))
 
     create_chat_completion = create_chat_completion
 

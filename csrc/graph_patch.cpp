@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -50,7 +49,7 @@ void GraphPatch::end() {
     const auto planned = static_cast<int64_t>(plan_.rows.size());
     const int64_t seen = ubatch_begin_ + ubatch_rows_;
     const std::exception_ptr error = parked_;
-    const Plan plan = plan_;
+    const Plan plan = std::move(plan_);
     abandon();
     if (error != nullptr) {
         std::rethrow_exception(error);

@@ -106,7 +106,7 @@ def pair_facts(path: Path, mmproj: Path | None, layers: str) -> dict[str, Any]:
 
 def projector_block(path: Path, model: Model) -> dict[str, Any]:
     """What an mmproj file holds, and the tokens it makes of a square image."""
-    from cmg_gguf.runtime.about import projector_facts
+    from cmg_gguf.runtime.header import projector_facts
     from cmg_gguf.runtime.projector import Projector
 
     projector = Projector(path, model, use_gpu=False)

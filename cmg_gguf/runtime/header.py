@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,16 @@ import llama_cpp.llama_cpp
 
 from cmg_gguf.errors import ModelError
 from cmg_gguf.runtime.log import captured_errors
+
+_UINT32, _STRING = 4, 8  # gguf_type
+
+
+@dataclass(frozen=True)
+class ProjectorFacts:
+    """kind: of the projector ("mlp", ...). image_size: pixels a side of the encoder's own input."""
+
+    kind: str
+    image_size: int
 
 
 class _InitParams(ctypes.Structure):
@@ -24,7 +36,9 @@ def _gguf() -> ctypes.CDLL:
         "gguf_init_from_file": ([ctypes.c_char_p, _InitParams], ctypes.c_void_p),
         "gguf_free": ([ctypes.c_void_p], None),
         "gguf_find_key": ([ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int64),
+        "gguf_get_kv_type": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_int),
         "gguf_get_val_str": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_char_p),
+        "gguf_get_val_u32": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint32),
         "gguf_get_n_tensors": ([ctypes.c_void_p], ctypes.c_int64),
         "gguf_get_data_offset": ([ctypes.c_void_p], ctypes.c_size_t),
         "gguf_get_tensor_offset": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_size_t),
@@ -67,6 +81,28 @@ def read_architecture(path: Path, what: str) -> str:
         return "" if key < 0 else lib.gguf_get_val_str(gguf, key).decode("utf-8", "replace")
     finally:
         lib.gguf_free(gguf)
+
+
+def projector_facts(path: str | Path) -> ProjectorFacts:
+    """Facts in the header of an mmproj file that `Projector` has accepted; "" and 0 if missing."""
+    lib = _gguf()
+    gguf = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
+    try:
+        keys = ("clip.projector_type", "clip.vision.projector_type")
+        kind = _value(gguf, keys, _STRING, lib.gguf_get_val_str)
+        size = _value(gguf, ("clip.vision.image_size",), _UINT32, lib.gguf_get_val_u32)
+        return ProjectorFacts((kind or b"").decode("utf-8", "replace"), size or 0)
+    finally:
+        lib.gguf_free(gguf)
+
+
+def _value(gguf: int, keys: Sequence[str], kind: int, read: Any) -> Any:
+    lib = _gguf()
+    for key in keys:
+        index = lib.gguf_find_key(gguf, key.encode())
+        if index >= 0 and lib.gguf_get_kv_type(gguf, index) == kind:
+            return read(gguf, index)
+    return None
 
 
 def _check_size(lib: ctypes.CDLL, gguf: int, path: Path, what: str) -> None:
