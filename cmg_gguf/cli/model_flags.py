@@ -116,6 +116,16 @@ class ModelFlags:
             "memory and time), auto = pair where the model allows it.",
         ),
     ] = "auto"
+    prefix_cells: Annotated[
+        int | None,
+        _flag(
+            "--prefix-cells",
+            min=0,
+            metavar="N",
+            help="How much of -c may stay with past prompts, for those that begin alike; 0 = "
+            "nothing. Default: half.",
+        ),
+    ] = None
     verbose: Annotated[
         bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False
@@ -137,6 +147,7 @@ class ModelFlags:
             type_v=self.cache_type_v,
             chat_template=self.chat_template,
             pairing=self.pairing,
+            prefix_cells=self.prefix_cells,
             verbose=self.verbose,
             progress=progress,
         )
