@@ -161,7 +161,7 @@ class PairedEngine:
                 f"all {self.original.context.n_ctx} KV cells are taken; raise n_ctx"
             )
         self.prefixes.make_room(self.n_cells + self._cells_per_step(self._guided))
-        self._is_whole = False
+        was_whole, self._is_whole = self._is_whole, False
         if self._guided and self.paired:
             self._decode_pair(token, self._step_plans[0])
         else:
@@ -173,7 +173,7 @@ class PairedEngine:
         self.n_past += 1
         self.n_cells += self._cells_per_step(self._guided)
         self.prefixes.grow(token)
-        self._is_whole = True
+        self._is_whole = was_whole
 
     @property
     def has_room(self) -> bool:
