@@ -10,7 +10,8 @@ What may be reused of it, exactly:
                        the same settings (`PromptRows.variant`); then no common row need be observed
 
 Kept prefixes give way: the one that was not used for longest first, when the cells that may be kept
-are full, or when the request itself needs room.
+are full, or when the request itself needs room. Of those whose images a new prompt begins with, the
+new one takes the place.
 """
 
 from __future__ import annotations
