@@ -69,6 +69,7 @@ void bind_graph_patch(py::module_ & m) {
         .def(py::init<int32_t>(), py::arg("n_layer"))
         .def("resize", &Selections::resize, py::arg("n_slots"))
         .def("keep_last", &Selections::keep_last)
+        .def("grow", &Selections::grow, py::arg("n_slots"))
         .def("__len__", &Selections::size)
         .def("tokens", [](Selections & s, int32_t slot,
                           int32_t il) { return to_array(s.at(slot).tokens[layer_index(s, il)]); })

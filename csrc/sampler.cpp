@@ -12,6 +12,11 @@ namespace {
 
 constexpr float neg_inf = -std::numeric_limits<float>::infinity();
 
+// The lowest plausible logit.
+float plausible_from(float highest, float beta) {
+    return beta > 0 ? highest + std::log(beta) : neg_inf;
+}
+
 const char * guidance_name(const llama_sampler *) {
     return "cross-modal-guidance";
 }
@@ -22,7 +27,7 @@ void guidance_apply(llama_sampler * smpl, llama_token_data_array * cur) {
     for (size_t i = 0; i < cur->size; i++) {
         highest = std::max(highest, cur->data[i].logit);
     }
-    const float threshold = state.beta > 0 ? highest + std::log(state.beta) : neg_inf;
+    const float threshold = plausible_from(highest, state.beta);
     const bool guided = state.degraded != nullptr && state.alpha != 0;
     size_t kept = 0;
     for (size_t i = 0; i < cur->size; i++) {
@@ -62,7 +67,7 @@ PairSampler::PairSampler(int32_t n_vocab, llama_sampler * constraints, llama_sam
       guided_candidates_(static_cast<size_t>(n_vocab)),
       plain_candidates_(static_cast<size_t>(n_vocab)) {}
 
-Sampled PairSampler::sample(const float * logits) {
+size_t PairSampler::prepare(const float * logits, float beta, size_t enough) {
     auto & candidates = guided_candidates_;
     for (size_t i = 0; i < candidates.size(); i++) {
         candidates[i] = {static_cast<llama_token>(i), logits[i], 0.0f};
@@ -80,6 +85,18 @@ Sampled PairSampler::sample(const float * logits) {
         throw std::runtime_error("no token can follow: every logit is forbidden or not a number");
     }
     std::copy_n(candidates.begin(), n_candidates_, plain_candidates_.begin());
+    float highest = neg_inf;
+    for (size_t i = 0; i < n_candidates_; i++) {
+        highest = std::max(highest, candidates[i].logit);
+    }
+    size_t n_plausible = 0;
+    for (size_t i = 0; i < n_candidates_ && n_plausible < enough; i++) {
+        n_plausible += candidates[i].logit >= plausible_from(highest, beta);
+    }
+    return n_plausible;
+}
+
+Sampled PairSampler::draw() {
     const llama_token plain = pick(plain_, plain_candidates_);
     return {pick(guided_, guided_candidates_), plain};
 }

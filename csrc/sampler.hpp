@@ -29,15 +29,20 @@ struct Sampled {
     llama_token plain; // what the same chain and seed would have drawn without it
 };
 
-// Samples both ways from the same row. The chains are llama.cpp's and belong to the caller:
-// constraints (logit bias, grammar) act first, once; `guided` begins with the guidance sampler;
-// `plain` is the rest of the chain alone. The buffers are allocated once.
+// Samples both ways from the same row, in two halves: `prepare` says how many tokens are plausible,
+// and only if that is more than one must the degraded branch be known to `draw`. The chains are
+// llama.cpp's and belong to the caller: constraints (logit bias, grammar) act first, once; `guided`
+// begins with the guidance sampler; `plain` is the rest of the chain alone. The buffers are
+// allocated once.
 class PairSampler {
   public:
     PairSampler(int32_t n_vocab, llama_sampler * constraints, llama_sampler * guided,
                 llama_sampler * plain);
-    // Throws std::runtime_error if no token is left (not-a-number logits, a dead-ended grammar).
-    Sampled sample(const float * logits);
+    // Takes the row and applies the constraints. Returns how many tokens a cut at beta leaves, at
+    // most `enough`. Throws std::runtime_error if no token is left at all (not-a-number logits, a
+    // dead-ended grammar).
+    size_t prepare(const float * logits, float beta, size_t enough);
+    Sampled draw();
     void accept(llama_token token);
 
   private:

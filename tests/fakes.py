@@ -107,6 +107,11 @@ class FakeContext:
         self._log("share", source, target, n_pos)
         self._cells[target] = {p: c for p, c in self._cells[source].items() if p < n_pos}
 
+    def share_more(self, source: int, target: int, start: int, stop: int) -> None:
+        self._log("share_more", source, target, start, stop)
+        held = self._cells[source]
+        self._cells[target] |= {p: held[p] for p in range(start, stop)}
+
     def truncate(self, seq: int, n_pos: int) -> None:
         self.calls.append(("truncate", seq, n_pos))
         self._cells[seq] = {p: c for p, c in self._cells.get(seq, {}).items() if p < n_pos}

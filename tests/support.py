@@ -38,6 +38,7 @@ from cmg_gguf.runtime.context import CACHE_TYPES, ContextOptions, LlamaContext
 from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
 from cmg_gguf.runtime.protocol import ImageSegment, IntArray, Prompt
+from cmg_gguf.stepping import EAGER, Stepping
 
 F32 = NDArray[np.float32]
 Pairing = Literal["pair", "contexts"]
@@ -169,6 +170,7 @@ class Rig:
         pairing: Pairing = "pair",
         seqs: tuple[int, int] = (0, 1),
         n_seq_max: int = 2,
+        stepping: Stepping = EAGER,
     ) -> None:
         self.tiny = tiny
         self.selections = _core.Selections(tiny.model.n_layer)
@@ -176,23 +178,28 @@ class Rig:
             LlamaContext(tiny.model, tiny.projector, self.selections, options, n_seq_max=n_seq_max)
             for _ in range(1 if pairing == "pair" else 2)
         ]
-        self.engine = PairedEngine(
-            Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1]), self.selections
-        )
+        original, degraded = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
+        self.engine = PairedEngine(original, degraded, self.selections, stepping)
 
-    def follow(self, prompt: Prompt, guidance: Guidance, verdict: Verdict) -> F64:
+    def follow(
+        self,
+        prompt: Prompt,
+        guidance: Guidance,
+        verdict: Verdict,
+        asked: Callable[[int], bool] = lambda step: True,
+    ) -> F64:
         """(n_steps, 2): largest logit error of each branch, taught with the judge's tokens.
 
         Asserts that the engine chose the judge's layers, and for each generated row masks the
-        judge's image tokens.
+        judge's image tokens. asked: at which steps l_d is looked at; elsewhere its error is 0.
         """
         self.engine.prefill(prompt, guidance)
         assert self.engine.layers == verdict.layers
-        errors = [self._errors(verdict.steps[0])]
-        for i, step in enumerate(verdict.steps[1:]):
-            self.engine.step(verdict.steps[i].token)
-            assert [tokens.tolist() for tokens in self.engine.attended] == verdict.masked[i + 1]
-            errors.append(self._errors(step))
+        errors = [self._errors(verdict.steps[0], asked(0))]
+        for i, step in enumerate(verdict.steps[1:], 1):
+            self.engine.step(verdict.steps[i - 1].token)
+            assert [tokens.tolist() for tokens in self.engine.attended] == verdict.masked[i]
+            errors.append(self._errors(step, asked(i)))
         return np.array(errors)
 
     def decode_prompt(
@@ -241,13 +248,15 @@ class Rig:
             read_residual=read_residual,
         )
 
-    def _errors(self, step: Step) -> tuple[float, float]:
+    def _errors(self, step: Step, asked: bool) -> tuple[float, float]:
+        original = float(np.abs(self.engine.original_logits - step.original).max())
+        if not asked:
+            return original, 0.0
         degraded = self.engine.degraded_logits
         assert degraded is not None
-        return (
-            float(np.abs(self.engine.original_logits - step.original).max()),
-            float(np.abs(degraded - step.degraded).max()),
-        )
+        # Computing l_d must leave l_o as it was.
+        original = max(original, float(np.abs(self.engine.original_logits - step.original).max()))
+        return original, float(np.abs(degraded - step.degraded).max())
 
 
 def logits(context: LlamaContext, row: int) -> F32:

@@ -53,7 +53,7 @@ def sampler(
 
 def draw(drawer: Sampler, original: FloatArray, degraded: FloatArray | None) -> tuple[int, int]:
     address = original.ctypes.data
-    return drawer.sample(address, address, 0 if degraded is None else degraded.ctypes.data)
+    return drawer.sample(address, address, lambda: 0 if degraded is None else degraded.ctypes.data)
 
 
 def drawn(drawer: Sampler, rows: Rows) -> list[tuple[int, int]]:

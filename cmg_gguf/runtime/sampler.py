@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp
@@ -31,6 +32,7 @@ class Sampler:
     ) -> None:
         """Raises SamplingError for a grammar that does not parse or a token that is none."""
         self._state = _core.GuidanceState(alpha, beta)
+        self._beta = beta
         self._chains: list[Any] = []
         constraints = list(_constraints(model, sampling))
         chains = (
@@ -40,18 +42,19 @@ class Sampler:
         )
         self._sampler = _core.PairSampler(model.n_vocab, *(chain or 0 for chain in chains))
 
-    def sample(self, logits: int, original: int, degraded: int) -> tuple[int, int]:
+    def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
         """(guided token, plain token) from rows at these addresses.
 
-        logits: what is sampled from: l_o, or l_o changed by logits processors. original, degraded:
-        l_o and l_d; 0 for no l_d. Raises BackendError if no token is possible, or if a score of a
-        plausible token is not a number.
+        logits: what is sampled from: l_o, or l_o changed by logits processors. original: l_o.
+        degraded: gives l_d, 0 for none; it is called only where l_d matters: if one token alone is
+        plausible, that is the token whatever l_d says. Raises BackendError if no token is possible,
+        or if a score of a plausible token is not a number.
         """
-        self._state.set_rows(original, degraded)
-        try:
-            drawn = self._sampler.sample(logits)
-        except RuntimeError as exc:
-            raise BackendError(str(exc)) from exc
+        with _told():
+            n_plausible = self._sampler.prepare(logits, self._beta, 2)
+        self._state.set_rows(original, degraded() if n_plausible > 1 else 0)
+        with _told():
+            drawn = self._sampler.draw()
         if not self._state.finite:
             raise BackendError("the degraded branch gave logits that are not numbers")
         return drawn
@@ -73,6 +76,15 @@ class Sampler:
         # The guidance sampler reads self._state: the finalizer keeps it until the chain is freed.
         self._chains.append(weakref.finalize(self, _free, chain, self._state))
         return int(ctypes.cast(chain, ctypes.c_void_p).value or 0)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tells what goes wrong in the extension as this package does."""
+    try:
+        yield
+    except RuntimeError as exc:
+        raise BackendError(str(exc)) from exc
 
 
 def _free(chain: Any, state: _core.GuidanceState) -> None:
