@@ -299,12 +299,13 @@ class PairedEngine:
             n_image_tokens=rows.n_image_tokens,
             observed=guidance.refresh == "step",
         )
-        if self.stepping.lazy:
-            self._selections.grow(self.degraded.context.n_ubatch)
-            kind = LazyApproximate if self.stepping.approximate else Lazy
-            return kind(self.original, self.degraded, masking, self._prompt_logits, degraded)
-        addresses = self._prompt_logits.ctypes.data, degraded
-        return Together(self.original, self.degraded, masking, addresses)
+        how, branches = self.stepping, (self.original, self.degraded)
+        if not how.lazy:
+            addresses = self._prompt_logits.ctypes.data, degraded
+            return Together(*branches, masking, addresses, fork=how.fork)
+        self._selections.grow(self.degraded.context.n_ubatch)
+        kind = LazyApproximate if how.approximate and self.paired else Lazy
+        return kind(*branches, masking, self._prompt_logits, degraded, fork=how.fork)
 
 
 def _view(address: int, n: int) -> FloatArray:

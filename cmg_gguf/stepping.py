@@ -9,11 +9,19 @@ after another: same tokens, fewer decodes.
     Plain     the original branch alone
     Together  both branches at every step
     Lazy      the original branch; the degraded one when `degraded_address` is asked for
+
+Nor is all of it needed. Below the first masked layer a row of the degraded branch is what the
+original's is: same token, same position, and all it attends to is the same in turn. A fork computes
+it from there on only; its cells in the layers below stay unwritten, for only rows of its own branch
+would read them, and those are left out there as well. Once a row of an answer is, all later ones
+must be: whether an answer forks is decided at its first step and does not change.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,20 +29,25 @@ import numpy as np
 
 from cmg_gguf import _core
 from cmg_gguf.rows import NONE
-from cmg_gguf.runtime.protocol import FloatArray
+from cmg_gguf.runtime.protocol import Context, FloatArray
 
 if TYPE_CHECKING:
     from cmg_gguf.engine import Branch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Stepping:
     """When the degraded branch is decoded.
 
-    lazy: only where l_d is asked for; else at every step. approximate: see `LazyApproximate`.
+    lazy: only where l_d is asked for; else at every step. fork: only from its first masked layer
+    on, where the graph allows it. approximate: see `LazyApproximate`; only with `lazy`. The last
+    two need both branches in one context, and do nothing in two.
     """
 
     lazy: bool = False
+    fork: bool = False
     approximate: bool = False
 
 
@@ -75,7 +88,9 @@ class Masking:
     n_image_tokens: int
     observed: bool
 
-    def plan(self, n_layer: int, *rows: tuple[int, int, int]) -> _core.Plan:
+    def plan(
+        self, n_layer: int, *rows: tuple[int, int, int], fork: _core.ForkPlan | None = None
+    ) -> _core.Plan:
         """What the patch does with a batch. rows: sequence, slot observed into, slot hidden."""
         return _core.Plan(
             np.array([(seq, NONE, observe, hide) for seq, observe, hide in rows], np.int32),
@@ -84,6 +99,33 @@ class Masking:
             mask_layers=list(self.layers),
             policy=self.policy,
             n_image_tokens=self.n_image_tokens,
+            fork=fork,
+        )
+
+
+class Forking:
+    """Where the decodes of one answer fork, if they can."""
+
+    def __init__(self, context: Context, masking: Masking, wanted: bool) -> None:
+        self._context = context
+        self._layer = masking.layers[0] if wanted and masking.layers else 0
+
+    def plan(self, slots: Sequence[int], n_below: int) -> _core.ForkPlan | None:
+        """The fork of a batch, or None. slots: the residual of each row; see csrc/fork.hpp.
+
+        The first plan of a kind asks for a survey of the graph, and leaves nothing out.
+        """
+        if self._layer == 0:
+            return None
+        n_rows, layer = len(slots), self._layer
+        obstacle = self._context.patch.fork_obstacle(layer, n_rows=n_rows, n_below=n_below)
+        if obstacle:
+            _log.debug("no fork at layer %d: %s", layer, obstacle)
+            self._layer = 0
+            return None
+        survey = obstacle is None
+        return _core.ForkPlan(
+            layer=layer, n_below=n_rows if survey else n_below, slots=list(slots), survey=survey
         )
 
 
@@ -109,33 +151,35 @@ class Together:
     newest = 0
 
     def __init__(
-        self, original: Branch, degraded: Branch, masking: Masking, addresses: tuple[int, int]
+        self,
+        original: Branch,
+        degraded: Branch,
+        masking: Masking,
+        addresses: tuple[int, int],
+        *,
+        fork: bool,
     ) -> None:
-        self._branches = original, degraded
+        self._original, self._degraded = original, degraded
+        self._masking = masking
         self._paired = original.context is degraded.context
+        self._forking = Forking(original.context, masking, fork and self._paired)
+        self._batches = [_Batch(2)] if self._paired else [_Batch(1), _Batch(1)]
         self.original_address, self.degraded_address = addresses
-        n_layer = original.context.n_layer
-        watch = (original.seq, 0 if masking.observed else NONE, NONE)
-        hide = (degraded.seq, NONE, 0)
-        if self._paired:
-            self._pair = _Batch(2)
-            self._plans = [masking.plan(n_layer, watch, hide)]
-        else:
-            self._rows = _Batch(1), _Batch(1)
-            self._plans = [masking.plan(n_layer, watch), masking.plan(n_layer, hide)]
 
     def step(self, token: int, position: int) -> None:
-        original, degraded = self._branches
+        original, degraded, plan = self._original, self._degraded, self._masking.plan
+        n_layer = original.context.n_layer
+        watch = (original.seq, 0 if self._masking.observed else NONE, NONE)
+        hide = (degraded.seq, NONE, 0)
         if self._paired:
-            context, seqs = original.context, (original.seq, degraded.seq)
-            self._pair.decode(original, token, position, self._plans[0], seqs=seqs)
-            self.original_address = context.logits_address(0)
-            self.degraded_address = context.logits_address(1)
-            return
-        for branch, batch, plan in zip(self._branches, self._rows, self._plans, strict=True):
-            batch.decode(branch, token, position, plan)
+            both = plan(n_layer, watch, hide, fork=self._forking.plan((0, 0), n_below=1))
+            seqs = original.seq, degraded.seq
+            self._batches[0].decode(original, token, position, both, seqs=seqs)
+        else:
+            self._batches[0].decode(original, token, position, plan(n_layer, watch))
+            self._batches[1].decode(degraded, token, position, plan(n_layer, hide))
         self.original_address = original.context.logits_address(0)
-        self.degraded_address = degraded.context.logits_address(0)
+        self.degraded_address = degraded.context.logits_address(1 if self._paired else 0)
 
 
 class Lazy:
@@ -152,10 +196,14 @@ class Lazy:
         masking: Masking,
         logits: FloatArray,
         degraded_address: int,
+        *,
+        fork: bool,
     ) -> None:
         """logits: (n_vocab,) float32, l_o so far; overwritten with that of every step."""
         self._original, self._degraded = original, degraded
         self._masking = masking
+        paired = original.context is degraded.context
+        self._forking = Forking(original.context, masking, fork and paired)
         self._logits = logits
         self.original_address = logits.ctypes.data
         self._address = degraded_address
@@ -166,14 +214,15 @@ class Lazy:
     def step(self, token: int, position: int) -> None:
         if len(self._waiting) == self._degraded.context.n_ubatch:
             self._catch_up()
-        context, slot = self._original.context, self._next_slot
-        watch = (self._original.seq, slot if self._masking.observed else NONE, NONE)
-        plan = self._masking.plan(context.n_layer, watch)
+        context, place = self._original.context, self._next_place
+        watch = (self._original.seq, place if self._masking.observed else NONE, NONE)
+        fork = self._forking.plan((place,), n_below=1)
+        plan = self._masking.plan(context.n_layer, watch, fork=fork)
         self._batch.decode(self._original, token, position, plan)
         # The rows that wait are decoded in the same context, whose logits they replace.
         ctypes.memmove(self.original_address, context.logits_address(0), self._logits.nbytes)
         self._waiting.append((token, position))
-        self.newest = slot
+        self.newest = place if self._masking.observed else 0
 
     @property
     def degraded_address(self) -> int:
@@ -182,23 +231,24 @@ class Lazy:
         return self._address
 
     @property
-    def _next_slot(self) -> int:
-        return len(self._waiting) if self._masking.observed else 0
+    def _next_place(self) -> int:
+        """The slot of the next row: of what it hides, if it is observed, and of its residual."""
+        return len(self._waiting)
 
     def _catch_up(self) -> None:
         """Decodes the rows that wait, in order; the last one with logits."""
-        slots = range(len(self._waiting)) if self._masking.observed else [0] * len(self._waiting)
-        self._decode_waiting(list(slots))
-
-    def _decode_waiting(self, slots: list[int]) -> None:
         context, seq, n = self._degraded.context, self._degraded.seq, len(self._waiting)
         tokens, positions = np.array(self._waiting, np.int32).T.copy()
+        observed = self._masking.observed
+        hide = [(seq, NONE, place if observed else 0) for place in range(n)]
         context.decode(
             tokens,
             positions,
             np.full(n, seq, np.int32),
             outputs=np.arange(n) == n - 1,
-            plan=self._masking.plan(context.n_layer, *((seq, NONE, slot) for slot in slots)),
+            plan=self._masking.plan(
+                context.n_layer, *hide, fork=self._forking.plan(range(n), n_below=0)
+            ),
         )
         self._address = context.logits_address(n - 1)
         self._waiting.clear()
@@ -208,23 +258,22 @@ class LazyApproximate(Lazy):
     """As `Lazy`, but a row that waited in vain is never decoded: the degraded branch then sees what
     the original one wrote for it.
 
-    Costs one row where `Lazy` costs as many as waited, and is another method: the degraded branch
-    forgets at such rows that it did not see the image. In one context only.
+    Costs one row where `Lazy` costs as many as waited, and is another method: for the degraded
+    branch, such rows have seen the whole image. In one context only.
     """
 
     @property
-    def _next_slot(self) -> int:
+    def _next_place(self) -> int:
         return 0
 
     def _catch_up(self) -> None:
-        skipped, newest = self._waiting[:-1], self._waiting[-1]
-        if skipped:
-            first = skipped[0][1]
+        first, newest = self._waiting[0], self._waiting[-1]
+        if first is not newest:
             self._degraded.context.share_more(
-                self._original.seq, self._degraded.seq, first, newest[1]
+                self._original.seq, self._degraded.seq, first[1], newest[1]
             )
             self._waiting[:] = [newest]
-        self._decode_waiting([0])
+        super()._catch_up()
 
 
 class _Batch:
