@@ -78,7 +78,7 @@ class PairedEngine:
         self.original = original
         self.degraded = degraded
         self.paired = original.context is degraded.context
-        self._selections = selections
+        self.selections = selections
         self._prompt_logits = np.empty(original.context.n_vocab, np.float32)
         self.reset()
 
@@ -201,7 +201,7 @@ class PairedEngine:
         if not self._guided or self._stepper is None:
             return ()
         slot = self._stepper.newest
-        return tuple(self._selections.tokens(slot, il) for il in self.layers)
+        return tuple(self.selections.tokens(slot, il) for il in self.layers)
 
     @staticmethod
     def _contrasts(prompt: Prompt, guidance: Guidance) -> bool:
@@ -214,7 +214,7 @@ class PairedEngine:
         self._guided = self._contrasts(prompt, guidance)
         rows = PromptRows(prompt, guidance, self.original.context.n_layer, guided=self._guided)
         total = prompt.n_tokens + (rows.n - self._first_own_row(rows) if self._guided else 0)
-        self._selections.resize(rows.n_slots)
+        self.selections.resize(rows.n_slots)
         done = self._decode_rows(
             self.original, rows, 0, rows.original_plan(self.original.seq), progress, 0, total
         )
@@ -227,7 +227,7 @@ class PairedEngine:
             self._decode_rows(self.degraded, rows, first, plan, progress, done, total)
             degraded = self.degraded.context.logits_address(self._last_in_batch)
             if guidance.refresh == "step":
-                self._selections.keep_last()
+                self.selections.keep_last()
             self._stepper = self._new_stepper(rows, guidance, degraded)
         else:
             self._stepper = Plain(self.original, self._prompt_logits.ctypes.data)
@@ -283,7 +283,7 @@ class PairedEngine:
         if isinstance(policy, AttentionMass):
             last = rows.n_slots - 1
             mass = [
-                float(self._selections.influence(last, il).sum(dtype=np.float64))
+                float(self.selections.influence(last, il).sum(dtype=np.float64))
                 for il in range(self.original.context.n_layer)
             ]
             return layers_by_mass(policy.share, np.array(mass))
@@ -300,10 +300,10 @@ class PairedEngine:
             observed=guidance.refresh == "step",
         )
         how, branches = self.stepping, (self.original, self.degraded)
-        if not how.lazy:
+        if not how.lazy or guidance.beta == 0:  # without a cut, every step needs both
             addresses = self._prompt_logits.ctypes.data, degraded
             return Together(*branches, masking, addresses, fork=how.fork)
-        self._selections.grow(self.degraded.context.n_ubatch)
+        self.selections.grow(self.degraded.context.n_ubatch)
         kind = LazyApproximate if how.approximate and self.paired else Lazy
         return kind(*branches, masking, self._prompt_logits, degraded, fork=how.fork)
 

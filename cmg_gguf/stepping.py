@@ -110,6 +110,11 @@ class Forking:
         self._context = context
         self._layer = masking.layers[0] if wanted and masking.layers else 0
 
+    @property
+    def possible(self) -> bool:
+        """Whether nothing has spoken against it yet."""
+        return self._layer > 0
+
     def plan(self, slots: Sequence[int], n_below: int) -> _core.ForkPlan | None:
         """The fork of a batch, or None. slots: the residual of each row; see csrc/fork.hpp.
 
@@ -166,6 +171,11 @@ class Together:
         self._batches = [_Batch(2)] if self._paired else [_Batch(1), _Batch(1)]
         self.original_address, self.degraded_address = addresses
 
+    @property
+    def forks(self) -> bool:
+        """Whether the degraded row is left out below its first masked layer, if only later on."""
+        return self._forking.possible
+
     def step(self, token: int, position: int) -> None:
         original, degraded, plan = self._original, self._degraded, self._masking.plan
         n_layer = original.context.n_layer
@@ -210,6 +220,11 @@ class Lazy:
         self._batch = _Batch(1)
         self._waiting: list[tuple[int, int]] = []  # token, position
         self.newest = 0
+
+    @property
+    def forks(self) -> bool:
+        """Whether the rows that wait are left out below their first masked layer."""
+        return self._forking.possible
 
     def step(self, token: int, position: int) -> None:
         if len(self._waiting) == self._degraded.context.n_ubatch:

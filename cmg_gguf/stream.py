@@ -100,6 +100,8 @@ class Run:
         try:
             started = time.perf_counter()
             prompt = vlm.projector.encode(self._prompt, functools.partial(report, "encode"))
+            if self._guidance.contrasts:
+                vlm._choice.settle()
             encoded = time.perf_counter()
             engine.prefill(prompt, self._guidance, functools.partial(report, "prefill"))
             prefilled = time.perf_counter()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import llama_cpp
 
 from cmg_gguf import _core
+from cmg_gguf.calibration import Choice, cost_key
 from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import ModelError, PromptError, UnsupportedError
 from cmg_gguf.generation import Limits, Reply
@@ -24,6 +25,7 @@ from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
 from cmg_gguf.runtime.protocol import Prompt
 from cmg_gguf.sampling import Sampling
+from cmg_gguf.strategy import Costs, Strategy, check_strategy
 from cmg_gguf.stream import Progress, Run, Stream
 
 Pairing = Literal["auto", "pair", "contexts"]
@@ -45,6 +47,13 @@ class GuidedVLM:
     None = the model's own, "vicuna" if it has none; or a name ("vicuna", "mistral", "chatml"), or a
     Jinja template. pairing: "pair" = both branches in one context, "contexts" = one each (twice the
     memory and time; the reference), "auto" = a pair unless the model has recurrent layers.
+    strategy: when the degraded branch is decoded: "eager" = at every step; "fork" = the same, but
+    only from its first masked layer on; "lazy" = only for steps at which more than one token is
+    plausible, the rows in between caught up with, and forked; all with the same tokens, but for
+    rounding. "auto" = the fastest of them: what `calibrate` measured for this model before, else
+    "lazy" on a CPU, and on an accelerator what a second of measuring at the first guided request
+    says. "lazy-approximate" = as "lazy", but rows that waited in vain are never decoded: other
+    tokens, see `cmg_gguf.stepping`.
     verbose: llama.cpp's log on stderr. The others: see `ContextOptions`.
 
     One request at a time: a new one ends a stream that is still open, whose next use raises
@@ -68,6 +77,7 @@ class GuidedVLM:
         offload_kqv: bool = True,
         chat_template: str | None = None,
         pairing: Pairing = "auto",
+        strategy: Strategy = "auto",
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -90,7 +100,7 @@ class GuidedVLM:
             if progress
             else None,
         )
-        self._assemble(model, mmproj_path, options, chat_template, pairing, n_gpu_layers != 0)
+        self._assemble(model, mmproj_path, options, chat_template, pairing, n_gpu_layers, strategy)
 
     @classmethod
     def from_llama(
@@ -100,6 +110,7 @@ class GuidedVLM:
         *,
         chat_template: str | None = None,
         pairing: Pairing = "auto",
+        strategy: Strategy = "auto",
         use_gpu: bool = True,
     ) -> GuidedVLM:
         """Guided decoding with the model that a `llama_cpp.Llama` has loaded.
@@ -116,7 +127,8 @@ class GuidedVLM:
         model = Model(llama.model, path=Path(llama.model_path), owner=llama)
         vlm = cls.__new__(cls)
         options = ContextOptions.from_params(llama.context_params)
-        vlm._assemble(model, mmproj_path, options, chat_template, pairing, use_gpu)
+        n_gpu_layers = llama.model_params.n_gpu_layers if use_gpu else 0
+        vlm._assemble(model, mmproj_path, options, chat_template, pairing, n_gpu_layers, strategy)
         # What is made from the weights must be freed before them.
         close = weakref.WeakMethod(vlm.close)
         llama._stack.callback(lambda: (closing := close()) is not None and closing())
@@ -129,12 +141,16 @@ class GuidedVLM:
         options: ContextOptions,
         chat_template: str | None,
         pairing: Pairing,
-        use_gpu: bool,
+        n_gpu_layers: int,
+        strategy: Strategy,
     ) -> None:
         self.model = model
         self.template = _template(model, chat_template)
         self.pairing = _resolved(pairing, model)
-        self.projector = Projector(mmproj_path, model, use_gpu=use_gpu, n_threads=options.n_threads)
+        check_strategy(strategy, self.pairing)
+        self.projector = Projector(
+            mmproj_path, model, use_gpu=n_gpu_layers != 0, n_threads=options.n_threads
+        )
         selections = _core.Selections(model.n_layer)
 
         def context(n_seq_max: int) -> LlamaContext:
@@ -148,6 +164,7 @@ class GuidedVLM:
             self._contexts = [context(1), context(1)]
             branches = Branch(self._contexts[0], 0), Branch(self._contexts[1], 0)
         self.engine = PairedEngine(*branches, selections)
+        self._choice = Choice(self.engine, strategy, cost_key(model, options, n_gpu_layers))
         self._lock = threading.RLock()
         self._request = 0
 
@@ -155,6 +172,22 @@ class GuidedVLM:
     def n_ctx(self) -> int:
         """KV cells of the context."""
         return self.engine.original.context.n_ctx
+
+    def calibrate(self, seconds: float = 2.0) -> Costs:
+        """What each way of stepping costs here; remembered in the user's cache folder.
+
+        Ends a stream that is still open. With strategy "auto" the fastest exact way is used from
+        now on. Raises UnsupportedError for two contexts, ContextLengthError below 64 cells.
+        """
+        with self._lock:
+            self._check_open()
+            self._request += 1
+            return self._choice.calibrate(seconds)
+
+    @property
+    def strategy(self) -> str:
+        """The strategy in use; "auto" until the first guided request has settled it."""
+        return self._choice.name
 
     def close(self) -> None:
         """Frees contexts, image encoder and weights at once. The object is of no use afterwards."""

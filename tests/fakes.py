@@ -42,6 +42,9 @@ class FakePatch:
     def __init__(self) -> None:
         self.n_image_tokens: dict[int, int] = {}
 
+    def fork_obstacle(self, layer: int, *, n_rows: int, n_below: int) -> str:
+        return "a fake has no graph"
+
     def copy_image_tokens(self, src: int, dst: int, n_tokens: int) -> None:
         assert n_tokens <= self.n_image_tokens.get(src, 0)
         self.n_image_tokens[dst] = n_tokens

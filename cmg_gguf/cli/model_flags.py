@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 FlashAttention = Literal["on", "off", "auto"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Pairing = Literal["auto", "pair", "contexts"]
+Strategy = Literal["auto", "eager", "fork", "lazy", "lazy-approximate"]
 
 _flag = partial(typer.Option, rich_help_panel="Model")
 
@@ -116,6 +117,16 @@ class ModelFlags:
             "memory and time), auto = pair where the model allows it.",
         ),
     ] = "auto"
+    strategy: Annotated[
+        Strategy,
+        _flag(
+            "--strategy",
+            help="When the degraded branch is decoded: eager = at every step, fork = the same from "
+            "its first masked layer on, lazy = only where more than one token is plausible, "
+            "lazy-approximate = nor caught up with (other tokens), auto = the fastest of the "
+            "others: see info --calibrate.",
+        ),
+    ] = "auto"
     verbose: Annotated[
         bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False
@@ -137,6 +148,7 @@ class ModelFlags:
             type_v=self.cache_type_v,
             chat_template=self.chat_template,
             pairing=self.pairing,
+            strategy=self.strategy,
             verbose=self.verbose,
             progress=progress,
         )
