@@ -21,22 +21,21 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llama_cpp
 import numpy as np
 
+from cmg_gguf import _core
+from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import CMGError, ContextLengthError, UnsupportedError
 from cmg_gguf.guidance import LayerRange, TopRatio, static_layers
 from cmg_gguf.rows import core_policy
 from cmg_gguf.runtime.about import devices
-from cmg_gguf.runtime.context import ContextOptions
+from cmg_gguf.runtime.context import ContextOptions, LlamaContext
 from cmg_gguf.runtime.model import Model
-from cmg_gguf.stepping import Lazy, Masking, Plain, Stepper, Together
+from cmg_gguf.stepping import Lazy, Masking, Plain, Together
 from cmg_gguf.strategy import CAUGHT_UP, STEPPING, Costs
-
-if TYPE_CHECKING:
-    from cmg_gguf.engine import PairedEngine
 
 N_CELLS = 64
 """KV cells that measuring takes, at most."""
@@ -152,6 +151,20 @@ def _file(key: Key) -> Path:
     return cost_folder() / f"costs-{name}.json"
 
 
+def calibrated(
+    path: Path, options: ContextOptions, n_gpu_layers: int, seconds: float = 2.0
+) -> Costs:
+    """The costs of the model in this file, measured and remembered. No image projector is needed.
+
+    Raises ModelError, BackendError.
+    """
+    model = Model.load(path, n_gpu_layers=n_gpu_layers)
+    selections = _core.Selections(model.n_layer)
+    context = LlamaContext(model, None, selections, options, n_seq_max=2)
+    engine = PairedEngine(Branch(context, 0), Branch(context, 1), selections)
+    return Choice(engine, "auto", cost_key(model, options, n_gpu_layers)).calibrate(seconds)
+
+
 def measure(engine: PairedEngine, seconds: float = 2.0) -> Costs:
     """Times every way of stepping in turns, on scratch cells that are free again afterwards.
 
@@ -205,19 +218,16 @@ class _Trial:
         )
 
     def _round(self) -> dict[str, float]:
-        steppers: dict[str, Stepper] = {
-            "plain": self._plain,
-            "pair": self._pair,
-            "fork": self._fork,
-            "lazy": self._lazy,
-        }
+        """A step of another number of rows than the one before builds its graph anew. Plain and
+        paired steps follow their own kind; lazy ones come between rows that catch up."""
         times = {}
-        for name, stepper in steppers.items():
-            times[name] = _milliseconds(partial(stepper.step, self._token, _N_BEFORE))
-            _ = stepper.degraded_address
+        for name, stepper in (("plain", self._plain), ("pair", self._pair), ("fork", self._fork)):
+            stepper.step(self._token, _N_BEFORE)
+            times[name] = _milliseconds(partial(stepper.step, self._token, _N_BEFORE + 1))
             self._rewind()
+        times["lazy"] = _milliseconds(partial(self._lazy.step, self._token, _N_BEFORE))
         for n in CAUGHT_UP:
-            for i in range(n):
+            for i in range(n if n > 1 else 0):
                 self._lazy.step(self._token, _N_BEFORE + i)
             times[f"catch up {n}"] = _milliseconds(lambda: self._lazy.degraded_address)
             self._rewind()

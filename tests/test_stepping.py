@@ -353,9 +353,10 @@ def test_a_full_context_can_still_be_caught_up_with(llama: Tiny, way: Stepping) 
                 break
             rig.engine.step(token)
     assert eager.engine.n_past == lazy.engine.n_past < prompt.n_tokens + len(tokens)
-    rows = [rig.engine.degraded_logits for rig in (eager, lazy)]
-    assert rows[0] is not None
-    np.testing.assert_allclose(rows[0], rows[1], rtol=0, atol=TOLERANCE)
+    one, other = eager.engine.degraded_logits, lazy.engine.degraded_logits
+    assert one is not None
+    assert other is not None
+    np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE)
 
 
 # --- graphs as they were -----------------------------------------------------------------------
@@ -494,7 +495,7 @@ def vlms(pair: TinyPair) -> Iterator[dict[str, GuidedVLM]]:
         "type_v": "f32",
     }
     opened = {
-        name: GuidedVLM(pair.llm, pair.mmproj, strategy=name, **settings)  # type: ignore[arg-type]
+        name: GuidedVLM(pair.llm, pair.mmproj, strategy=name, **settings)
         for name in ("eager", "fork", "lazy")
     }
     yield opened
