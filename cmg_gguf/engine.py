@@ -5,11 +5,12 @@
         token = pick(engine.original_logits, engine.degraded_logits)
         engine.step(token)
 
+How a step decodes them is up to `cmg_gguf.stepping`.
+
 The branches are two sequences. Up to the first masked row they share their KV cells; from there on
-the degraded branch has its own. Both are normally rows of the same decode in the same context
-("pair"); with two contexts ("contexts") each branch has its own cache, which costs about twice as
-much and needs nothing of the cache but that it works: the reference, and the way for models with
-recurrent layers.
+the degraded branch has its own. Both are normally in the same context ("pair"); with two contexts
+("contexts") each branch has its own cache, which costs about twice as much and needs nothing of the
+cache but that it works: the reference, and the way for models with recurrent layers.
 
 It knows no text, no chat format, no sampling, and nothing about sequence ids but what it is given.
 """
@@ -35,8 +36,18 @@ from cmg_gguf.guidance import (
     static_layers,
 )
 from cmg_gguf.reuse import PrefixReuse, Start
-from cmg_gguf.rows import NONE, PromptRows, masked_rows
+from cmg_gguf.rows import PromptRows, masked_rows
 from cmg_gguf.runtime.protocol import Context, FloatArray, ImageSegment, IntArray, Prompt
+from cmg_gguf.stepping import (
+    EAGER,
+    Lazy,
+    LazyApproximate,
+    Masking,
+    Plain,
+    Stepper,
+    Stepping,
+    Together,
+)
 
 Progress = Callable[[int, int], None]
 
@@ -54,7 +65,8 @@ class PairedEngine:
 
     original, degraded: where the branches live; the same context makes it a pair. selections: the
     store that the contexts' graph patches share. prefixes: what is kept from one prompt to the
-    next; None = nothing.
+    next; None = nothing. stepping: when the degraded branch is decoded; may be changed between
+    answers.
     """
 
     def __init__(
@@ -63,12 +75,15 @@ class PairedEngine:
         degraded: Branch,
         selections: _core.Selections,
         prefixes: PrefixReuse | None = None,
+        *,
+        stepping: Stepping = EAGER,
     ) -> None:
+        self.stepping = stepping
         self.original = original
         self.degraded = degraded
         self.paired = original.context is degraded.context
         self.prefixes = prefixes or PrefixReuse(original, degraded)
-        self._selections = selections
+        self.selections = selections
         self._prompt_logits = np.empty(original.context.n_vocab, np.float32)
         self.reset()
 
@@ -89,8 +104,7 @@ class PairedEngine:
         self.prefixes.drop()
         self.layers: tuple[int, ...] = ()
         self._guided = False
-        self._step_plans: tuple[_core.Plan | None, ...] = (None,)
-        self._addresses = (0, 0)
+        self._stepper: Stepper | None = None
         self._last_in_batch = 0
         for branch in (self.original, self.degraded):
             branch.context.truncate(branch.seq, 0)
@@ -154,7 +168,7 @@ class PairedEngine:
 
     def step(self, token: int) -> None:
         """Decodes one token, the same in both branches. Raises ContextLengthError when full."""
-        if self.n_past == 0:
+        if (stepper := self._stepper) is None:
             raise BackendError("nothing to continue: call prefill first")
         if not self.has_room:
             raise ContextLengthError(
@@ -162,14 +176,7 @@ class PairedEngine:
             )
         self.prefixes.make_room(self.n_cells + self._cells_per_step(self._guided))
         was_whole, self._is_whole = self._is_whole, False
-        if self._guided and self.paired:
-            self._decode_pair(token, self._step_plans[0])
-        else:
-            branches = (self.original, self.degraded)[: len(self._step_plans)]
-            for branch, plan in zip(branches, self._step_plans, strict=True):
-                self._decode_step(branch, token, plan)
-            original, *degraded = (branch.context.logits_address(0) for branch in branches)
-            self._addresses = (original, degraded[0] if degraded else 0)
+        stepper.step(token, self.n_past)
         self.n_past += 1
         self.n_cells += self._cells_per_step(self._guided)
         self.prefixes.grow(token)
@@ -187,9 +194,14 @@ class PairedEngine:
         return self._guided
 
     @property
-    def logits_addresses(self) -> tuple[int, int]:
-        """Addresses of the (n_vocab,) float32 logits l_o and l_d; l_d is 0 where there is none."""
-        return self._addresses
+    def original_address(self) -> int:
+        """Address of l_o, see `original_logits`; 0 before `prefill`."""
+        return self._stepper.original_address if self._stepper else 0
+
+    @property
+    def degraded_address(self) -> int:
+        """Address of l_d, see `degraded_logits`; 0 where there is none."""
+        return self._stepper.degraded_address if self._stepper else 0
 
     @property
     def original_logits(self) -> FloatArray:
@@ -197,25 +209,29 @@ class PairedEngine:
 
         Raises BackendError before `prefill`.
         """
-        return self._row(0)
+        return self._view(self.original_address)
 
     @property
     def degraded_logits(self) -> FloatArray | None:
-        """l_d: (n_vocab,) float32, a view like `original_logits`; None without guidance."""
-        return self._row(1) if self._guided else None
+        """l_d: (n_vocab,) float32, a view like `original_logits`; None without guidance.
 
-    def _row(self, branch: int) -> FloatArray:
-        if self._addresses[branch] == 0:
+        With lazy stepping it is computed when it is first asked for after a step, which raises what
+        a step raises.
+        """
+        return self._view(self.degraded_address) if self._guided else None
+
+    def _view(self, address: int) -> FloatArray:
+        if address == 0:
             raise BackendError("there are no logits yet: call prefill first")
-        return _view(self._addresses[branch], len(self._prompt_logits))
+        return _view(address, len(self._prompt_logits))
 
     @property
     def attended(self) -> tuple[IntArray, ...]:
         """The image tokens masked for the newest row, by layer of `layers`; (n,) int32 each."""
-        if not self._guided:
+        if not self._guided or self._stepper is None:
             return ()
-        last = len(self._selections) - 1
-        return tuple(self._selections.tokens(last, il) for il in self.layers)
+        slot = self._stepper.newest
+        return tuple(self.selections.tokens(slot, il) for il in self.layers)
 
     @staticmethod
     def _contrasts(prompt: Prompt, guidance: Guidance) -> bool:
@@ -237,22 +253,22 @@ class PairedEngine:
         self.n_reused = start.original
         own = start.degraded or self._first_own_row(rows)
         total = rows.n - start.original + (rows.n - own if self._guided else 0)
-        self._selections.resize(rows.n_slots)
+        self.selections.resize(rows.n_slots)
         plan = rows.original_plan(self.original.seq, note_images=self.prefixes.keeps)
         done = self._decode_rows(self.original, rows, start.original, plan, progress, 0, total)
         address = self.original.context.logits_address(self._last_in_batch)
         np.copyto(self._prompt_logits, _view(address, len(self._prompt_logits)))
-        self._addresses = (self._prompt_logits.ctypes.data, 0)
         if self._guided:
             self.layers = self._choose_layers(rows, guidance)
             first = self._share_prefix(rows, start)
             plan = rows.degraded_plan(self.degraded.seq, self.layers)
             self._decode_rows(self.degraded, rows, first, plan, progress, done, total)
             degraded = self.degraded.context.logits_address(self._last_in_batch)
-            self._addresses = (self._addresses[0], degraded)
             if guidance.refresh == "step":
-                self._selections.keep_last()
-            self._step_plans = self._new_step_plans(rows, guidance)
+                self.selections.keep_last()
+            self._stepper = self._new_stepper(rows, guidance, degraded)
+        else:
+            self._stepper = Plain(self.original, self._prompt_logits.ctypes.data)
         self.n_past = rows.n_pos
         self.n_cells = needed
 
@@ -308,7 +324,7 @@ class PairedEngine:
         if isinstance(policy, AttentionMass):
             last = rows.n_slots - 1
             mass = [
-                float(self._selections.influence(last, il).sum(dtype=np.float64))
+                float(self.selections.influence(last, il).sum(dtype=np.float64))
                 for il in range(self.original.context.n_layer)
             ]
             return layers_by_mass(policy.share, np.array(mass))
@@ -316,56 +332,21 @@ class PairedEngine:
             return layers_by_cosine(policy.share, self.original.context.patch.cosines)
         return rows.observe_layers
 
-    def _new_step_plans(self, rows: PromptRows, guidance: Guidance) -> tuple[_core.Plan, ...]:
-        """A plan for each decode of a step: one for both rows of a pair, or one a context."""
-        observe = 0 if guidance.refresh == "step" else NONE
-        watch = (self.original.seq, NONE, observe, NONE)
-        hide = (self.degraded.seq, NONE, NONE, 0)
-
-        def plan(*table: tuple[int, int, int, int]) -> _core.Plan:
-            return _core.Plan(
-                np.array(table, np.int32),
-                n_layer=self.original.context.n_layer,
-                observe_layers=list(self.layers),
-                mask_layers=list(self.layers),
-                policy=rows.policy,
-                n_image_tokens=rows.n_image_tokens,
-            )
-
-        self._pair_arrays = _PairArrays(self.original.seq, self.degraded.seq)
-        return (plan(watch, hide),) if self.paired else (plan(watch), plan(hide))
-
-    def _decode_pair(self, token: int, plan: _core.Plan | None) -> None:
-        context, arrays = self.original.context, self._pair_arrays
-        arrays.tokens[:] = token
-        arrays.positions[:] = self.n_past
-        context.decode(
-            arrays.tokens,
-            arrays.positions,
-            arrays.seqs,
-            outputs=arrays.outputs,
-            plan=plan,
+    def _new_stepper(self, rows: PromptRows, guidance: Guidance, degraded: int) -> Stepper:
+        """What decodes the answer. degraded: address of l_d of the prompt's last row."""
+        masking = Masking(
+            layers=self.layers,
+            policy=rows.policy,
+            n_image_tokens=rows.n_image_tokens,
+            observed=guidance.refresh == "step",
         )
-        self._addresses = (context.logits_address(0), context.logits_address(1))
-
-    def _decode_step(self, branch: Branch, token: int, plan: _core.Plan | None) -> None:
-        branch.context.decode(
-            np.array([token], np.int32),
-            np.array([self.n_past], np.int32),
-            np.array([branch.seq], np.int32),
-            outputs=np.ones(1, bool),
-            plan=plan,
-        )
-
-
-class _PairArrays:
-    """Batch arrays of a pair step, allocated once."""
-
-    def __init__(self, original: int, degraded: int) -> None:
-        self.tokens = np.zeros(2, np.int32)
-        self.positions = np.zeros(2, np.int32)
-        self.seqs = np.array([original, degraded], np.int32)
-        self.outputs = np.ones(2, bool)
+        how, branches = self.stepping, (self.original, self.degraded)
+        if not how.lazy or guidance.beta == 0:  # without a cut, every step needs both
+            addresses = self._prompt_logits.ctypes.data, degraded
+            return Together(*branches, masking, addresses, fork=how.fork)
+        self.selections.grow(self.degraded.context.n_ubatch)
+        kind = LazyApproximate if how.approximate and self.paired else Lazy
+        return kind(*branches, masking, self._prompt_logits, degraded, fork=how.fork)
 
 
 def _view(address: int, n: int) -> FloatArray:

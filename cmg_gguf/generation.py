@@ -33,7 +33,9 @@ class Vocabulary(Protocol):
 class Drawer(Protocol):
     """What drawing tokens needs: see `cmg_gguf.runtime.sampler.Sampler`."""
 
-    def sample(self, logits: int, original: int, degraded: int) -> tuple[int, int]: ...
+    def sample(
+        self, logits: int, original: int, degraded: Callable[[], int]
+    ) -> tuple[int, int]: ...
     def accept(self, token: int) -> None: ...
 
 
@@ -203,13 +205,12 @@ def _draw(
     ids: list[int],
     check: Callable[[], None],
 ) -> Token:
-    original, degraded = engine.logits_addresses
-    drawn_from = original
+    original = drawn_from = engine.original_address
     if limits.processors:
         processed = _processed(engine.original_logits, ids, limits.processors)
         check()  # a processor is the caller's code and can have used or closed the engine
         drawn_from = processed.ctypes.data
-    token, plain = drawer.sample(drawn_from, original, degraded)
+    token, plain = drawer.sample(drawn_from, original, lambda: engine.degraded_address)
     text = vocabulary.token_bytes(token).decode("utf-8", "replace")
     if limits.top_logprobs is None:
         return Token(token, text, plain)

@@ -6,8 +6,12 @@ metadata: no KV cell is copied, and a prefix holds nothing but cells that the re
 What may be reused of it, exactly:
 
     original branch    the common rows, but none that must be observed anew, and never the last row
-    degraded branch    the common rows, if its rows depend on nothing but the prompt before them and
-                       the same settings (`PromptRows.variant`); then no common row need be observed
+    degraded branch    the common rows of the kept request's own prompt, if they depend on nothing
+                       but the rows before them and the same settings (`PromptRows.variant`); then
+                       no common row need be observed
+
+An answer's rows in the degraded branch are not kept: they may be left out below a fork, or not have
+been decoded at all (`cmg_gguf.stepping`).
 
 Kept prefixes give way: the one that was not used for longest first, when the cells that may be kept
 are full, or when the request itself needs room. Of those whose images a new prompt begins with, the
@@ -52,9 +56,13 @@ class Start:
 
 @dataclass
 class _Request:
-    """What the working sequences hold. original, degraded: cells that a prefix holds as well."""
+    """What the working sequences hold. original, degraded: cells that a prefix holds as well.
+
+    n_prompt: rows of the prompt; the degraded branch is only known to be whole as far as that.
+    """
 
     items: list[Item]
+    n_prompt: int
     variant: Hashable
     first_own: int
     original: Cells
@@ -119,7 +127,9 @@ class PrefixReuse:
             original = prefix.original[: start.original]
             degraded = prefix.degraded[: start.degraded]
         variant = self._variant(rows)
-        self._request = _Request(list(items), variant, rows.first_masked, original, degraded)
+        self._request = _Request(
+            list(items), rows.n, variant, rows.first_masked, original, degraded
+        )
         self._count_beside()
         return start
 
@@ -132,12 +142,13 @@ class PrefixReuse:
             self._count_beside()
 
     def grow(self, token: int) -> None:
-        """Notes a token that both branches have decoded behind the prompt."""
+        """Notes a token that the original branch has decoded behind the prompt."""
         if self._request is not None:
             self._request.items.append(token)
 
     def keep(self) -> None:
-        """Keeps what the request has decoded. It must be whole: every row of every layer."""
+        """Keeps what the request has decoded. It must be whole: every row of every layer, but for
+        the answer's rows in the degraded branch."""
         if self._request is None or not self.keeps or not self._is_whole():
             return
         items, original, degraded = self._fitting(self._request)
@@ -155,7 +166,8 @@ class PrefixReuse:
         self._unsettled.add(slot)
         self._move(self._original, self._original.seq, self._slots[slot][0], items)
         if len(degraded):
-            self._move(self._degraded, self._degraded.seq, self._slots[slot][1], items)
+            shared = head(items, len(degraded))
+            self._move(self._degraded, self._degraded.seq, self._slots[slot][1], shared)
         self._store.add(Prefix(slot, items, original, degraded, self._request.variant))
         self._unsettled.discard(slot)
 
@@ -185,8 +197,9 @@ class PrefixReuse:
         common = min(common, rows.n - 1)
         variant = self._variant(rows)
         same = variant is not None and variant == prefix.variant and len(prefix.degraded)
-        if same and common > rows.first_masked:
-            return Start(common, common)
+        both = min(common, len(prefix.degraded))
+        if same and both > rows.first_masked:
+            return Start(both, both)
         return Start(min(common, rows.first_observed))
 
     def _variant(self, rows: PromptRows) -> Hashable:
@@ -229,7 +242,7 @@ class PrefixReuse:
             known = request.degraded
             if not len(known):
                 known = original[: request.first_own]
-            degraded = self._named(known, len(original))
+            degraded = self._named(known, request.n_prompt)
             if len(np.union1d(original, degraded)) > self._max_cells:
                 degraded = NO_CELLS
         if not len(degraded):

@@ -101,6 +101,8 @@ class Run:
         try:
             started = time.perf_counter()
             engine.release()  # what an older answer leaves counts for what this one finds
+            if self._guidance.contrasts:
+                vlm._choice.settle()
             first_row = engine.first_decoded_row(self._prompt, self._guidance)
             prompt = vlm.projector.encode(
                 self._prompt, functools.partial(report, "encode"), first_row=first_row

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import llama_cpp
 
 from cmg_gguf import _core
+from cmg_gguf.calibration import Choice, cost_key
 from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import ModelError, PromptError, UnsupportedError
 from cmg_gguf.generation import Limits, Reply
@@ -25,6 +26,7 @@ from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
 from cmg_gguf.runtime.protocol import Prompt
 from cmg_gguf.sampling import Sampling
+from cmg_gguf.strategy import Costs, Strategy, check_strategy
 from cmg_gguf.stream import Progress, Run, Stream
 
 Pairing = Literal["auto", "pair", "contexts"]
@@ -52,6 +54,13 @@ class GuidedVLM:
     prefix_cells: KV cells that may stay with past prompts, so that one which begins like them (same
     pixels, same tokens) goes on from there; None = half of n_ctx, 0 = none. An answer that needs
     them takes them. image_cache_bytes: memory for encoded images whose cells are gone; 0 = none.
+    strategy: when the degraded branch is decoded: "eager" = at every step; "fork" = the same, but
+    only from its first masked layer on; "lazy" = only for steps at which more than one token is
+    plausible, the rows in between caught up with, and forked; all with the same tokens, but for
+    rounding. "auto" = the fastest of them: what `calibrate` measured for this model before, else
+    "lazy" on a CPU, and on an accelerator what a second of measuring at the first guided request
+    says. "lazy-approximate" = as "lazy", but rows that waited in vain are never decoded: other
+    tokens, see `cmg_gguf.stepping`.
     verbose: llama.cpp's log on stderr. The others: see `ContextOptions`.
 
     One request at a time: a new one ends a stream that is still open, whose next use raises
@@ -77,6 +86,7 @@ class GuidedVLM:
         pairing: Pairing = "auto",
         prefix_cells: int | None = None,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
+        strategy: Strategy = "auto",
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -100,8 +110,10 @@ class GuidedVLM:
             else None,
         )
         resolved = _resolved(pairing, model)
+        check_strategy(strategy, resolved)
         self._open(model, mmproj_path, chat_template, options, image_cache_bytes, n_gpu_layers != 0)
         self._assemble(options, resolved, prefix_cells)
+        self._choice = Choice(self.engine, strategy, cost_key(model, options, n_gpu_layers))
 
     @classmethod
     def from_llama(
@@ -113,6 +125,7 @@ class GuidedVLM:
         pairing: Pairing = "auto",
         prefix_cells: int | None = None,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
+        strategy: Strategy = "auto",
         use_gpu: bool = True,
     ) -> GuidedVLM:
         """Guided decoding with the model that a `llama_cpp.Llama` has loaded.
@@ -130,8 +143,11 @@ class GuidedVLM:
         vlm = cls.__new__(cls)
         options = ContextOptions.from_params(llama.context_params)
         resolved = _resolved(pairing, model)
+        check_strategy(strategy, resolved)
         vlm._open(model, mmproj_path, chat_template, options, image_cache_bytes, use_gpu)
         vlm._assemble(options, resolved, prefix_cells)
+        n_gpu_layers = llama.model_params.n_gpu_layers if use_gpu else 0
+        vlm._choice = Choice(vlm.engine, strategy, cost_key(model, options, n_gpu_layers))
         # What is made from the weights must be freed before them.
         close = weakref.WeakMethod(vlm.close)
         llama._stack.callback(lambda: (closing := close()) is not None and closing())
@@ -192,6 +208,22 @@ class GuidedVLM:
     def n_ctx(self) -> int:
         """KV cells of the context."""
         return self.engine.original.context.n_ctx
+
+    def calibrate(self, seconds: float = 2.0) -> Costs:
+        """What each way of stepping costs here; remembered in the user's cache folder.
+
+        Ends a stream that is still open. With strategy "auto" the fastest exact way is used from
+        now on. Raises UnsupportedError for two contexts, ContextLengthError below 64 cells.
+        """
+        with self._lock:
+            self._check_open()
+            self._request += 1
+            return self._choice.calibrate(seconds)
+
+    @property
+    def strategy(self) -> str:
+        """The strategy in use; "auto" until the first guided request has settled it."""
+        return self._choice.name
 
     def close(self) -> None:
         """Frees contexts, image encoder and weights at once. The object is of no use afterwards."""

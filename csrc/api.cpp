@@ -67,6 +67,10 @@ void check_op_names(const Api & api) {
         {GGML_OP_MUL_MAT, "MUL_MAT"},
         {GGML_OP_SCALE, "SCALE"},
         {GGML_OP_UNARY, "UNARY"},
+        {GGML_OP_VIEW, "VIEW"},
+        {GGML_OP_PERMUTE, "PERMUTE"},
+        {GGML_OP_ROPE, "ROPE"},
+        {GGML_OP_GLU, "GLU"},
     };
     for (const auto & [op, name] : ops) {
         check(std::strcmp(api.ggml_op_name(op), name) == 0, std::string("operation ") + name);

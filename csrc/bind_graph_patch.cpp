@@ -1,8 +1,10 @@
 #include "bindings.hpp"
 #include "graph_patch.hpp"
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace cmg {
 namespace {
@@ -33,7 +35,7 @@ std::vector<Row> to_rows(const Array<int32_t> & rows) {
 
 Plan new_plan(const Array<int32_t> & rows, int32_t n_layer, const std::vector<int32_t> & observe,
               const std::vector<int32_t> & mask, const TokenPolicy & policy, int32_t n_image_tokens,
-              bool keep_influence, bool read_residual) {
+              bool keep_influence, bool read_residual, std::optional<ForkPlan> fork) {
     Plan plan;
     plan.rows = to_rows(rows);
     plan.observe_layers = layer_flags(observe, n_layer);
@@ -42,6 +44,7 @@ Plan new_plan(const Array<int32_t> & rows, int32_t n_layer, const std::vector<in
     plan.n_image_tokens = n_image_tokens;
     plan.keep_influence = keep_influence;
     plan.read_residual = read_residual;
+    plan.fork = fork.value_or(ForkPlan{});
     return plan;
 }
 
@@ -69,6 +72,7 @@ void bind_graph_patch(py::module_ & m) {
         .def(py::init<int32_t>(), py::arg("n_layer"))
         .def("resize", &Selections::resize, py::arg("n_slots"))
         .def("keep_last", &Selections::keep_last)
+        .def("grow", &Selections::grow, py::arg("n_slots"))
         .def("__len__", &Selections::size)
         .def("tokens", [](Selections & s, int32_t slot,
                           int32_t il) { return to_array(s.at(slot).tokens[layer_index(s, il)]); })
@@ -80,11 +84,17 @@ void bind_graph_patch(py::module_ & m) {
         .def("influence", [](Selections & s, int32_t slot, int32_t il) {
             return to_array(s.at(slot).influence[layer_index(s, il)]);
         });
-    py::class_<Plan>(m, "Plan").def(py::init(&new_plan), py::arg("rows"), py::kw_only(),
-                                    py::arg("n_layer"), py::arg("observe_layers"),
-                                    py::arg("mask_layers"), py::arg("policy"),
-                                    py::arg("n_image_tokens"), py::arg("keep_influence") = false,
-                                    py::arg("read_residual") = false);
+    py::class_<ForkPlan>(m, "ForkPlan")
+        .def(py::init([](int32_t layer, int32_t n_below, std::vector<int32_t> slots, bool survey) {
+                 return ForkPlan{layer, n_below, std::move(slots), survey};
+             }),
+             py::kw_only(), py::arg("layer"), py::arg("n_below"), py::arg("slots"),
+             py::arg("survey") = false);
+    py::class_<Plan>(m, "Plan").def(
+        py::init(&new_plan), py::arg("rows"), py::kw_only(), py::arg("n_layer"),
+        py::arg("observe_layers"), py::arg("mask_layers"), py::arg("policy"),
+        py::arg("n_image_tokens"), py::arg("keep_influence") = false,
+        py::arg("read_residual") = false, py::arg("fork") = std::nullopt);
     py::class_<GraphPatch>(m, "GraphPatch")
         .def(py::init<int32_t, std::shared_ptr<Selections>, int32_t>(), py::arg("n_layer"),
              py::arg("selections"), py::arg("n_threads") = 1)
@@ -98,6 +108,15 @@ void bind_graph_patch(py::module_ & m) {
         .def_property_readonly("n_boundaries", &GraphPatch::n_boundaries)
         .def_property_readonly("cosines",
                                [](const GraphPatch & patch) { return to_array(patch.cosines()); })
+        .def_property_readonly("n_left_out",
+                               [](const GraphPatch & patch) { return patch.fork().n_left_out(); })
+        .def(
+            "fork_obstacle",
+            [](const GraphPatch & patch, int32_t layer, int64_t n_rows, int64_t n_below) {
+                const std::string * why = patch.fork().obstacle(layer, n_rows, n_below);
+                return why == nullptr ? std::nullopt : std::make_optional(*why);
+            },
+            py::arg("layer"), py::kw_only(), py::arg("n_rows"), py::arg("n_below"))
         .def("begin", &begin, py::arg("plan"))
         .def("end", &GraphPatch::end)
         .def("abandon", &GraphPatch::abandon)

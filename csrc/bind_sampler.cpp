@@ -38,12 +38,19 @@ void bind_sampler(py::module_ & m) {
         .def(py::init(&new_pair_sampler), py::arg("n_vocab"), py::arg("constraints"),
              py::arg("guided"), py::arg("plain"))
         .def(
-            "sample",
-            [](PairSampler & sampler, std::uintptr_t logits) {
-                const Sampled s = sampler.sample(pointer<const float>(logits));
+            "prepare",
+            [](PairSampler & sampler, std::uintptr_t logits, float beta) {
+                return sampler.prepare(pointer<const float>(logits), beta);
+            },
+            py::arg("logits"), py::arg("beta"),
+            "takes the row at this address; how many of its tokens are plausible")
+        .def(
+            "draw",
+            [](PairSampler & sampler) {
+                const Sampled s = sampler.draw();
                 return py::make_tuple(s.token, s.plain);
             },
-            py::arg("logits"), "(guided, plain) tokens from the row at this address")
+            "(guided, plain) tokens from the row that was prepared")
         .def("accept", &PairSampler::accept, py::arg("token"));
 }
 

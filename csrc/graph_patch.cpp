@@ -30,9 +30,11 @@ double cosine(const std::vector<float> & a, const std::vector<float> & b) {
 
 GraphPatch::GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections, int32_t n_threads)
     : n_layer_(n_layer), n_threads_(n_threads), selections_(std::move(selections)),
-      ledger_(n_layer), unattended_(static_cast<size_t>(n_layer), 0), written_layer_(n_layer) {}
+      ledger_(n_layer), fork_(n_layer), unattended_(static_cast<size_t>(n_layer), 0),
+      written_layer_(n_layer) {}
 
 void GraphPatch::begin(Plan plan) {
+    fork_.begin(plan.fork, static_cast<int64_t>(plan.rows.size()));
     plan_ = std::move(plan);
     parked_ = nullptr;
     active_ = true;
@@ -48,7 +50,14 @@ void GraphPatch::begin(Plan plan) {
 void GraphPatch::end() {
     const auto planned = static_cast<int64_t>(plan_.rows.size());
     const int64_t seen = ubatch_begin_ + ubatch_rows_;
-    const std::exception_ptr error = parked_;
+    std::exception_ptr error = parked_;
+    if (error == nullptr) {
+        try {
+            fork_.end();
+        } catch (...) {
+            error = std::current_exception();
+        }
+    }
     const Plan plan = std::move(plan_);
     abandon();
     if (error != nullptr) {
@@ -67,6 +76,7 @@ void GraphPatch::end() {
 }
 
 void GraphPatch::abandon() {
+    fork_.abandon();
     active_ = false;
     parked_ = nullptr;
     plan_ = Plan{};
@@ -86,6 +96,7 @@ bool GraphPatch::callback(ggml_tensor * node, bool ask, void * self) {
     } catch (...) {
         patch.parked_ = std::current_exception();
         patch.active_ = false;
+        patch.fork_.abandon();
     }
     return !ask;
 }
@@ -94,10 +105,11 @@ bool GraphPatch::ask(ggml_tensor * node) {
     if (active_ && !observed_.empty()) {
         asked_.push_back(node);
     }
+    const bool enters = active_ && fork_.ask(node);
     if (node->op == GGML_OP_SET_ROWS) {
         return ask_set_rows(node);
     }
-    if (active_ && is_residual(node)) {
+    if (enters || (active_ && is_residual(node))) {
         return true;
     }
     AttentionNode attention = find_attention(node);
@@ -140,6 +152,7 @@ void GraphPatch::computed(ggml_tensor * node) {
     if (!active_) {
         return;
     }
+    fork_.computed(node);
     if (node->op == GGML_OP_SET_ROWS) {
         readable_layer_ = layer_in_name(root(node), "cache_k_l");
         n_boundaries_++;

@@ -14,12 +14,14 @@
 //     FLASH_ATTN_EXT, SOFT_MAX      observes rows (influence -> token policy -> slot), then builds
 //                                   the layer's mask from the slots and swaps it in
 //     l_out-<il>                    reads one row of the residual stream (cosine layer policy)
+//     all nodes, in a fork          see fork.hpp
 //
 // Graphs are reused between decodes, so a swapped mask stays until it is put back: every attention
 // node is either patched or restored each time it is asked.
 #pragma once
 
 #include "attention_node.hpp"
+#include "fork.hpp"
 #include "ledger.hpp"
 #include "mask_tensor.hpp"
 #include "policy.hpp"
@@ -54,6 +56,7 @@ struct Plan {
     int32_t n_image_tokens = 0;  // of the whole prompt; slots name tokens below it
     bool keep_influence = false; // keep the observed rows' influence in their slots
     bool read_residual = false;  // read the batch's last row (one micro-batch) for `cosines`
+    ForkPlan fork;               // rows that are not computed below a layer (one micro-batch)
 };
 
 class GraphPatch {
@@ -75,6 +78,7 @@ class GraphPatch {
     void abandon();
 
     Ledger & ledger() { return ledger_; }
+    const Fork & fork() const { return fork_; }
     Selections & selections() { return *selections_; }
     // [n_layer] cosine similarity of the residual row before and after each layer, last plan.
     const std::vector<double> & cosines() const { return cosines_; }
@@ -104,6 +108,7 @@ class GraphPatch {
     int32_t n_threads_;
     std::shared_ptr<Selections> selections_;
     Ledger ledger_;
+    Fork fork_;
     Plan plan_;
     bool active_ = false; // a plan is set and nothing has gone wrong in it
     std::exception_ptr parked_;

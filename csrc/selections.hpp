@@ -21,11 +21,18 @@ class Selections {
   public:
     explicit Selections(int32_t n_layer) : n_layer_(n_layer) {}
 
+    // n_slots empty slots.
     void resize(int32_t n_slots) {
-        slots_.assign(static_cast<size_t>(n_slots), Slot{});
-        for (auto & slot : slots_) {
-            slot.tokens.resize(static_cast<size_t>(n_layer_));
-            slot.influence.resize(static_cast<size_t>(n_layer_));
+        slots_.clear();
+        grow(n_slots);
+    }
+
+    // Adds empty slots behind those there are, up to n_slots.
+    void grow(int32_t n_slots) {
+        const auto n = static_cast<size_t>(n_layer_);
+        while (size() < n_slots) {
+            slots_.push_back(
+                {std::vector<std::vector<int32_t>>(n), std::vector<std::vector<float>>(n)});
         }
     }
 

@@ -43,6 +43,9 @@ class FakePatch:
     def __init__(self) -> None:
         self.n_image_tokens: dict[int, int] = {}
 
+    def fork_obstacle(self, layer: int, *, n_rows: int, n_below: int) -> str:
+        return "a fake has no graph"
+
     def copy_image_tokens(self, src: int, dst: int, n_tokens: int) -> None:
         assert n_tokens <= self.n_image_tokens.get(src, 0)
         self.n_image_tokens[dst] = n_tokens
@@ -107,6 +110,11 @@ class FakeContext:
     def share(self, source: int, target: int, n_pos: int) -> None:
         self._log("share", source, target, n_pos)
         self._cells[target] = {p: c for p, c in self._cells[source].items() if p < n_pos}
+
+    def share_more(self, source: int, target: int, start: int, stop: int) -> None:
+        self._log("share_more", source, target, start, stop)
+        held = self._cells[source]
+        self._cells[target] |= {p: held[p] for p in range(start, stop)}
 
     def truncate(self, seq: int, n_pos: int) -> None:
         self.calls.append(("truncate", seq, n_pos))

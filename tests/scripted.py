@@ -35,10 +35,12 @@ class FakeEngine:
         return len(self.steps) < self.room
 
     @property
-    def logits_addresses(self) -> tuple[int, int]:
-        degraded = self.degraded_logits
-        address = 0 if degraded is None else degraded.ctypes.data
-        return self.original_logits.ctypes.data, address
+    def original_address(self) -> int:
+        return int(self.original_logits.ctypes.data)
+
+    @property
+    def degraded_address(self) -> int:
+        return 0 if self.degraded_logits is None else int(self.degraded_logits.ctypes.data)
 
     def step(self, token: int) -> None:
         assert self.has_room, "stepped without room"
@@ -61,8 +63,8 @@ class Script:
         self.rows: list[FloatArray] = []
         self.accepted: list[int] = []
 
-    def sample(self, logits: int, original: int, degraded: int) -> tuple[int, int]:
-        self.given.append((logits, original, degraded))
+    def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
+        self.given.append((logits, original, degraded()))
         self.rows.append(row_at(logits))
         i = len(self.rows) - 1
         return self._draws[i] if i < len(self._draws) else (END, END)

@@ -40,6 +40,7 @@ from cmg_gguf.runtime.context import CACHE_TYPES, ContextOptions, LlamaContext
 from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
 from cmg_gguf.runtime.protocol import ImageSegment, IntArray, Prompt
+from cmg_gguf.stepping import EAGER, Stepping
 
 F32 = NDArray[np.float32]
 Pairing = Literal["pair", "contexts"]
@@ -192,6 +193,7 @@ class Rig:
         n_seq_max: int = 2,
         n_slots: int = 0,
         max_cells: int = 10**6,
+        stepping: Stepping = EAGER,
     ) -> None:
         self.tiny = tiny
         n_seq_max = max(n_seq_max, 2 + 2 * n_slots)
@@ -202,9 +204,8 @@ class Rig:
         ]
         branches = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
         slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
-        self.engine = PairedEngine(
-            *branches, self.selections, PrefixReuse(*branches, slots, max_cells)
-        )
+        reuse = PrefixReuse(*branches, slots, max_cells)
+        self.engine = PairedEngine(*branches, self.selections, reuse, stepping=stepping)
 
     def n_decoded(self) -> tuple[int, int]:
         """Rows that each branch has decoded since the last call."""
@@ -212,19 +213,25 @@ class Rig:
         first, second = (cast(Counted, b.context).n_rows.pop(b.seq, 0) for b in branches)
         return first, second
 
-    def follow(self, prompt: Prompt, guidance: Guidance, verdict: Verdict) -> F64:
+    def follow(
+        self,
+        prompt: Prompt,
+        guidance: Guidance,
+        verdict: Verdict,
+        asked: Callable[[int], bool] = lambda step: True,
+    ) -> F64:
         """(n_steps, 2): largest logit error of each branch, taught with the judge's tokens.
 
         Asserts that the engine chose the judge's layers, and for each generated row masks the
-        judge's image tokens.
+        judge's image tokens. asked: at which steps l_d is looked at; elsewhere its error is 0.
         """
         self.engine.prefill(prompt, guidance)
         assert self.engine.layers == verdict.layers
-        errors = [self._errors(verdict.steps[0])]
-        for i, step in enumerate(verdict.steps[1:]):
-            self.engine.step(verdict.steps[i].token)
-            assert [tokens.tolist() for tokens in self.engine.attended] == verdict.masked[i + 1]
-            errors.append(self._errors(step))
+        errors = [self._errors(verdict.steps[0], asked(0))]
+        for i, step in enumerate(verdict.steps[1:], 1):
+            self.engine.step(verdict.steps[i - 1].token)
+            assert [tokens.tolist() for tokens in self.engine.attended] == verdict.masked[i]
+            errors.append(self._errors(step, asked(i)))
         return np.array(errors)
 
     def decode_prompt(
@@ -273,13 +280,15 @@ class Rig:
             read_residual=read_residual,
         )
 
-    def _errors(self, step: Step) -> tuple[float, float]:
+    def _errors(self, step: Step, asked: bool) -> tuple[float, float]:
+        original = float(np.abs(self.engine.original_logits - step.original).max())
+        if not asked:
+            return original, 0.0
         degraded = self.engine.degraded_logits
         assert degraded is not None
-        return (
-            float(np.abs(self.engine.original_logits - step.original).max()),
-            float(np.abs(degraded - step.degraded).max()),
-        )
+        # Computing l_d must leave l_o as it was.
+        original = max(original, float(np.abs(self.engine.original_logits - step.original).max()))
+        return original, float(np.abs(degraded - step.degraded).max())
 
 
 def logits(context: LlamaContext, row: int) -> F32:

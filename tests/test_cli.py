@@ -31,6 +31,7 @@ from cmg_gguf.cli.compare import bracketed, mark
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
 from cmg_gguf.cli.info import layer_bar
 from cmg_gguf.cli.model_flags import CacheType, ModelFlags
+from cmg_gguf.cli.model_flags import Strategy as ModelStrategy
 from cmg_gguf.cli.options import (
     format_layers,
     format_tokens,
@@ -54,13 +55,14 @@ from cmg_gguf.guidance import (
 )
 from cmg_gguf.runtime.context import CACHE_TYPES
 from cmg_gguf.sampling import Sampling
+from cmg_gguf.strategy import Strategy
 from cmg_gguf.vlm import GuidedVLM
 
 QUESTION = "What is there?"
 N = 12
 GUIDANCE_FLAGS = (
     *("--alpha", "--beta", "--tokens", "--layers", "--scope", "--refresh", "--no-guidance"),
-    "--pairing",
+    *("--pairing", "--strategy"),
 )
 PROGRAM = [sys.executable, "-c", "from cmg_gguf.cli import main; main()"]
 COLOURS = ("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE")
@@ -198,7 +200,8 @@ def test_defaults_are_those_of_the_library() -> None:
     names = {"ctx_size": "n_ctx", "ubatch_size": "n_ubatch", "threads": "n_threads"}
     names |= {"cache_type_k": "type_k", "cache_type_v": "type_v"}
     defaults = {n: p.default for n, p in inspect.signature(GuidedVLM).parameters.items()}
-    for flag in ("chat_template", "pairing", "n_gpu_layers", "verbose", *names):
+    assert get_args(ModelStrategy) == get_args(Strategy)
+    for flag in ("chat_template", "pairing", "strategy", "n_gpu_layers", "verbose", *names):
         assert getattr(ModelFlags(), flag) == defaults[names.get(flag, flag)], flag
 
 
@@ -325,6 +328,19 @@ def test_flags_reach_the_library(bench: Bench) -> None:
             sampling=Sampling(temperature=0.8, seed=7, top_k=20, repeat_penalty=1.3),
         )
     assert json.loads(result.stdout)["text"] == reply.text
+
+
+@pytest.mark.parametrize("strategy", ["eager", "fork", "lazy"])
+def test_every_exact_strategy_gives_the_same_answer(bench: Bench, strategy: str) -> None:
+    result = invoke("run", *bench.asking, "-p", QUESTION, "--strategy", strategy)
+    assert result.stdout == bench.answer().text + "\n"
+
+
+def test_an_approximate_strategy_cannot_have_two_contexts(bench: Bench) -> None:
+    flags = ["--strategy", "lazy-approximate", "--pairing", "contexts"]
+    result = invoke("run", *bench.asking, "-p", QUESTION, *flags)
+    assert result.exit_code == 1
+    assert "none in common" in result.stderr
 
 
 def test_no_guidance_is_plain_decoding(bench: Bench) -> None:
@@ -553,6 +569,22 @@ def test_info_for_people(bench: Bench) -> None:
     assert "llama-cpp-python" in without_model
     assert "layers" not in without_model
     assert layer_bar([0, 2], 4).plain == "█░█░"
+
+
+def test_info_times_the_strategies_and_remembers_it(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files = ["-m", str(bench.pair.llm), "-t", "1"]
+    costs = json.loads(invoke("info", *files, "--calibrate", "--json").stdout)["costs"]
+    assert costs["best"] in costs["per_token"]
+    assert list(costs["catch_up"]) == ["1", "4", "8"]
+    with GuidedVLM(*bench.pair, n_threads=1) as vlm:
+        assert vlm.strategy == costs["best"]
+    assert "<- the fastest" in flat(invoke("info", *files, "--calibrate").stdout)
+    result = invoke("info", "--calibrate")
+    assert result.exit_code == 2
+    assert "--model" in result.stderr
 
 
 def test_info_refuses_a_layer_that_is_not_there(bench: Bench) -> None:

@@ -167,7 +167,7 @@ def test_a_sampler_gets_both_rows_of_the_newest_step() -> None:
     run = Run([b"a", b"b"])
     for n_steps in range(2):
         next(run.generator)
-        original, degraded = run.engine.logits_addresses
+        original, degraded = run.engine.original_address, run.engine.degraded_address
         assert run.script.given[n_steps] == (original, original, degraded)
 
 

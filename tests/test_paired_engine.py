@@ -106,7 +106,7 @@ def test_without_contrast_the_degraded_sequence_is_never_touched(
     assert decodes[-1] == ("decode", [5], [asked.n_tokens], [2])
     assert not rig.engine.guided
     assert rig.engine.degraded_logits is None
-    assert rig.engine.logits_addresses[1] == 0
+    assert rig.engine.degraded_address == 0
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -126,7 +126,7 @@ def test_text_is_cut_to_micro_batches_and_only_the_last_row_has_logits() -> None
     asked = rig.asked(prompt(20, -9, 17), Guidance(scope="text"))
     sizes = [len(call[1]) for call in asked if call[0] == "decode"]
     assert sizes == [8, 8, 4, 8, 8, 1, 8, 8, 1]
-    assert filled(rig.engine.logits_addresses[0]) == 45
+    assert filled(rig.engine.original_address) == 45
 
 
 def test_positions_go_on_behind_an_image_that_takes_fewer_of_them() -> None:
@@ -149,7 +149,7 @@ def test_both_rows_are_those_of_the_newest_token(
     rig = Rig(pairing, seqs=(0, 1))
     rig.engine.prefill(asked, Guidance(scope=scope))
     for position in range(asked.n_tokens - 1, asked.n_tokens + 3):
-        original, degraded = rig.engine.logits_addresses
+        original, degraded = rig.engine.original_address, rig.engine.degraded_address
         assert (filled(original), filled(degraded)) == (position, position + 1000)
         rows: tuple[FloatArray, FloatArray | None]
         rows = rig.engine.original_logits, rig.engine.degraded_logits

@@ -106,7 +106,9 @@ def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, scope: Scope) -> No
     for _ in range(3):
         agree(rig, prompt, guidance)
         decoded = rig.tiny.verdict(prompt, guidance).tokens[:-1]  # nobody needs the last one's row
-        n_held = prompt.n_tokens + len(decoded)
+        # The answer's rows are kept of the original branch alone: where rows are observed, both
+        # branches go on from the end of the prompt.
+        n_held = prompt.n_tokens + (len(decoded) if scope == "decode" else 0)
         prompt = longer(prompt, *decoded, *more)
         n_new = prompt.n_tokens - n_held
         expected = (n_new, 1 if scope == "decode" else n_new)

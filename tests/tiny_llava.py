@@ -55,6 +55,7 @@ class TinyConfig:
     For a Q8_0 KV cache the head size must be a multiple of 32: `n_embd=128, n_head=4`.
 
     Attributes:
+        n_expert: feed-forward experts of each "llama" layer, 2 of them used; 0 for one network.
         sliding_window: positions a windowed layer sees, own included; "gemma3" only.
         swa_pattern: every `swa_pattern`-th layer of "gemma3" is global, the others are windowed.
         image_size, patch_size: pixels; the image becomes `n_image_tokens` tokens.
@@ -68,6 +69,7 @@ class TinyConfig:
     n_head: int = 4
     n_head_kv: int = 2
     n_ff: int = 128
+    n_expert: int = 0
     n_ctx: int = 2048
     seed: int = 0
     sliding_window: int = 32
@@ -162,6 +164,9 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
+    if config.n_expert:
+        writer.add_expert_count(config.n_expert)
+        writer.add_expert_used_count(2)
     if config.arch == "gemma3":
         writer.add_rope_freq_base(1e6)
         writer.add_rope_freq_base_swa(1e4)
@@ -254,12 +259,28 @@ def _add_projections(
         "attn_k": weights.matrix(n_kv, n_embd, qk_gain),
         "attn_v": weights.matrix(n_kv, n_embd),
         "attn_output": weights.matrix(n_embd, n_embd, out_gain),
+    }
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"blk.{il}.{name}.weight", tensor)
+    if config.n_expert:
+        _add_experts(writer, weights, config, il)
+        return
+    tensors = {
         "ffn_gate": weights.matrix(n_ff, n_embd, gate_gain),
         "ffn_up": weights.matrix(n_ff, n_embd),
         "ffn_down": weights.matrix(n_embd, n_ff),
     }
     for name, tensor in tensors.items():
         writer.add_tensor(f"blk.{il}.{name}.weight", tensor)
+
+
+def _add_experts(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int) -> None:
+    n_embd, n_ff, n = config.n_embd, config.n_ff, config.n_expert
+    shapes = {"gate": (n, n_ff, n_embd), "up": (n, n_ff, n_embd), "down": (n, n_embd, n_ff)}
+    writer.add_tensor(f"blk.{il}.ffn_gate_inp.weight", weights.matrix(n, n_embd))
+    for name, shape in shapes.items():
+        tensor = weights.normal(shape, shape[-1] ** -0.5)
+        writer.add_tensor(f"blk.{il}.ffn_{name}_exps.weight", tensor)
 
 
 def _write_mmproj(path: Path, config: TinyConfig) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 FlashAttention = Literal["on", "off", "auto"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Pairing = Literal["auto", "pair", "contexts"]
+Strategy = Literal["auto", "eager", "fork", "lazy", "lazy-approximate"]
 
 _flag = partial(typer.Option, rich_help_panel="Model")
 
@@ -126,6 +127,16 @@ class ModelFlags:
             "nothing. Default: half.",
         ),
     ] = None
+    strategy: Annotated[
+        Strategy,
+        _flag(
+            "--strategy",
+            help="When the degraded branch is decoded: eager = at every step, fork = the same from "
+            "its first masked layer on, lazy = only where more than one token is plausible, "
+            "lazy-approximate = nor caught up with (other tokens), auto = the fastest of the "
+            "others: see info --calibrate.",
+        ),
+    ] = "auto"
     verbose: Annotated[
         bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False
@@ -148,6 +159,7 @@ class ModelFlags:
             chat_template=self.chat_template,
             pairing=self.pairing,
             prefix_cells=self.prefix_cells,
+            strategy=self.strategy,
             verbose=self.verbose,
             progress=progress,
         )

@@ -185,6 +185,11 @@ class LlamaContext:
         if n_pos > 0:
             llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, n_pos)
 
+    def share_more(self, source: int, target: int, start: int, stop: int) -> None:
+        """See `protocol.Context.share_more`. Metadata only."""
+        self._check_open()
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, stop)
+
     def truncate(self, seq: int, n_pos: int) -> None:
         """See `protocol.Context.truncate`. Nothing is left to drop after `close`."""
         if not self._finalizer.alive:

@@ -117,6 +117,10 @@ class Context(Protocol):
         """Makes `target` share the first n_pos positions of `source`, and nothing else."""
         ...
 
+    def share_more(self, source: int, target: int, start: int, stop: int) -> None:
+        """Makes `target` share positions start to stop - 1 of `source` too."""
+        ...
+
     def truncate(self, seq: int, n_pos: int) -> None:
         """Drops positions n_pos and up of `seq`."""
         ...

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp
@@ -31,27 +32,29 @@ class Sampler:
     ) -> None:
         """Raises SamplingError for a grammar that does not parse or a token that is none."""
         self._state = _core.GuidanceState(alpha, beta)
+        self._beta = beta
         self._chains: list[Any] = []
         constraints = list(_constraints(model, sampling))
-        chains = (
-            self._chain(constraints) if constraints else None,
+        self._sampler = _core.PairSampler(
+            model.n_vocab,
+            self._chain(constraints) if constraints else 0,
             self._chain([self._guidance(), *_tail(model, sampling, seed)]),
-            self._chain(_tail(model, sampling, seed)),
+            0 if sampling.takes_best else self._chain(_tail(model, sampling, seed)),
         )
-        self._sampler = _core.PairSampler(model.n_vocab, *(chain or 0 for chain in chains))
 
-    def sample(self, logits: int, original: int, degraded: int) -> tuple[int, int]:
+    def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
         """(guided token, plain token) from rows at these addresses.
 
-        logits: what is sampled from: l_o, or l_o changed by logits processors. original, degraded:
-        l_o and l_d; 0 for no l_d. Raises BackendError if no token is possible, or if a score of a
-        plausible token is not a number.
+        logits: what is sampled from: l_o, or l_o changed by logits processors. original: l_o.
+        degraded: gives l_d, 0 for none; it is called only where l_d matters: if one token alone is
+        plausible, that is the token whatever l_d says. Raises BackendError if no token is possible,
+        or if a score of a plausible token is not a number.
         """
-        self._state.set_rows(original, degraded)
-        try:
-            drawn = self._sampler.sample(logits)
-        except RuntimeError as exc:
-            raise BackendError(str(exc)) from exc
+        with _told():
+            n_plausible = self._sampler.prepare(logits, self._beta)
+        self._state.set_rows(original, degraded() if n_plausible > 1 else 0)
+        with _told():
+            drawn = self._sampler.draw()
         if not self._state.finite:
             raise BackendError("the degraded branch gave logits that are not numbers")
         return drawn
@@ -73,6 +76,15 @@ class Sampler:
         # The guidance sampler reads self._state: the finalizer keeps it until the chain is freed.
         self._chains.append(weakref.finalize(self, _free, chain, self._state))
         return int(ctypes.cast(chain, ctypes.c_void_p).value or 0)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tells what goes wrong in the extension as this package does."""
+    try:
+        yield
+    except RuntimeError as exc:
+        raise BackendError(str(exc)) from exc
 
 
 def _free(chain: Any, state: _core.GuidanceState) -> None:
@@ -103,7 +115,7 @@ def _constraints(model: Model, sampling: Sampling) -> Iterable[Any]:
 def _tail(model: Model, sampling: Sampling, seed: int) -> Iterable[Any]:
     """Everything behind guidance. Samplers at their neutral value are left out."""
     s = sampling
-    if (s.repeat_penalty, s.frequency_penalty, s.presence_penalty) != (1.0, 0.0, 0.0):
+    if s.penalizes:
         last_n = _ALL_TOKENS if s.penalty_last_n < 0 else min(s.penalty_last_n, _ALL_TOKENS)
         yield llama_cpp.llama_sampler_init_penalties(
             model.n_vocab, last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty

@@ -1,0 +1,80 @@
+"""Names for the ways of stepping, and how one is chosen by what each costs. Values only.
+
+    STEPPING["lazy"]    # Stepping(lazy=True, fork=True)
+    costs.best()        # "fork"; for `costs` see `cmg_gguf.calibration`
+
+All but "lazy-approximate" give the same tokens, but for rounding; that one is never chosen here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from cmg_gguf.errors import UnsupportedError
+from cmg_gguf.stepping import Stepping
+
+Strategy = Literal["auto", "eager", "fork", "lazy", "lazy-approximate"]
+
+STEPPING: dict[str, Stepping] = {
+    "eager": Stepping(),
+    "fork": Stepping(fork=True),
+    "lazy": Stepping(lazy=True, fork=True),
+    "lazy-approximate": Stepping(lazy=True, fork=True, approximate=True),
+}
+SHARE_ASKED = 0.4
+"""Share of the steps at which more than one token is plausible, where costs are weighed."""
+CAUGHT_UP = (1, 4, 8)
+"""Rows that wait, in the batches that are timed."""
+
+
+def check_strategy(strategy: str, pairing: str) -> None:
+    """Raises UnsupportedError for a name that is none, or a strategy this pairing cannot follow."""
+    if strategy not in get_args(Strategy):
+        raise UnsupportedError(
+            f"strategy={strategy!r} is unknown: one of {', '.join(get_args(Strategy))}"
+        )
+    if strategy == "lazy-approximate" and pairing == "contexts":
+        raise UnsupportedError(
+            'strategy="lazy-approximate" shares KV cells and two contexts have none in common; '
+            'use "lazy"'
+        )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Median milliseconds of what steps are made of.
+
+    plain: a step of the original branch alone. pair, fork: of both. lazy: of the original branch
+    with what catching up needs. catch_up: of decoding this many rows that waited, by `CAUGHT_UP`.
+    forks: whether the graph let the pair and the rows that waited leave layers out.
+    """
+
+    plain: float
+    pair: float
+    fork: float
+    lazy: float
+    catch_up: tuple[float, ...]
+    forks: tuple[bool, bool]
+
+    def __post_init__(self) -> None:
+        times = (self.plain, self.pair, self.fork, self.lazy, *self.catch_up)
+        if len(self.catch_up) != len(CAUGHT_UP) or not all(0 < ms < math.inf for ms in times):
+            raise ValueError(f"costs {times} are no {4 + len(CAUGHT_UP)} positive times")
+
+    def per_token(self, share_asked: float = SHARE_ASKED) -> dict[str, float]:
+        """Expected milliseconds of a guided token by exact strategy.
+
+        share_asked: of the steps, above 0 to 1, that need the degraded branch.
+        """
+        waiting = np.interp(1 / share_asked, CAUGHT_UP, self.catch_up)
+        lazy = self.lazy + share_asked * float(waiting)
+        return {"eager": self.pair, "fork": self.fork, "lazy": lazy}
+
+    def best(self) -> str:
+        """The exact strategy with the lowest expected cost."""
+        costs = self.per_token()
+        return min(costs, key=lambda name: costs[name])

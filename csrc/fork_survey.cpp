@@ -1,0 +1,134 @@
+#include "fork_survey.hpp"
+
+#include "attention_node.hpp"
+#include "row_dim.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace cmg {
+namespace {
+
+bool is_view_op(ggml_op op) {
+    return op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE ||
+           op == GGML_OP_TRANSPOSE;
+}
+
+bool is_residual(const ggml_tensor * node, int64_t n_rows) {
+    return node->type == GGML_TYPE_F32 && node->view_src == nullptr && node->ne[1] == n_rows &&
+           node->ne[2] == 1 && node->ne[3] == 1 &&
+           node->nb[1] == static_cast<size_t>(node->ne[0]) * sizeof(float);
+}
+
+// "CUDA0#l_out-3#0", another backend's copy of l_out-3, has no source that says so.
+std::string copied_name(const ggml_tensor * t) {
+    const char * begin = std::strchr(t->name, '#');
+    const char * end = std::strrchr(t->name, '#');
+    return begin != nullptr && end > begin ? std::string(begin + 1, end) : std::string();
+}
+
+} // namespace
+
+int32_t residual_layer(const ggml_tensor * node) {
+    return layer_in_name(node, "l_out-");
+}
+
+ForkSurvey::ForkSurvey(const std::vector<ggml_tensor *> & nodes, int32_t n_layer, int64_t n_rows)
+    : residuals_(static_cast<size_t>(n_layer), -1),
+      cannot_enter_(static_cast<size_t>(n_layer), "its layers' outputs are not found"),
+      cannot_shrink_(static_cast<size_t>(n_layer)) {
+    Places places;
+    std::unordered_map<std::string, int32_t> named;
+    for (size_t i = 0; i < nodes.size(); i++) {
+        const auto place = static_cast<int32_t>(i);
+        places.emplace(nodes[i], place);
+        named.emplace(nodes[i]->name, place);
+        const int32_t il = residual_layer(nodes[i]);
+        if (il >= 0 && il < n_layer && is_residual(nodes[i], n_rows)) {
+            residuals_[static_cast<size_t>(il)] = place;
+        }
+    }
+    for (const ggml_tensor * node : nodes) {
+        for (const ggml_tensor * src : node->src) {
+            const std::string name = src == nullptr ? "" : copied_name(src);
+            if (!name.empty() && named.count(name) != 0) {
+                places.emplace(src, named.at(name));
+            }
+        }
+    }
+    for (size_t layer = 1; layer < cannot_enter_.size(); layer++) {
+        if (residuals_[layer - 1] >= 0) {
+            cannot_enter_[layer].clear();
+        }
+    }
+    find_crossings(nodes, places);
+    find_row_dims(nodes, places, n_rows);
+}
+
+const std::string & ForkSurvey::at(const std::vector<std::string> & reasons, int32_t layer) {
+    static const std::string no_layer = "nothing lies below it";
+    const bool known = layer > 0 && static_cast<size_t>(layer) < reasons.size();
+    return known ? reasons[static_cast<size_t>(layer)] : no_layer;
+}
+
+// What is read at place `to` was written at place `from`.
+void ForkSurvey::forbid(int32_t from, int32_t to, const ggml_tensor * read) {
+    for (size_t layer = 1; layer < cannot_enter_.size(); layer++) {
+        const int32_t residual = residuals_[layer - 1];
+        if (from < residual && residual < to && cannot_enter_[layer].empty()) {
+            cannot_enter_[layer] = std::string("it reads ") + read->name + " from below";
+        }
+    }
+}
+
+void ForkSurvey::find_crossings(const std::vector<ggml_tensor *> & nodes, const Places & places) {
+    Places written; // memory that is no node's own, as caches: where it is first written
+    for (size_t i = 0; i < nodes.size(); i++) {
+        const auto place = static_cast<int32_t>(i);
+        for (const ggml_tensor * src : nodes[i]->src) {
+            if (src == nullptr) {
+                continue;
+            }
+            const auto node = places.find(src);
+            if (node != places.end()) {
+                forbid(node->second, place, src);
+            }
+            const auto memory = written.find(root(src));
+            if (memory != written.end()) {
+                forbid(memory->second, place, src);
+            }
+        }
+        if (!is_view_op(nodes[i]->op) && nodes[i]->view_src != nullptr) {
+            written.emplace(root(nodes[i]), place);
+        }
+    }
+}
+
+void ForkSurvey::find_row_dims(const std::vector<ggml_tensor *> & nodes, const Places & places,
+                               int64_t n_rows) {
+    const auto dim_of = [&](const ggml_tensor * src) {
+        const auto it = places.find(src);
+        if (it == places.end() || static_cast<size_t>(it->second) >= nodes_.size()) {
+            return no_rows;
+        }
+        const auto place = static_cast<size_t>(it->second);
+        const bool copied = nodes[place] != src; // copies between backends keep their shape
+        const int32_t dim = nodes_[place].row_dim;
+        return copied && dim != no_rows ? unclear_rows : dim;
+    };
+    for (const ggml_tensor * node : nodes) {
+        const int32_t dim = n_rows > 1 ? row_dim(node, n_rows, dim_of) : unclear_rows;
+        nodes_.push_back({node->op, dim});
+        if (dim != unclear_rows) {
+            continue;
+        }
+        const auto place = static_cast<int32_t>(nodes_.size() - 1);
+        for (size_t layer = 1; layer < cannot_shrink_.size(); layer++) {
+            if (residuals_[layer - 1] >= place && cannot_shrink_[layer].empty()) {
+                cannot_shrink_[layer] = std::string("rows of ") + node->name + " cannot be told";
+            }
+        }
+    }
+}
+
+} // namespace cmg

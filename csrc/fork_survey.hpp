@@ -1,0 +1,51 @@
+// Whether a graph can be run with fewer rows below a layer: read off its structure.
+#pragma once
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace cmg {
+
+// Number of the layer whose output the node is; -1 = it is none.
+int32_t residual_layer(const ggml_tensor * node);
+
+// What one decode's graph showed, for every layer. A reason says why something cannot be done; ""
+// means that it can.
+class ForkSurvey {
+  public:
+    // nodes: all that were asked about in one decode of n_rows rows, in order, shapes untouched.
+    ForkSurvey(const std::vector<ggml_tensor *> & nodes, int32_t n_layer, int64_t n_rows);
+
+    // Why rows cannot enter at `layer` with nothing of them computed below: from there on more is
+    // read from below than the residual stream.
+    const std::string & cannot_enter(int32_t layer) const { return at(cannot_enter_, layer); }
+    // Why rows cannot be left out of the nodes below `layer` while others are computed there.
+    const std::string & cannot_shrink(int32_t layer) const { return at(cannot_shrink_, layer); }
+
+    // Of the i-th node that is asked about: its operation, and `row_dim`.
+    struct Node {
+        ggml_op op;
+        int32_t row_dim;
+    };
+    const std::vector<Node> & nodes() const { return nodes_; }
+
+  private:
+    using Places = std::unordered_map<const ggml_tensor *, int32_t>; // of nodes in their order
+
+    static const std::string & at(const std::vector<std::string> & reasons, int32_t layer);
+    void find_crossings(const std::vector<ggml_tensor *> & nodes, const Places & places);
+    void find_row_dims(const std::vector<ggml_tensor *> & nodes, const Places & places,
+                       int64_t n_rows);
+    void forbid(int32_t from, int32_t to, const ggml_tensor * read);
+
+    std::vector<Node> nodes_;
+    std::vector<int32_t> residuals_; // [n_layer] place of l_out-<il>, -1 = none
+    std::vector<std::string> cannot_enter_;
+    std::vector<std::string> cannot_shrink_;
+};
+
+} // namespace cmg

@@ -1,0 +1,174 @@
+#include "row_dim.hpp"
+
+#include "api.hpp"
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+namespace cmg {
+namespace {
+
+using Dims = int32_t[GGML_MAX_SRC]; // row dimension of each source
+
+bool is_contiguous(const ggml_tensor * t) {
+    size_t stride = api().ggml_row_size(t->type, t->ne[0]);
+    for (int i = 1; i < GGML_MAX_DIMS; i++) {
+        if (t->ne[i] != 1 && t->nb[i] != stride) {
+            return false;
+        }
+        stride *= static_cast<size_t>(t->ne[i]);
+    }
+    return true;
+}
+
+// Whether the rows lie one behind the other in the order of the tensor's elements.
+bool is_outermost(const ggml_tensor * t, int32_t dim) {
+    return std::all_of(t->ne + dim + 1, t->ne + GGML_MAX_DIMS, [](int64_t n) { return n == 1; });
+}
+
+// Whether no other stride of the tensor would change with the number of rows.
+bool has_widest_stride(const ggml_tensor * t, int32_t dim) {
+    for (int i = 0; i < GGML_MAX_DIMS; i++) {
+        if (i != dim && t->ne[i] > 1 && t->nb[i] >= t->nb[dim]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// The same elements in the same order, in other dimensions.
+int32_t of_reshape(const ggml_tensor * node, int32_t src_dim, int64_t n_rows) {
+    if (!is_outermost(node->src[0], src_dim)) {
+        const bool same = std::equal(node->ne, node->ne + GGML_MAX_DIMS, node->src[0]->ne);
+        return same ? src_dim : unclear_rows;
+    }
+    int32_t dim = GGML_MAX_DIMS - 1;
+    while (dim > 0 && node->ne[dim] == 1) {
+        dim--;
+    }
+    return dim > 0 && node->ne[dim] % n_rows == 0 ? dim : unclear_rows;
+}
+
+int32_t of_view(const ggml_tensor * node, int32_t src_dim, int64_t n_rows) {
+    const ggml_tensor * src = node->src[0];
+    for (int32_t dim = 1; dim < GGML_MAX_DIMS; dim++) {
+        if (node->ne[dim] == n_rows && node->nb[dim] == src->nb[src_dim]) {
+            const bool same = has_widest_stride(src, src_dim) && has_widest_stride(node, dim);
+            return same && src->ne[src_dim] == n_rows ? dim : unclear_rows;
+        }
+    }
+    return unclear_rows;
+}
+
+int32_t of_permute(const ggml_tensor * node, int32_t src_dim) {
+    const int32_t dim = node->op_params[src_dim];
+    return dim > 0 ? dim : unclear_rows;
+}
+
+int32_t of_binary(const ggml_tensor * node, const Dims & dims) {
+    const bool both = dims[1] == dims[0];
+    const bool broadcast = dims[1] == no_rows && dims[0] > 0 && node->src[1]->ne[dims[0]] == 1;
+    return both || broadcast ? dims[0] : unclear_rows;
+}
+
+bool own_memory(const ggml_tensor * node) {
+    return node->view_src == nullptr && is_contiguous(node);
+}
+
+bool only_first(const Dims & dims) {
+    return std::all_of(dims + 1, std::end(dims), [](int32_t d) { return d == no_rows; });
+}
+
+int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims) {
+    switch (node->op) {
+    case GGML_OP_ADD:
+    case GGML_OP_SUB:
+    case GGML_OP_MUL:
+    case GGML_OP_DIV:
+        return of_binary(node, dims);
+    case GGML_OP_GLU:
+        return node->src[1] == nullptr || dims[1] == dims[0] ? dims[0] : unclear_rows;
+    case GGML_OP_MUL_MAT:
+        return dims[0] == no_rows ? dims[1] : unclear_rows;
+    case GGML_OP_FLASH_ATTN_EXT:
+        return only_first(dims) && dims[0] == 1 ? 2 : unclear_rows;
+    case GGML_OP_CONT:
+        return of_reshape(node, dims[0], n_rows);
+    case GGML_OP_ROPE: // more positions than rows: several for each, at places that n_rows decides
+        return only_first(dims) && node->src[1]->ne[0] == n_rows ? dims[0] : unclear_rows;
+    case GGML_OP_SOFT_MAX:
+        return only_first(dims) && dims[0] == 1 ? 1 : unclear_rows;
+    case GGML_OP_CLAMP:
+    case GGML_OP_L2_NORM:
+    case GGML_OP_NORM:
+    case GGML_OP_RMS_NORM:
+    case GGML_OP_SCALE:
+    case GGML_OP_SQR:
+    case GGML_OP_UNARY:
+        return only_first(dims) ? dims[0] : unclear_rows;
+    default:
+        return unclear_rows;
+    }
+}
+
+} // namespace
+
+int32_t row_dim(const ggml_tensor * node, int64_t n_rows,
+                const std::function<int32_t(const ggml_tensor *)> & dim_of) {
+    Dims dims;
+    std::transform(std::begin(node->src), std::end(node->src), dims,
+                   [&](const ggml_tensor * src) { return src == nullptr ? no_rows : dim_of(src); });
+    if (node->op == GGML_OP_GET_ROWS && only_first(dims) && dims[0] == no_rows) {
+        const bool embeds = node->src[1]->ne[0] == n_rows && own_memory(node);
+        return embeds ? 1 : unclear_rows;
+    }
+    const auto none = [](int32_t d) { return d == no_rows; };
+    if (std::all_of(std::begin(dims), std::end(dims), none)) {
+        return no_rows;
+    }
+    if (std::count(std::begin(dims), std::end(dims), unclear_rows) != 0) {
+        return unclear_rows;
+    }
+    switch (node->op) {
+    case GGML_OP_SET_ROWS: // as many as its source has
+        return only_first(dims) && is_outermost(node->src[0], dims[0]) ? no_rows : unclear_rows;
+    case GGML_OP_RESHAPE:
+        return of_reshape(node, dims[0], n_rows);
+    case GGML_OP_VIEW:
+        return of_view(node, dims[0], n_rows);
+    case GGML_OP_PERMUTE:
+        return of_permute(node, dims[0]);
+    case GGML_OP_TRANSPOSE:
+        return dims[0] > 1 ? dims[0] : unclear_rows;
+    default:
+        break;
+    }
+    const int32_t dim = own_memory(node) ? of_computed(node, n_rows, dims) : unclear_rows;
+    return dim > 0 ? dim : unclear_rows;
+}
+
+void shrink_rows_inplace(ggml_tensor * node, int32_t dim, int64_t n_rows, int64_t n_kept) {
+    node->ne[dim] = node->ne[dim] / n_rows * n_kept;
+    const ggml_tensor * src = node->src[0];
+    switch (node->op) {
+    case GGML_OP_VIEW:
+        return;
+    case GGML_OP_PERMUTE:
+        for (int i = 0; i < GGML_MAX_DIMS; i++) {
+            node->nb[node->op_params[i]] = src->nb[i];
+        }
+        return;
+    case GGML_OP_TRANSPOSE:
+        std::copy(src->nb, src->nb + GGML_MAX_DIMS, node->nb);
+        std::swap(node->nb[0], node->nb[1]);
+        return;
+    default:
+        node->nb[1] = api().ggml_row_size(node->type, node->ne[0]);
+        for (int i = 2; i < GGML_MAX_DIMS; i++) {
+            node->nb[i] = node->nb[i - 1] * static_cast<size_t>(node->ne[i - 1]);
+        }
+    }
+}
+
+} // namespace cmg
