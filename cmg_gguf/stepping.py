@@ -1,35 +1,29 @@
 """How a step is decoded: which branches, which rows, and when.
 
-The degraded branch is not always needed. If one token alone is plausible by l_o, it is drawn
-whatever l_d says, so the degraded row may wait until l_d is next asked for, and is then decoded
-together with all others that waited, each with the image tokens hidden that its own row in the
-original branch chose. Causal attention makes the rows of one batch what they would have been one
-after another: same tokens, fewer decodes.
-
     Plain     the original branch alone
     Together  both branches at every step
-    Lazy      the original branch; the degraded one when `degraded_address` is asked for
+    Lazy      the original branch; the degraded one when it is asked for: `cmg_gguf.lazy`
 
-Nor is all of it needed. Below the first masked layer a row of the degraded branch is what the
+Not all of the degraded branch is needed. Below the first masked layer a row of it is what the
 original's is: same token, same position, and all it attends to is the same in turn. A fork computes
 it from there on only; its cells in the layers below stay unwritten, for only rows of its own branch
 would read them, and those are left out there as well. Once a row of an answer is, all later ones
-must be: whether an answer forks is decided at its first step and does not change.
+must be.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from cmg_gguf import _core
+from cmg_gguf.errors import BackendError
 from cmg_gguf.rows import NONE
-from cmg_gguf.runtime.protocol import Context, FloatArray
+from cmg_gguf.runtime.protocol import Context
 
 if TYPE_CHECKING:
     from cmg_gguf.engine import Branch
@@ -42,12 +36,14 @@ class Stepping:
     """When the degraded branch is decoded.
 
     lazy: only where l_d is asked for; else at every step. fork: only from its first masked layer
-    on, where the graph allows it. approximate: see `LazyApproximate`; only with `lazy`. The last
-    two need both branches in one context, and do nothing in two.
+    on, where the graph allows it. pair_above: with `lazy`, share of the steps that ask for l_d
+    above which both branches are decoded together, 0 to 1; 1 = never. approximate: with `lazy`, see
+    `LazyApproximate`. All but `lazy` need both branches in one context, and do nothing in two.
     """
 
     lazy: bool = False
     fork: bool = False
+    pair_above: float = 1.0
     approximate: bool = False
 
 
@@ -109,29 +105,49 @@ class Forking:
     def __init__(self, context: Context, masking: Masking, wanted: bool) -> None:
         self._context = context
         self._layer = masking.layers[0] if wanted and masking.layers else 0
+        self._left_out = False
 
     @property
     def possible(self) -> bool:
         """Whether nothing has spoken against it yet."""
         return self._layer > 0
 
+    def can_pair(self, whole_pair: Callable[[_core.ForkPlan], None]) -> bool:
+        """Whether both branches may be decoded together without computing a row that others left.
+
+        whole_pair: decodes both as this plan says, and takes it back; called once a context, for
+        the survey. Always True where nothing is left out at all.
+        """
+        if self._layer == 0:
+            return True
+        if self._obstacle(2, 1) is None:
+            whole_pair(_core.ForkPlan(layer=self._layer, n_below=2, slots=[0, 0], survey=True))
+        return self._obstacle(2, 1) == ""
+
     def plan(self, slots: Sequence[int], n_below: int) -> _core.ForkPlan | None:
         """The fork of a batch, or None. slots: the residual of each row; see csrc/fork.hpp.
 
-        The first plan of a kind asks for a survey of the graph, and leaves nothing out.
+        The first single row is surveyed on the way, with all that it needs to be entered later.
         """
         if self._layer == 0:
             return None
         n_rows, layer = len(slots), self._layer
-        obstacle = self._context.patch.fork_obstacle(layer, n_rows=n_rows, n_below=n_below)
+        obstacle = self._obstacle(n_rows, n_below)
         if obstacle:
+            if self._left_out:
+                raise BackendError(f"rows were left out below layer {layer} and no longer can be")
             _log.debug("no fork at layer %d: %s", layer, obstacle)
             self._layer = 0
             return None
-        survey = obstacle is None
+        self._left_out = self._left_out or n_below < n_rows
         return _core.ForkPlan(
-            layer=layer, n_below=n_rows if survey else n_below, slots=list(slots), survey=survey
+            layer=layer, n_below=n_below, slots=list(slots), survey=obstacle is None
         )
+
+    def _obstacle(self, n_rows: int, n_below: int) -> str | None:
+        """Why such a decode cannot be; "" = it can, None = its graph was not surveyed yet."""
+        patch = self._context.patch
+        return patch.fork_obstacle(self._layer, n_rows=n_rows, n_below=n_below)
 
 
 class Plain:
@@ -142,7 +158,7 @@ class Plain:
 
     def __init__(self, original: Branch, address: int) -> None:
         self._branch = original
-        self._batch = _Batch(1)
+        self._batch = StepBatch(1)
         self.original_address = address
 
     def step(self, token: int, position: int) -> None:
@@ -161,137 +177,48 @@ class Together:
         degraded: Branch,
         masking: Masking,
         addresses: tuple[int, int],
-        *,
-        fork: bool,
+        forking: Forking,
     ) -> None:
         self._original, self._degraded = original, degraded
         self._masking = masking
         self._paired = original.context is degraded.context
-        self._forking = Forking(original.context, masking, fork and self._paired)
-        self._batches = [_Batch(2)] if self._paired else [_Batch(1), _Batch(1)]
+        self._forking = forking
+        self._watch = (original.seq, 0 if masking.observed else NONE, NONE)
+        self._hide = (degraded.seq, NONE, 0)
+        self._batches = [StepBatch(2)] if self._paired else [StepBatch(1), StepBatch(1)]
         self.original_address, self.degraded_address = addresses
 
-    @property
-    def forks(self) -> bool:
-        """Whether the degraded row is left out below its first masked layer, if only later on."""
-        return self._forking.possible
-
     def step(self, token: int, position: int) -> None:
-        original, degraded, plan = self._original, self._degraded, self._masking.plan
-        n_layer = original.context.n_layer
-        watch = (original.seq, 0 if self._masking.observed else NONE, NONE)
-        hide = (degraded.seq, NONE, 0)
+        original, degraded = self._original, self._degraded
         if self._paired:
-            both = plan(n_layer, watch, hide, fork=self._forking.plan((0, 0), n_below=1))
-            seqs = original.seq, degraded.seq
-            self._batches[0].decode(original, token, position, both, seqs=seqs)
+            self.possible(token, position)
+            self._decode_pair(token, position, self._forking.plan((0, 0), n_below=1))
         else:
-            self._batches[0].decode(original, token, position, plan(n_layer, watch))
-            self._batches[1].decode(degraded, token, position, plan(n_layer, hide))
+            plan, n_layer = self._masking.plan, original.context.n_layer
+            self._batches[0].decode(original, token, position, plan(n_layer, self._watch))
+            self._batches[1].decode(degraded, token, position, plan(n_layer, self._hide))
         self.original_address = original.context.logits_address(0)
         self.degraded_address = degraded.context.logits_address(1 if self._paired else 0)
 
+    def possible(self, token: int, position: int) -> bool:
+        """See `Forking.can_pair`; surveys with this step, if that has to be, and takes it back."""
 
-class Lazy:
-    """The original branch at every step, the degraded one when it is asked for.
+        def whole_pair(survey: _core.ForkPlan) -> None:
+            self._decode_pair(token, position, survey)
+            for branch in (self._original, self._degraded):
+                branch.context.truncate(branch.seq, position)
 
-    `newest` is the slot of the newest row; rows that wait hold one slot each where they are
-    observed. At most n_ubatch rows wait: with one more, they are decoded though nobody asked.
-    """
+        return self._forking.can_pair(whole_pair)
 
-    def __init__(
-        self,
-        original: Branch,
-        degraded: Branch,
-        masking: Masking,
-        logits: FloatArray,
-        degraded_address: int,
-        *,
-        fork: bool,
-    ) -> None:
-        """logits: (n_vocab,) float32, l_o so far; overwritten with that of every step."""
-        self._original, self._degraded = original, degraded
-        self._masking = masking
-        paired = original.context is degraded.context
-        self._forking = Forking(original.context, masking, fork and paired)
-        self._logits = logits
-        self.original_address = logits.ctypes.data
-        self._address = degraded_address
-        self._batch = _Batch(1)
-        self._waiting: list[tuple[int, int]] = []  # token, position
-        self.newest = 0
-
-    @property
-    def forks(self) -> bool:
-        """Whether the rows that wait are left out below their first masked layer."""
-        return self._forking.possible
-
-    def step(self, token: int, position: int) -> None:
-        if len(self._waiting) == self._degraded.context.n_ubatch:
-            self._catch_up()
-        context, place = self._original.context, self._next_place
-        watch = (self._original.seq, place if self._masking.observed else NONE, NONE)
-        fork = self._forking.plan((place,), n_below=1)
-        plan = self._masking.plan(context.n_layer, watch, fork=fork)
-        self._batch.decode(self._original, token, position, plan)
-        # The rows that wait are decoded in the same context, whose logits they replace.
-        ctypes.memmove(self.original_address, context.logits_address(0), self._logits.nbytes)
-        self._waiting.append((token, position))
-        self.newest = place if self._masking.observed else 0
-
-    @property
-    def degraded_address(self) -> int:
-        if self._waiting:
-            self._catch_up()
-        return self._address
-
-    @property
-    def _next_place(self) -> int:
-        """The slot of the next row: of what it hides, if it is observed, and of its residual."""
-        return len(self._waiting)
-
-    def _catch_up(self) -> None:
-        """Decodes the rows that wait, in order; the last one with logits."""
-        context, seq, n = self._degraded.context, self._degraded.seq, len(self._waiting)
-        tokens, positions = np.array(self._waiting, np.int32).T.copy()
-        observed = self._masking.observed
-        hide = [(seq, NONE, place if observed else 0) for place in range(n)]
-        context.decode(
-            tokens,
-            positions,
-            np.full(n, seq, np.int32),
-            outputs=np.arange(n) == n - 1,
-            plan=self._masking.plan(
-                context.n_layer, *hide, fork=self._forking.plan(range(n), n_below=0)
-            ),
+    def _decode_pair(self, token: int, position: int, fork: _core.ForkPlan | None) -> None:
+        plan = self._masking.plan(
+            self._original.context.n_layer, self._watch, self._hide, fork=fork
         )
-        self._address = context.logits_address(n - 1)
-        self._waiting.clear()
+        seqs = self._original.seq, self._degraded.seq
+        self._batches[0].decode(self._original, token, position, plan, seqs=seqs)
 
 
-class LazyApproximate(Lazy):
-    """As `Lazy`, but a row that waited in vain is never decoded: the degraded branch then sees what
-    the original one wrote for it.
-
-    Costs one row where `Lazy` costs as many as waited, and is another method: for the degraded
-    branch, such rows have seen the whole image. In one context only.
-    """
-
-    @property
-    def _next_place(self) -> int:
-        return 0
-
-    def _catch_up(self) -> None:
-        first, newest = self._waiting[0], self._waiting[-1]
-        if first is not newest:
-            self._degraded.context.share_more(
-                self._original.seq, self._degraded.seq, first[1], newest[1]
-            )
-            self._waiting[:] = [newest]
-        super()._catch_up()
-
-
-class _Batch:
+class StepBatch:
     """Arrays of a step's batch, allocated once."""
 
     def __init__(self, n: int) -> None:

@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, get_args
@@ -50,6 +51,9 @@ ONCE = Guidance(refresh="prompt")
 TOKEN = 300
 UNHOOKED, IDLE, TWO = "llama_cpp.Llama", "plain", "two contexts"
 UNPATCHED, PROMPT, EVERY = "pair, no patch", "pair, refresh prompt", "pair, refresh step"
+FORK, LAZY = "forked pair", "lazy, l_d at one step in {}"
+ASKED = (1, 2, 4, 8)
+"""Of so many steps, a lazy way needs the degraded branch at one."""
 STDERR = Console(stderr=True)
 
 Times = dict[str, list[float]]
@@ -160,6 +164,24 @@ class Guided:
         self._engine.step(TOKEN)
 
 
+class Asking(Guided):
+    """A lazy engine that is asked for l_d at one step in n."""
+
+    def __init__(self, vlm: GuidedVLM, guidance: Guidance, request: Request, n: int) -> None:
+        super().__init__(vlm, guidance, request)
+        self._n, self._n_steps = n, 0
+
+    def rewind(self) -> None:
+        _ = self._engine.degraded_address  # nothing is left to wait
+        super().rewind()
+
+    def step(self) -> None:
+        super().step()
+        self._n_steps += 1
+        if self._n_steps % self._n == 0:
+            _ = self._engine.degraded_address
+
+
 class Unpatched(Guided):
     """The two rows of a guided pair with nothing masked: what the pair costs without the patch."""
 
@@ -190,10 +212,10 @@ def open_ways(pair: Pair, args: argparse.Namespace) -> dict[str, Way]:
         verbose=False,
     )
 
-    def guided(guidance: Guidance, kind: type[Guided] = Guided, **settings: Any) -> Guided:
+    def guided(guidance: Guidance, kind: Callable[..., Guided] = Guided, **settings: Any) -> Guided:
         use_gpu = args.n_gpu_layers != 0
         # A prompt that is kept would be a prompt that is not measured the second time.
-        settings = {"prefix_cells": 0, "use_gpu": use_gpu, **settings}
+        settings = {"prefix_cells": 0, "strategy": "eager", "use_gpu": use_gpu, **settings}
         vlm = GuidedVLM.from_llama(llama, pair.mmproj, **settings)
         return kind(vlm, guidance, request)
 
@@ -205,6 +227,8 @@ def open_ways(pair: Pair, args: argparse.Namespace) -> dict[str, Way]:
         UNPATCHED: guided(ONCE, Unpatched),
         PROMPT: guided(ONCE),
         EVERY: guided(STEP),
+        FORK: guided(STEP, strategy="fork"),
+        **{LAZY.format(n): guided(STEP, partial(Asking, n=n), strategy="lazy") for n in ASKED},
     }
 
 
@@ -279,7 +303,8 @@ def measure(quant: Quant, argv: Sequence[str], args: argparse.Namespace) -> Figu
         ways = open_ways(pair, args)
     prefill = measure_prefill(ways, args.prefill_rounds, quant)
     steps = measure_decode(ways, args.rounds, args.steps, quant)
-    decode = {name: [statistics.median(run) for run in runs] for name, runs in steps.items()}
+    # Some steps of a lazy way cost more than others: all of them count.
+    decode = {name: [statistics.fmean(run) for run in runs] for name, runs in steps.items()}
 
     def bound(name: str, times: Times, way: str, base: str, limit: float) -> Bound:
         return Bound(name, Ratio.of(times[way], times[base]), limit)
@@ -295,6 +320,8 @@ def measure(quant: Quant, argv: Sequence[str], args: argparse.Namespace) -> Figu
             bound("refresh step / prompt", decode, EVERY, PROMPT, 1.10),
             bound("pair (prompt) / two contexts", decode, PROMPT, TWO, 1.0),
             bound("pair (step) / two contexts", decode, EVERY, TWO, 1.0),
+            bound("forked pair / pair (step)", decode, FORK, EVERY, 1.0),
+            bound("lazy, one in 8 / forked pair", decode, LAZY.format(8), FORK, 1.0),
             bound("prefill, prompt / plain", prefill, PROMPT, IDLE, 1.10),
             bound("prefill, step / plain", prefill, EVERY, IDLE, 1.10),
             *(
@@ -367,7 +394,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--before-tokens", type=int, default=40, help="text in front of the image")
     add("--image-tokens", type=int, default=576, help="a square number")
     add("--prompt-tokens", type=int, default=24, help="text behind the image")
-    add("--steps", type=int, default=4, help="steps of each way in a round")
+    add("--steps", type=int, default=8, help="steps of each way in a round")
     add("--rounds", type=int, default=32)
     add("--prefill-rounds", type=int, default=5)
     add("--threads", type=int, default=os.cpu_count())
