@@ -119,7 +119,8 @@ def bootstrap(
     for weights in _weights(len(clusters), n, seed):
         for name, counts in tables.items():
             drawn[name].append(weights @ counts.values)
-    values, samples = {}, {}
+    values: dict[str, dict[str, float]] = {}
+    samples: Samples = {}
     for name, counts in tables.items():
         resampled = np.concatenate(drawn[name])
         columns = {key: resampled[:, i] for i, key in enumerate(counts.names)}
@@ -173,8 +174,8 @@ def bootstrap_auc(
     index = np.searchsorted(np.array(names), np.array(clusters))
     samples: Samples = {name: {"auc": np.empty(0)} for name in margins}
     for weights in _weights(len(names), n, seed, width=len(clusters)):
-        for name, values in margins.items():
-            part = 100 * auc(values, labels, weights[:, index])
+        for name, margin in margins.items():
+            part = 100 * auc(margin, labels, weights[:, index])
             samples[name]["auc"] = np.append(samples[name]["auc"], part)
     values = {name: {"auc": 100 * float(auc(m, labels))} for name, m in margins.items()}
     found = _compared(values, samples, baseline)
@@ -186,7 +187,14 @@ def ratio(above: Floats, below: Floats) -> Floats:
     top, bottom = np.broadcast_arrays(
         np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     )
-    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
+    quotient = np.full(top.shape, np.nan)
+    np.divide(top, bottom, out=quotient, where=bottom != 0)
+    return quotient
+
+
+def column(totals: Sums, name: str) -> Floats:
+    """The sums of that name; 0 where nothing was counted under it."""
+    return totals.get(name, np.zeros(()))
 
 
 def percent(above: Floats, below: Floats) -> Floats:

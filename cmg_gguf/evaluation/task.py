@@ -19,7 +19,7 @@ from cmg_gguf.images import ImageSource
 
 Counts = Mapping[str, float]
 Sums = Mapping[str, npt.NDArray[np.float64]]
-"""Sums of counts by name, all of one shape: () for one set of items, (n,) for n bootstrap samples."""
+"""Sums of counts by name, of one shape: () for one set of items, (n,) for n bootstrap samples."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,13 @@ class BadItem:
 class Task(Protocol):
     """A benchmark. Pure but for reading its files."""
 
-    name: str
-    yes_no: bool
-    """Whether every item is a yes/no question: then the yes-bias method applies to all of them."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def yes_no(self) -> bool:
+        """Whether every item is a yes/no question: then the yes-bias method applies to all."""
+        ...
 
     def items(self) -> Iterable[Item | BadItem]:
         """Every item in file order; what cannot be read comes as a BadItem, never silently."""
