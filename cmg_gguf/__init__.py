@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmg_gguf.contrast import Contrast
     from cmg_gguf.errors import (
         BackendError,
         CMGError,
@@ -50,6 +51,7 @@ __all__ = [
     "CMGChatHandler",
     "CMGError",
     "ContextLengthError",
+    "Contrast",
     "CumulativeMass",
     "EvaluationError",
     "Guidance",
@@ -76,7 +78,7 @@ __all__ = [
 ]
 
 # What is imported on first use, llama.cpp with it: `cmg-gguf --help` needs none. Light ones first.
-_MODULES = ("errors", "guidance", "sampling", "generation", "stream", "vlm", "handler")
+_MODULES = ("errors", "guidance", "sampling", "generation", "contrast", "stream", "vlm", "handler")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,11 +12,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from cmg_gguf.engine import PairedEngine
 from cmg_gguf.errors import SamplingError
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.logits import combine, log_softmax
-from cmg_gguf.runtime.protocol import FloatArray
+from cmg_gguf.runtime.protocol import FloatArray, IntArray
 from cmg_gguf.sampling import LogitsProcessor
 from cmg_gguf.text import StopStrings, Utf8Stream
 
@@ -30,8 +29,24 @@ class Vocabulary(Protocol):
     def is_end(self, token: int) -> bool: ...
 
 
+class Engine(Protocol):
+    """What an answer needs of its two branches: see `cmg_gguf.engine.PairedEngine`."""
+
+    @property
+    def has_room(self) -> bool: ...
+    @property
+    def logits_addresses(self) -> tuple[int, int]: ...
+    @property
+    def original_logits(self) -> FloatArray: ...
+    @property
+    def degraded_logits(self) -> FloatArray | None: ...
+    def step(self, token: int) -> None: ...
+
+
 class Drawer(Protocol):
     """What drawing tokens needs: see `cmg_gguf.runtime.sampler.Sampler`."""
+
+    alpha: float
 
     def sample(self, logits: int, original: int, degraded: int) -> tuple[int, int]: ...
     def accept(self, token: int) -> None: ...
@@ -109,6 +124,9 @@ class Limits:
     max_tokens: at most this many; None = until the context is full. stop: strings that end the
     answer. top_logprobs: None = no log-probabilities, else how many alternatives per token.
     processors: change the logits that are drawn from, before everything else in the chain.
+    strength: alpha of the draw behind n tokens, by n; None = `Guidance.alpha` for all. watch: is
+    shown every draw's (tokens so far, score): (n,) int32 and (n_vocab,) float32, the logits under
+    guidance before the plausibility cut and all samplers.
 
     Raises SamplingError for a stop string or a number of alternatives that cannot be.
     """
@@ -117,6 +135,8 @@ class Limits:
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
     processors: Sequence[LogitsProcessor] = ()
+    strength: Callable[[int], float] | None = None
+    watch: Callable[[IntArray, FloatArray], None] | None = None
 
     def __post_init__(self) -> None:
         StopStrings(self.stop)
@@ -135,7 +155,7 @@ class Answer:
 
 
 def generate(
-    engine: PairedEngine,
+    engine: Engine,
     drawer: Drawer,
     vocabulary: Vocabulary,
     guidance: Guidance,
@@ -193,7 +213,7 @@ def generate(
 
 
 def _draw(
-    engine: PairedEngine,
+    engine: Engine,
     drawer: Drawer,
     vocabulary: Vocabulary,
     guidance: Guidance,
@@ -201,12 +221,18 @@ def _draw(
     ids: list[int],
     check: Callable[[], None],
 ) -> Token:
+    if limits.strength is not None:
+        drawer.alpha = limits.strength(len(ids))
     original, degraded = engine.logits_addresses
     drawn_from = original
     if limits.processors:
         processed = _processed(engine.original_logits, ids, limits.processors)
         check()  # a processor is the caller's code and can have used or closed the engine
         drawn_from = processed.ctypes.data
+    if limits.watch is not None:
+        base = processed if limits.processors else engine.original_logits
+        limits.watch(np.array(ids, np.int32), _score(engine, base, drawer.alpha))
+        check()
     token, plain = drawer.sample(drawn_from, original, degraded)
     text = vocabulary.token_bytes(token).decode("utf-8", "replace")
     if limits.top_logprobs is None:
@@ -215,13 +241,21 @@ def _draw(
         combine(
             engine.original_logits,
             engine.degraded_logits,
-            alpha=guidance.alpha,
+            alpha=drawer.alpha,
             beta=guidance.beta,
         )
     )
     best = np.argsort(-logprobs, kind="stable")[: limits.top_logprobs]
     top = tuple((int(t), float(logprobs[t])) for t in best if np.isfinite(logprobs[t]))
     return Token(token, text, plain, float(logprobs[token]), top)
+
+
+def _score(engine: Engine, logits: FloatArray, alpha: float) -> FloatArray:
+    """What guidance makes of `logits`: l_o, or l_o changed by processors."""
+    score: FloatArray = logits.copy()
+    if (degraded := engine.degraded_logits) is not None:
+        score += np.float32(alpha) * (engine.original_logits - degraded)
+    return score
 
 
 def _processed(

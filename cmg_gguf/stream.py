@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Literal
 
+from cmg_gguf.contrast import ContrastEngine
 from cmg_gguf.errors import BackendError
 from cmg_gguf.generation import Answer, Limits, Piece, Reply, Seconds, generate
 from cmg_gguf.guidance import Guidance
@@ -64,6 +65,7 @@ class Run:
         self,
         vlm: GuidedVLM,
         prompt: Prompt,
+        degraded: Prompt | None,
         guidance: Guidance,
         sampling: Sampling,
         limits: Limits,
@@ -72,6 +74,7 @@ class Run:
         self._vlm = vlm
         self.lock = vlm._lock
         self._prompt = prompt
+        self._degraded = degraded
         self._guidance = guidance
         self._limits = limits
         self._progress = progress or (lambda phase, done, total: None)
@@ -83,7 +86,9 @@ class Run:
         self.reply: Reply | None = None
 
     def pieces(self) -> Generator[Piece, None, None]:
-        vlm, engine = self._vlm, self._vlm.engine
+        vlm = self._vlm
+        contrast = ContrastEngine(vlm.engine) if self._degraded is not None else None
+        engine = contrast or vlm.engine
         vlm._check_open()
         vlm._request += 1
         mine = vlm._request
@@ -100,10 +105,16 @@ class Run:
         try:
             started = time.perf_counter()
             prompt = vlm.projector.encode(self._prompt, functools.partial(report, "encode"))
+            if self._degraded is not None:
+                degraded = vlm.projector.encode(self._degraded, functools.partial(report, "encode"))
             encoded = time.perf_counter()
-            engine.prefill(prompt, self._guidance, functools.partial(report, "prefill"))
+            prefilling = functools.partial(report, "prefill")
+            if contrast is not None:
+                contrast.prefill(prompt, degraded, prefilling)
+            else:
+                vlm.engine.prefill(prompt, self._guidance, prefilling)
             prefilled = time.perf_counter()
-            layers = engine.layers
+            layers = vlm.engine.layers
             yield from generate(
                 engine,
                 self._sampler,
@@ -118,7 +129,7 @@ class Run:
         finally:
             with self.lock:
                 if vlm._request == mine:
-                    engine.reset()
+                    vlm.engine.reset()
 
     def _finished(self, prompt: Prompt, layers: tuple[int, ...], seconds: Seconds) -> Reply:
         return Reply(

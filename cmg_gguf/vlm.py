@@ -11,6 +11,7 @@ from typing import Any, Literal
 import llama_cpp
 
 from cmg_gguf import _core
+from cmg_gguf.contrast import Contrast, ContrastEngine
 from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import ModelError, PromptError, UnsupportedError
 from cmg_gguf.generation import Limits, Reply
@@ -22,7 +23,7 @@ from cmg_gguf.runtime.context import ContextOptions, LlamaContext, usable_thread
 from cmg_gguf.runtime.log import set_verbose
 from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
-from cmg_gguf.runtime.protocol import Prompt
+from cmg_gguf.runtime.protocol import FloatArray, IntArray, Prompt
 from cmg_gguf.sampling import Sampling
 from cmg_gguf.stream import Progress, Run, Stream
 
@@ -189,20 +190,25 @@ class GuidedVLM:
         images: Sequence[ImageSource] = (),
         *,
         guidance: Guidance | None = None,
+        contrast: Contrast | None = None,
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         raw: bool = False,
         top_logprobs: int | None = None,
         logits_processors: Sequence[Callable[..., Any]] = (),
+        watch: Callable[[IntArray, FloatArray], None] | None = None,
         progress: Progress | None = None,
     ) -> Stream:
         """An answer as it comes: iterate over its pieces, then read `.reply`.
 
         prompt: a question, or a list of chat messages; a media marker in it is just text. images:
         seen before the question; with messages, put them in there instead. guidance: None =
-        `Guidance()`. sampling: None = greedy. raw: `prompt` is the full text for the model, without
-        template; each "<__media__>" in it stands for one image.
+        `Guidance()`. contrast: None = the degraded branch is the same prompt with image tokens
+        masked; else it is that prompt, unmasked, and of `guidance` alpha and beta alone count.
+        sampling: None = greedy. raw: `prompt` is the full text for the model, without template;
+        each "<__media__>" in it stands for one image. watch: is shown each draw's scores, see
+        `Limits`.
 
         What is wrong with the request is raised here, before anything is computed: PromptError,
         ContextLengthError, ImageError, GuidanceError, SamplingError. While iterating: BackendError.
@@ -214,12 +220,19 @@ class GuidedVLM:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             top_logprobs=top_logprobs,
             processors=tuple(logits_processors),
+            strength=contrast.strength if contrast is not None else None,
+            watch=watch,
         )
         with self._lock:
             self._check_open()
             tokenized = self._tokenize(prompt, images, raw=raw)
-            self.engine.check(tokenized, guidance)
-            return Stream(Run(self, tokenized, guidance, sampling, limits, progress))
+            degraded = None
+            if contrast is None:
+                self.engine.check(tokenized, guidance)
+            else:
+                degraded = self._tokenize(contrast.prompt, contrast.images, raw=raw)
+                ContrastEngine(self.engine).check(tokenized, degraded)
+            return Stream(Run(self, tokenized, degraded, guidance, sampling, limits, progress))
 
     create_chat_completion = create_chat_completion
 

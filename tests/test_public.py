@@ -13,6 +13,7 @@ PUBLIC = [
     "CMGChatHandler",
     "CMGError",
     "ContextLengthError",
+    "Contrast",
     "CumulativeMass",
     "EvaluationError",
     "Guidance",

@@ -40,6 +40,15 @@ class Sampler:
         )
         self._sampler = _core.PairSampler(model.n_vocab, *(chain or 0 for chain in chains))
 
+    @property
+    def alpha(self) -> float:
+        """Strength of guidance in the draws to come; may be changed between them."""
+        return self._state.alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._state.alpha = alpha
+
     def sample(self, logits: int, original: int, degraded: int) -> tuple[int, int]:
         """(guided token, plain token) from rows at these addresses.
 
