@@ -20,6 +20,7 @@ READINGS: dict[str, tuple[Label | None, Label | None, Label | None, Label | None
     "NO": ("yes", "no", "no", "no"),
     "No!": ("yes", "no", "no", "no"),
     "No, there is no dog.": ("no", None, "no", "no"),
+    "No, it is a cat.": ("no", None, "no", "no"),
     "Yes, but not a big one.": ("no", None, "yes", "yes"),
     "Yes. There is no dog.": ("yes", None, "yes", None),
     "There is no dog, I think": ("no", None, None, "no"),

@@ -268,6 +268,20 @@ def test_auc_intervals_resample_clusters_and_are_paired() -> None:
     assert found["plain"].own.low < found["plain"].own.value < found["plain"].own.high
 
 
+def test_auc_intervals_equal_a_plain_loop() -> None:
+    rng = np.random.default_rng(3)
+    labels, margins = rng.random(30) < 0.5, rng.standard_normal(30)
+    clusters = [f"{k % 7}" for k in range(30)]
+    found = bootstrap_auc({"a": margins}, labels, clusters, baseline="a", n=50, seed=9)["a"].own
+    draws = np.random.default_rng(9)
+    values = []
+    for _ in range(50):
+        weights = draws.multinomial(7, [1 / 7] * 7)
+        each = np.array([weights[int(cluster)] for cluster in clusters], dtype=float)
+        values.append(100 * loop_auc(margins, labels, each))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+
+
 @pytest.mark.parametrize(
     ("margins", "message"),
     [([1.0], "1 margins, 2 labels and 2 clusters"), ([1.0, float("nan")], "margins that are nan")],
