@@ -49,7 +49,7 @@ def forced(vlm: GuidedVLM, tokens: list[int], *asked: Any) -> list[FloatArray]:
         return row
 
     seen: list[FloatArray] = []
-    said = vlm.generate(*asked, guidance=PLAIN, max_tokens=N, logits_processors=[only])
+    said = vlm.generate(*asked, guidance=PLAIN, max_tokens=len(tokens), logits_processors=[only])
     assert ids(said) == tokens
     return seen
 
