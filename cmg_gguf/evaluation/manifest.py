@@ -35,8 +35,8 @@ _SILENT = ("n_threads", "verbose", "progress", "use_mmap", "main_gpu")
 class ModelFiles:
     """A model that any process can open. options: keyword arguments of `GuidedVLM`."""
 
-    model: Path
-    mmproj: Path
+    model: str | Path
+    mmproj: str | Path
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def open(self) -> GuidedVLM:
@@ -50,8 +50,8 @@ class ModelFiles:
         """Name, size and checksum of both files, and the options that change answers."""
         options = {k: v for k, v in sorted(self.options.items()) if k not in _SILENT}
         return {
-            "model": _file_identity(self.model),
-            "mmproj": _file_identity(self.mmproj),
+            "model": _file_identity(Path(self.model)),
+            "mmproj": _file_identity(Path(self.mmproj)),
             "options": options,
         }
 

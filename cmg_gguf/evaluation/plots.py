@@ -52,8 +52,7 @@ def _matplotlib() -> Any:
 
 def _plane(figure_class: Any, report: Report, across: str, up: str) -> Any:
     """A point for each method and part, with its interval in both directions."""
-    figure = figure_class(figsize=(4 * len(report.parts), 4), layout="constrained")
-    axes = figure.subplots(1, len(report.parts), squeeze=False, sharex=True, sharey=True)[0]
+    figure, axes = _panels(figure_class, len(report.parts))
     for axis, part in zip(axes, report.parts, strict=True):
         for row in part.rows:
             x, y = row.figures[across].own, row.figures[up].own
@@ -80,14 +79,24 @@ def _changes(figure_class: Any, report: Report) -> Any:
     known = {method: [p for p in found if _has_margins(p)] for method, found in pairs.items()}
     if not all(known.values()):
         return _counts(figure_class, report)
-    figure = figure_class(figsize=(3.2 * len(others), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(others), squeeze=False, sharex=True, sharey=True)[0]
+    figure, axes = _panels(figure_class, len(others))
     for axis, method in zip(axes, others, strict=True):
         _margins(axis, known[method])
         axis.set(title=method, xlabel=f"log p(yes) - log p(no), {report.baseline}")
     axes[0].set_ylabel("the same, by the method")
     axes[-1].legend(fontsize="small")
     return figure
+
+
+def _panels(figure_class: Any, n: int) -> tuple[Any, Any]:
+    """A figure and its n axes, up to four in a row."""
+    columns = min(n, 4)
+    rows = -(-n // columns)
+    figure = figure_class(figsize=(4 * columns, 3.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axis in axes[n:]:
+        axis.set_visible(False)
+    return figure, axes[:n]
 
 
 def _margins(axis: Any, pairs: Sequence[tuple[Record, Record]]) -> None:

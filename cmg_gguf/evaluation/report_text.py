@@ -122,8 +122,8 @@ def notes(report: Report) -> list[str]:
     if report.biases is not None:
         one, other = report.biases
         lines.append(
-            f"yes-bias: {one:+.3f} and {other:+.3f} logits on yes for two halves of the images, each "
-            "fitted on the other half to the share of yes of cmg; no label enters."
+            f"yes-bias: {one:+.3f} and {other:+.3f} logits on yes for two halves of the images, "
+            "each fitted on the other half to the share of yes of cmg; no label enters."
         )
     if report.baseline != "greedy":
         lines.append(f"greedy was not run; differences are to {report.baseline} instead.")
