@@ -34,10 +34,10 @@ class Dask:
                 f"no Dask scheduler answers at {self.address} ({exc}); start one: dask scheduler"
             ) from exc
         with client:
-            sent = client.scatter(job, broadcast=True, hash=False)
-            futures = [client.submit(_do, sent, work, pure=False) for work in works]
+            # Not scattered: the job would be lost with the workers that hold it.
+            futures = [client.submit(_do, job, work, pure=False) for work in works]
             try:
-                for future in distributed.as_completed(futures):
+                for future in distributed.as_completed(futures, loop=client.loop):
                     yield from future.result()
             except distributed.KilledWorker as exc:
                 raise BackendError(

@@ -10,7 +10,6 @@ is an option of `GuidedVLM`. alpha=0,beta=0 is plain decoding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from cmg_gguf.errors import UnsupportedError
@@ -76,14 +75,15 @@ class Answerer:
         settings: str | None = None,
         alpha: float | None = None,
         beta: float | None = None,
-        batch_size: int | str = 1,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
         device: str | None = None,
         **options: Any,
     ) -> None:
-        """batch_size, device: what lmms-eval passes to every model; one request at a time here."""
+        """batch_size, device: what lmms-eval tells every model; this one takes one at a time."""
         from cmg_gguf.vlm import GuidedVLM
 
-        if str(batch_size) != "1":
+        if batch_size is not None and str(batch_size) != "1":
             raise UnsupportedError(f"batch_size={batch_size} is not supported: only 1")
         base = load_settings(settings).guidance if settings else Guidance()
         given = {"alpha": alpha, "beta": beta}
@@ -123,7 +123,7 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
 
 
 def _unsupported(what: str) -> Callable[..., Any]:
-    def refuse(what: str, self: Any, requests: Any) -> Any:
+    def refuse(self: Any, requests: Any) -> Any:
         raise UnsupportedError(f"cmg_gguf gives no {what}; choose tasks that generate answers")
 
-    return partial(refuse, what)
+    return refuse

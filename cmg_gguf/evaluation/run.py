@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,7 +115,9 @@ def evaluate(
     told = {**told, "shard": {"part": str(shard), **counted(own.items)}}
     folder = Path(folder)
     _claim(folder, told)
-    job = Job(task, model, tuple(methods), seed)
+    # A copy, without what the task has read and keeps: a job travels.
+    lean = replace(task) if is_dataclass(task) and not isinstance(task, type) else task
+    job = Job(lean, model, tuple(methods), seed)
     with Journal(folder / JOURNAL) as journal:
         _answer_all(job, mine, journal, executor, progress or (lambda done, total: None))
         records = dict(journal.records)
