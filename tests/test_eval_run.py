@@ -126,6 +126,7 @@ def test_shards_merged_are_the_whole(
     for i, folder in enumerate(folders, start=1):
         part = ran(task, pair, NAMES, folder, shard=Shard(i, 3))
         assert len(part.records) < N_ANSWERS
+        assert read_run(folder, task) == part
     merged = merge(folders[::-1], tmp_path / "merged", task)
     assert untimed(merged.records) == untimed(reference.records)
     assert merged.manifest == reference.manifest

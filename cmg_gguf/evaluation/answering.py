@@ -67,7 +67,8 @@ class Answerer:
     def answers(self, work: Work) -> Iterator[Record]:
         """A record for each item and method of the work.
 
-        What is wrong with one item is in its records; what is wrong with the model is raised.
+        Why an item cannot be answered is in its records. Raises GuidanceError for settings that the
+        model cannot follow.
         """
         items = [item for item, _ in work.items]
         try:

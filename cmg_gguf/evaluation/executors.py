@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -60,8 +61,10 @@ _answerer: Answerer | Exception | None = None
 
 
 def _begin(job: Job) -> None:
-    # What an initializer raises would only show as a broken pool: it is told by the first work.
+    # Ctrl-C is for the process that started this one. What an initializer raises would only show as
+    # a broken pool: it is told by the first work.
     global _answerer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _answerer = Answerer(job, job.model.open())
     except Exception as exc:

@@ -138,14 +138,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a finished file. Raises EvaluationError."""
+    """The records of a file, but for a torn last line. Raises EvaluationError."""
     try:
-        lines = path.read_bytes().splitlines()
+        content = path.read_bytes()
     except OSError as exc:
         raise EvaluationError(
             f"{path} cannot be read ({exc.strerror}); finish the run first, or name its folder"
         ) from exc
-    return list(_parsed(lines, path))
+    return list(_parsed(content[: content.rfind(b"\n") + 1].splitlines(), path))
 
 
 def read_object(path: Path) -> dict[str, Any]:

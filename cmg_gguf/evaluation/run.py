@@ -145,8 +145,7 @@ def merge(folders: Sequence[str | Path], into: str | Path, task: Task | None = N
     told = _whole([(Path(folder), _finished_manifest(Path(folder))) for folder in folders])
     records: dict[tuple[str, str], Record] = {}
     for folder in folders:
-        with Journal(Path(folder) / JOURNAL) as journal:
-            records.update(journal.records)
+        records.update({record.key: record for record in read_records(Path(folder) / JOURNAL)})
     task = task if task is not None else task_from(told["task"])
     read = _items_of(task, told["items"], {item for item, _ in records}, Path(folders[0]))
     told = {**told, "shard": {"part": str(WHOLE), **counted(read.items)}}
