@@ -141,8 +141,18 @@ def test_without_greedy_the_first_method_is_compared_with(pair: TinyPair, tmp_pa
     task = squares(tmp_path / "pictures", n=2, yes_no=False)
     report = make_report(ran(task, pair, "cmg,sample", tmp_path / "run"), n_samples=10)
     assert report.baseline == "cmg"
-    assert "greedy was not run; differences are to cmg" in markdown(report)
+    assert "greedy was not run" in markdown(report)
+    assert "Differences to cmg" in markdown(report)
     assert "auc" not in report.parts[0].rows[0].figures
+
+
+def test_any_method_can_be_the_baseline(run: Run) -> None:
+    report = make_report(run, baseline="yes-bias", n_samples=10)
+    rows = {row.method: row for row in report.parts[0].rows}
+    assert rows["yes-bias"].figures["letters"].difference is None
+    assert rows["cmg"].figures["letters"].difference is not None
+    with pytest.raises(EvaluationError, match=r"'best' was not run in .*; name one of greedy"):
+        make_report(run, baseline="best")
 
 
 def test_a_run_without_answers_has_no_report(pair: TinyPair, tmp_path: Path) -> None:

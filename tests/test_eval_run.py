@@ -76,6 +76,25 @@ def test_a_yes_no_record_tells_its_first_token(whole: Run) -> None:
             assert record.seconds > 0
 
 
+def test_questions_about_no_image_are_asked_like_all_others(
+    task: Squares, pair: TinyPair, tmp_path: Path
+) -> None:
+    class Texts(Squares):
+        def items(self) -> Iterator[Item]:
+            for item in read_items(task).items[:2]:
+                yield replace(item, image=None)
+
+    names = "greedy,cmg,vcd,no-image,m3id,icd"
+    run = ran(Texts(task.folder), pair, names, tmp_path / "run")
+    answers = {record.key: record.answer for record in run.records}
+    assert not run.problems
+    for item in run.items:
+        # Without an image there is nothing to mask, to noise or to leave out.
+        plain = answers[item.id, "greedy"]
+        assert plain
+        assert all(answers[item.id, name] == plain for name in ("cmg", "vcd", "no-image", "m3id"))
+
+
 def test_a_finished_run_is_not_asked_again(
     whole: Run, task: Squares, monkeypatch: pytest.MonkeyPatch, pair: TinyPair
 ) -> None:

@@ -82,13 +82,22 @@ class Report:
     biases: tuple[float, float] | None
 
 
-def make_report(run: Run, *, n_samples: int = N_SAMPLES, seed: int = 0) -> Report:
-    """The figures of a finished run. n_samples, seed: of the bootstrap.
+def make_report(
+    run: Run, *, baseline: str | None = None, n_samples: int = N_SAMPLES, seed: int = 0
+) -> Report:
+    """The figures of a finished run.
 
-    Raises EvaluationError if no item was answered by all methods.
+    baseline: the method that others are compared with; None = greedy, or the first if that was not
+    run. n_samples, seed: of the bootstrap. Raises EvaluationError if no item was answered by all
+    methods, or the baseline is none of them.
     """
     methods = run.methods
-    baseline = BASELINE if BASELINE in methods else methods[0]
+    if baseline is None:
+        baseline = BASELINE if BASELINE in methods else methods[0]
+    if baseline not in methods:
+        raise EvaluationError(
+            f"method {baseline!r} was not run in {run.folder}; name one of {', '.join(methods)}"
+        )
     records = {record.key: record for record in run.records}
     answered = [
         item
@@ -106,11 +115,12 @@ def make_report(run: Run, *, n_samples: int = N_SAMPLES, seed: int = 0) -> Repor
         parts |= {name: [item for item in answered if item.part == name] for name in names}
     settings = run.manifest["methods"]
     biased = any(told["method"] == "YesBias" for told in settings.values())
+    sampling = _Bootstrap(baseline, n_samples, seed)
     return Report(
         run=run,
         baseline=baseline,
         parts=tuple(
-            _part(name, run.task, items, methods, baseline, records, n_samples, seed)
+            _part(name, run.task, items, _by_method(records, methods, items), sampling)
             for name, items in parts.items()
         ),
         unanswered=len(run.items) - len(answered),
@@ -128,46 +138,48 @@ def verdict(difference: Estimate) -> str:
     return "lower" if difference.high < 0 else "no difference shown"
 
 
-def _part(
-    name: str,
-    task: Task,
-    items: Sequence[Item],
-    methods: Sequence[str],
-    baseline: str,
-    records: Mapping[tuple[str, str], Record],
-    n_samples: int,
-    seed: int,
-) -> Part:
-    told = {method: [records[item.id, method] for item in items] for method in methods}
+@dataclass(frozen=True)
+class _Bootstrap:
+    baseline: str
+    n: int
+    seed: int
+
+
+Told = Mapping[str, Sequence[Record]]
+"""Records of the items of a part, in their order, by method."""
+
+
+def _by_method(
+    records: Mapping[tuple[str, str], Record], methods: Sequence[str], items: Sequence[Item]
+) -> Told:
+    return {method: [records[item.id, method] for item in items] for method in methods}
+
+
+def _part(name: str, task: Task, items: Sequence[Item], told: Told, bs: _Bootstrap) -> Part:
     tables = {
-        method: table(task, items, [record.answer for record in told[method]]) for method in methods
+        method: table(task, items, [record.answer for record in found])
+        for method, found in told.items()
     }
-    found = bootstrap(task.figures, tables, baseline=baseline, n=n_samples, seed=seed)
-    areas = _areas(items, told, baseline, n_samples, seed)
-    base_seconds = sum(record.seconds for record in told[baseline])
+    figures = bootstrap(task.figures, tables, baseline=bs.baseline, n=bs.n, seed=bs.seed)
+    areas = _areas(items, told, bs)
+    base_seconds = sum(record.seconds for record in told[bs.baseline])
     rows = []
-    for method in methods:
-        seconds = sum(record.seconds for record in told[method])
+    for method, found in told.items():
+        seconds = sum(record.seconds for record in found)
         rows.append(
             Row(
                 method=method,
-                figures={**found[method], **areas.get(method, {})},
+                figures={**figures[method], **areas.get(method, {})},
                 seconds=seconds / len(items),
                 cost=seconds / base_seconds if base_seconds else float("nan"),
-                tokens=sum(record.tokens for record in told[method]) / len(items),
-                changes=_changes(task, items, told[baseline], told[method]),
+                tokens=sum(record.tokens for record in found) / len(items),
+                changes=_changes(task, items, told[bs.baseline], found),
             )
         )
-    return Part(name, len(items), len(tables[baseline].clusters), tuple(rows))
+    return Part(name, len(items), len(tables[bs.baseline].clusters), tuple(rows))
 
 
-def _areas(
-    items: Sequence[Item],
-    told: Mapping[str, Sequence[Record]],
-    baseline: str,
-    n_samples: int,
-    seed: int,
-) -> dict[str, dict[str, Result]]:
+def _areas(items: Sequence[Item], told: Told, bs: _Bootstrap) -> dict[str, dict[str, Result]]:
     """The AUC of the margins, by method, over the yes/no items where all methods have one."""
     kept = [
         i
@@ -182,7 +194,7 @@ def _areas(
         for method, records in told.items()
     }
     clusters = [items[i].cluster for i in kept]
-    found = bootstrap_auc(margins, labels, clusters, baseline=baseline, n=n_samples, seed=seed)
+    found = bootstrap_auc(margins, labels, clusters, baseline=bs.baseline, n=bs.n, seed=bs.seed)
     return {method: {"auc": result} for method, result in found.items()}
 
 

@@ -125,8 +125,8 @@ def notes(report: Report) -> list[str]:
             f"yes-bias: {one:+.3f} and {other:+.3f} logits on yes for two halves of the images, "
             "each fitted on the other half to the share of yes of cmg; no label enters."
         )
-    if report.baseline != "greedy":
-        lines.append(f"greedy was not run; differences are to {report.baseline} instead.")
+    if "greedy" not in report.run.methods:
+        lines.append("greedy was not run, so nothing here is compared with plain decoding.")
     return lines
 
 

@@ -18,6 +18,8 @@ Examples:
 
   cmg-gguf eval report runs/pope               tables here; report.md, figures.csv, plots there
 
+  cmg-gguf eval report runs/pope --baseline yes-bias
+
   cmg-gguf eval report runs/* --no-plots
 """
 MERGE_EXAMPLES = """\
@@ -40,6 +42,16 @@ def report(
     plots: Annotated[
         bool, typer.Option("--plots/--no-plots", help="Draw plots; they need matplotlib.")
     ] = True,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            metavar="NAME",
+            show_default="greedy",
+            help="The method that others are compared with: yes-bias, say, to see what is left of "
+            "a gain once a shift towards yes is taken off.",
+        ),
+    ] = None,
     samples: Annotated[
         int, typer.Option("--samples", min=1, metavar="N", help="Samples of the bootstrap.")
     ] = 2000,
@@ -60,7 +72,7 @@ def report(
     for folder in runs:
         run = read_run(folder)
         tell_skipped(err, run)
-        made = make_report(run, n_samples=samples)
+        made = make_report(run, baseline=baseline, n_samples=samples)
         write_rendered(rendered(made))
         written = write_report(made, folder)
         if plots:
