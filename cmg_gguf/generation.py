@@ -5,6 +5,7 @@ Knows a vocabulary and a sampler; knows nothing of chats or of how the prompt ca
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ class Vocabulary(Protocol):
 
     def token_bytes(self, token: int) -> bytes: ...
     def is_end(self, token: int) -> bool: ...
+
+
+Watch = Callable[[IntArray, Callable[[], FloatArray]], None]
+"""(tokens so far (n,) int32, score). score() computes (n_vocab,) float32: the logits under guidance
+before the plausibility cut and all samplers; only for as long as the call lasts."""
 
 
 class Engine(Protocol):
@@ -125,8 +131,7 @@ class Limits:
     answer. top_logprobs: None = no log-probabilities, else how many alternatives per token.
     processors: change the logits that are drawn from, before everything else in the chain.
     strength: alpha of the draw behind n tokens, by n; None = `Guidance.alpha` for all. watch: is
-    shown every draw's (tokens so far, score): (n,) int32 and (n_vocab,) float32, the logits under
-    guidance before the plausibility cut and all samplers.
+    called before every draw, see `Watch`.
 
     Raises SamplingError for a stop string or a number of alternatives that cannot be.
     """
@@ -136,7 +141,7 @@ class Limits:
     top_logprobs: int | None = None
     processors: Sequence[LogitsProcessor] = ()
     strength: Callable[[int], float] | None = None
-    watch: Callable[[IntArray, FloatArray], None] | None = None
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         StopStrings(self.stop)
@@ -231,7 +236,8 @@ def _draw(
         drawn_from = processed.ctypes.data
     if limits.watch is not None:
         base = processed if limits.processors else engine.original_logits
-        limits.watch(np.array(ids, np.int32), _score(engine, base, drawer.alpha))
+        score = functools.partial(_score, engine, base, drawer.alpha)
+        limits.watch(np.array(ids, np.int32), score)
         check()
     token, plain = drawer.sample(drawn_from, original, degraded)
     text = vocabulary.token_bytes(token).decode("utf-8", "replace")

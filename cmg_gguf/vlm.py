@@ -14,7 +14,7 @@ from cmg_gguf import _core
 from cmg_gguf.contrast import Contrast, ContrastEngine
 from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import ModelError, PromptError, UnsupportedError
-from cmg_gguf.generation import Limits, Reply
+from cmg_gguf.generation import Limits, Reply, Watch
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.images import ImageSource, load_image
 from cmg_gguf.openai import create_chat_completion
@@ -23,7 +23,7 @@ from cmg_gguf.runtime.context import ContextOptions, LlamaContext, usable_thread
 from cmg_gguf.runtime.log import set_verbose
 from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
-from cmg_gguf.runtime.protocol import FloatArray, IntArray, Prompt
+from cmg_gguf.runtime.protocol import Prompt
 from cmg_gguf.sampling import Sampling
 from cmg_gguf.stream import Progress, Run, Stream
 
@@ -197,7 +197,7 @@ class GuidedVLM:
         raw: bool = False,
         top_logprobs: int | None = None,
         logits_processors: Sequence[Callable[..., Any]] = (),
-        watch: Callable[[IntArray, FloatArray], None] | None = None,
+        watch: Watch | None = None,
         progress: Progress | None = None,
     ) -> Stream:
         """An answer as it comes: iterate over its pieces, then read `.reply`.
@@ -207,8 +207,8 @@ class GuidedVLM:
         `Guidance()`. contrast: None = the degraded branch is the same prompt with image tokens
         masked; else it is that prompt, unmasked, and of `guidance` alpha and beta alone count.
         sampling: None = greedy. raw: `prompt` is the full text for the model, without template;
-        each "<__media__>" in it stands for one image. watch: is shown each draw's scores, see
-        `Limits`.
+        each "<__media__>" in it stands for one image. watch: is called before each draw and can
+        look at its scores, see `generation.Watch`.
 
         What is wrong with the request is raised here, before anything is computed: PromptError,
         ContextLengthError, ImageError, GuidanceError, SamplingError. While iterating: BackendError.

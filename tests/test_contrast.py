@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,9 @@ def scores(vlm: GuidedVLM, *asked: Any, **settings: Any) -> tuple[Reply, list[Fl
     """An answer, and the scores that were drawn from."""
     seen: list[FloatArray] = []
 
-    def watch(tokens: IntArray, score: FloatArray) -> None:
+    def watch(tokens: IntArray, score: Callable[[], FloatArray]) -> None:
         assert len(tokens) == len(seen)
-        seen.append(score)
+        seen.append(score())
 
     return vlm.generate(*asked, max_tokens=N, watch=watch, **settings), seen
 

@@ -252,7 +252,7 @@ def test_margins_are_those_of_the_methods_own_scores(run: Run, vlm: GuidedVLM) -
                 [str(item.image)],
                 guidance=guidance,
                 max_tokens=1,
-                watch=lambda tokens, score, scores=scores: scores.append(score),
+                watch=lambda tokens, score, scores=scores: scores.append(score()),
             )
             record = next(r for r in run.records if r.key == (item.id, name))
             assert record.yes_margin == pytest.approx(words.margin(scores[0]), abs=1e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,9 +140,9 @@ class _FirstScores:
     def __init__(self) -> None:
         self.scores: FloatArray | None = None
 
-    def __call__(self, tokens: IntArray, scores: FloatArray) -> None:
+    def __call__(self, tokens: IntArray, score: Callable[[], FloatArray]) -> None:
         if not len(tokens):
-            self.scores = scores
+            self.scores = score()
 
 
 def _finite(value: float) -> float | None:
