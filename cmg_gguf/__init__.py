@@ -13,10 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmg_gguf.contrast import Contrast
     from cmg_gguf.errors import (
         BackendError,
         CMGError,
         ContextLengthError,
+        EvaluationError,
         GuidanceError,
         ImageError,
         ModelError,
@@ -49,7 +51,9 @@ __all__ = [
     "CMGChatHandler",
     "CMGError",
     "ContextLengthError",
+    "Contrast",
     "CumulativeMass",
+    "EvaluationError",
     "Guidance",
     "GuidanceError",
     "GuidedVLM",
@@ -74,7 +78,7 @@ __all__ = [
 ]
 
 # What is imported on first use, llama.cpp with it: `cmg-gguf --help` needs none. Light ones first.
-_MODULES = ("errors", "guidance", "sampling", "generation", "stream", "vlm", "handler")
+_MODULES = ("errors", "guidance", "sampling", "generation", "contrast", "stream", "vlm", "handler")
 
 
 def __getattr__(name: str) -> Any:

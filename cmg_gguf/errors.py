@@ -5,6 +5,7 @@
     │   ├── GuidanceError        (also ValueError)
     │   ├── SamplingError        (also ValueError)
     │   ├── ImageError           (also ValueError)
+    │   ├── EvaluationError      (also ValueError)
     │   └── PromptError          (also ValueError)
     │       └── ContextLengthError
     └── the world's
@@ -39,6 +40,10 @@ class SamplingError(CMGError, ValueError):
 
 class ImageError(CMGError, ValueError):
     """An image source cannot be read as an image, or the image is over a limit."""
+
+
+class EvaluationError(CMGError, ValueError):
+    """A benchmark's files or settings are missing or wrong, or results do not belong together."""
 
 
 class PromptError(CMGError, ValueError):

@@ -5,6 +5,7 @@ Knows a vocabulary and a sampler; knows nothing of chats or of how the prompt ca
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from cmg_gguf.engine import PairedEngine
 from cmg_gguf.errors import SamplingError
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.logits import combine, log_softmax
-from cmg_gguf.runtime.protocol import FloatArray
+from cmg_gguf.runtime.protocol import FloatArray, IntArray
 from cmg_gguf.sampling import LogitsProcessor
 from cmg_gguf.text import StopStrings, Utf8Stream
 
@@ -30,8 +30,31 @@ class Vocabulary(Protocol):
     def is_end(self, token: int) -> bool: ...
 
 
+Watch = Callable[[IntArray, Callable[[], FloatArray]], None]
+"""(tokens so far (n,) int32, score). score() computes (n_vocab,) float32: the logits under guidance
+before the plausibility cut and all samplers; only for as long as the call lasts."""
+
+
+class Engine(Protocol):
+    """What an answer needs of its two branches: see `cmg_gguf.engine.PairedEngine`."""
+
+    @property
+    def has_room(self) -> bool: ...
+    @property
+    def original_address(self) -> int: ...
+    @property
+    def degraded_address(self) -> int: ...
+    @property
+    def original_logits(self) -> FloatArray: ...
+    @property
+    def degraded_logits(self) -> FloatArray | None: ...
+    def step(self, token: int) -> None: ...
+
+
 class Drawer(Protocol):
     """What drawing tokens needs: see `cmg_gguf.runtime.sampler.Sampler`."""
+
+    alpha: float
 
     def sample(
         self, logits: int, original: int, degraded: Callable[[], int]
@@ -113,6 +136,8 @@ class Limits:
     max_tokens: at most this many; None = until the context is full. stop: strings that end the
     answer. top_logprobs: None = no log-probabilities, else how many alternatives per token.
     processors: change the logits that are drawn from, before everything else in the chain.
+    strength: alpha of the draw behind n tokens, by n; None = `Guidance.alpha` for all. watch: is
+    called before every draw, see `Watch`.
 
     Raises SamplingError for a stop string or a number of alternatives that cannot be.
     """
@@ -121,6 +146,8 @@ class Limits:
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
     processors: Sequence[LogitsProcessor] = ()
+    strength: Callable[[int], float] | None = None
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         StopStrings(self.stop)
@@ -139,7 +166,7 @@ class Answer:
 
 
 def generate(
-    engine: PairedEngine,
+    engine: Engine,
     drawer: Drawer,
     vocabulary: Vocabulary,
     guidance: Guidance,
@@ -197,7 +224,7 @@ def generate(
 
 
 def _draw(
-    engine: PairedEngine,
+    engine: Engine,
     drawer: Drawer,
     vocabulary: Vocabulary,
     guidance: Guidance,
@@ -205,11 +232,18 @@ def _draw(
     ids: list[int],
     check: Callable[[], None],
 ) -> Token:
+    if limits.strength is not None:
+        drawer.alpha = limits.strength(len(ids))
     original = drawn_from = engine.original_address
     if limits.processors:
         processed = _processed(engine.original_logits, ids, limits.processors)
         check()  # a processor is the caller's code and can have used or closed the engine
         drawn_from = processed.ctypes.data
+    if limits.watch is not None:
+        base = processed if limits.processors else engine.original_logits
+        score = functools.partial(_score, engine, base, drawer.alpha)
+        limits.watch(np.array(ids, np.int32), score)
+        check()
     token, plain = drawer.sample(drawn_from, original, lambda: engine.degraded_address)
     text = vocabulary.token_bytes(token).decode("utf-8", "replace")
     if limits.top_logprobs is None:
@@ -218,13 +252,21 @@ def _draw(
         combine(
             engine.original_logits,
             engine.degraded_logits,
-            alpha=guidance.alpha,
+            alpha=drawer.alpha,
             beta=guidance.beta,
         )
     )
     best = np.argsort(-logprobs, kind="stable")[: limits.top_logprobs]
     top = tuple((int(t), float(logprobs[t])) for t in best if np.isfinite(logprobs[t]))
     return Token(token, text, plain, float(logprobs[token]), top)
+
+
+def _score(engine: Engine, logits: FloatArray, alpha: float) -> FloatArray:
+    """What guidance makes of `logits`: l_o, or l_o changed by processors."""
+    score: FloatArray = logits.copy()
+    if (degraded := engine.degraded_logits) is not None:
+        score += np.float32(alpha) * (engine.original_logits - degraded)
+    return score
 
 
 def _processed(

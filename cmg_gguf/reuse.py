@@ -174,9 +174,9 @@ class PrefixReuse:
     def drop(self) -> None:
         """Forgets the request, and what was left unfinished by an interrupted `keep`."""
         self._request = None
-        self._n_beside = 0
         for slot in tuple(self._unsettled):
             self._clear(slot)
+        self._count_beside()
 
     def forget(self) -> None:
         """Lets all prefixes go."""

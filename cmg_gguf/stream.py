@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Literal
 
+from cmg_gguf.contrast import ContrastEngine
 from cmg_gguf.errors import BackendError
 from cmg_gguf.generation import Answer, Limits, Piece, Reply, Seconds, generate
 from cmg_gguf.guidance import Guidance
@@ -65,6 +66,7 @@ class Run:
         self,
         vlm: GuidedVLM,
         prompt: Prompt,
+        degraded: Prompt | None,
         guidance: Guidance,
         sampling: Sampling,
         limits: Limits,
@@ -73,6 +75,7 @@ class Run:
         self._vlm = vlm
         self.lock = vlm._lock
         self._prompt = prompt
+        self._degraded = degraded
         self._guidance = guidance
         self._limits = limits
         self._progress = progress or (lambda phase, done, total: None)
@@ -84,7 +87,9 @@ class Run:
         self.reply: Reply | None = None
 
     def pieces(self) -> Generator[Piece, None, None]:
-        vlm, engine = self._vlm, self._vlm.engine
+        vlm = self._vlm
+        contrast = ContrastEngine(vlm.engine) if self._degraded is not None else None
+        engine = contrast or vlm.engine
         vlm._check_open()
         vlm._request += 1
         mine = vlm._request
@@ -100,17 +105,24 @@ class Run:
 
         try:
             started = time.perf_counter()
-            engine.release()  # what an older answer leaves counts for what this one finds
-            if self._guidance.contrasts:
-                vlm._choice.settle()
-            first_row = engine.first_decoded_row(self._prompt, self._guidance)
-            prompt = vlm.projector.encode(
-                self._prompt, functools.partial(report, "encode"), first_row=first_row
-            )
+            vlm.engine.release()  # what an older answer leaves counts for what this one finds
+            first_row = 0
+            if contrast is None:
+                if self._guidance.contrasts:
+                    vlm._choice.settle()
+                first_row = vlm.engine.first_decoded_row(self._prompt, self._guidance)
+            encoding = functools.partial(report, "encode")
+            prompt = vlm.projector.encode(self._prompt, encoding, first_row=first_row)
+            if self._degraded is not None:
+                degraded = vlm.projector.encode(self._degraded, encoding)
             encoded = time.perf_counter()
-            engine.prefill(prompt, self._guidance, functools.partial(report, "prefill"))
+            prefilling = functools.partial(report, "prefill")
+            if contrast is not None:
+                contrast.prefill(prompt, degraded, prefilling)
+            else:
+                vlm.engine.prefill(prompt, self._guidance, prefilling)
             prefilled = time.perf_counter()
-            layers, n_reused = engine.layers, engine.n_reused
+            layers, n_reused = vlm.engine.layers, vlm.engine.n_reused
             yield from generate(
                 engine,
                 self._sampler,
@@ -125,7 +137,7 @@ class Run:
         finally:
             with self.lock:
                 if vlm._request == mine:
-                    engine.release()
+                    vlm.engine.release()
 
     def _finished(
         self, prompt: Prompt, n_reused: int, layers: tuple[int, ...], seconds: Seconds

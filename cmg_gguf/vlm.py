@@ -12,9 +12,10 @@ import llama_cpp
 
 from cmg_gguf import _core
 from cmg_gguf.calibration import Choice, cost_key
+from cmg_gguf.contrast import Contrast, ContrastEngine
 from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import ModelError, PromptError, UnsupportedError
-from cmg_gguf.generation import Limits, Reply
+from cmg_gguf.generation import Limits, Reply, Watch
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.images import ImageSource, image_id, load_image
 from cmg_gguf.openai import create_chat_completion
@@ -267,20 +268,25 @@ class GuidedVLM:
         images: Sequence[ImageSource] = (),
         *,
         guidance: Guidance | None = None,
+        contrast: Contrast | None = None,
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         raw: bool = False,
         top_logprobs: int | None = None,
         logits_processors: Sequence[Callable[..., Any]] = (),
+        watch: Watch | None = None,
         progress: Progress | None = None,
     ) -> Stream:
         """An answer as it comes: iterate over its pieces, then read `.reply`.
 
         prompt: a question, or a list of chat messages; a media marker in it is just text. images:
         seen before the question; with messages, put them in there instead. guidance: None =
-        `Guidance()`. sampling: None = greedy. raw: `prompt` is the full text for the model, without
-        template; each "<__media__>" in it stands for one image.
+        `Guidance()`. contrast: None = the degraded branch is the same prompt with image tokens
+        masked; else it is that prompt, unmasked, and of `guidance` alpha and beta alone count.
+        sampling: None = greedy. raw: `prompt` is the full text for the model, without template;
+        each "<__media__>" in it stands for one image. watch: is called before each draw and can
+        look at its scores, see `generation.Watch`.
 
         What is wrong with the request is raised here, before anything is computed: PromptError,
         ContextLengthError, ImageError, GuidanceError, SamplingError. While iterating: BackendError.
@@ -292,12 +298,19 @@ class GuidedVLM:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             top_logprobs=top_logprobs,
             processors=tuple(logits_processors),
+            strength=contrast.strength if contrast is not None else None,
+            watch=watch,
         )
         with self._lock:
             self._check_open()
             tokenized = self._tokenize(prompt, images, raw=raw)
-            self.engine.check(tokenized, guidance)
-            return Stream(Run(self, tokenized, guidance, sampling, limits, progress))
+            degraded = None
+            if contrast is None:
+                self.engine.check(tokenized, guidance)
+            else:
+                degraded = self._tokenize(contrast.prompt, contrast.images, raw=raw)
+                ContrastEngine(self.engine).check(tokenized, degraded)
+            return Stream(Run(self, tokenized, degraded, guidance, sampling, limits, progress))
 
     create_chat_completion = create_chat_completion
 

@@ -33,6 +33,7 @@ void bind_sampler(py::module_ & m) {
                 state.degraded = pointer<const float>(degraded);
             },
             py::arg("original"), py::arg("degraded"))
+        .def_readwrite("alpha", &GuidanceState::alpha)
         .def_readonly("finite", &GuidanceState::finite);
     py::class_<PairSampler>(m, "PairSampler")
         .def(py::init(&new_pair_sampler), py::arg("n_vocab"), py::arg("constraints"),

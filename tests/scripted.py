@@ -62,6 +62,7 @@ class Script:
         self.given: list[tuple[int, int, int]] = []
         self.rows: list[FloatArray] = []
         self.accepted: list[int] = []
+        self.alpha = 1.0
 
     def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
         self.given.append((logits, original, degraded()))

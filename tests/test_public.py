@@ -13,7 +13,9 @@ PUBLIC = [
     "CMGChatHandler",
     "CMGError",
     "ContextLengthError",
+    "Contrast",
     "CumulativeMass",
+    "EvaluationError",
     "Guidance",
     "GuidanceError",
     "GuidedVLM",
@@ -50,9 +52,10 @@ def test_every_public_name_can_be_imported_and_is_documented() -> None:
 
 def test_every_error_is_a_cmg_error() -> None:
     errors = [getattr(cmg_gguf, name) for name in PUBLIC if name.endswith("Error")]
-    assert len(errors) == 10
+    assert len(errors) == 11
     assert all(issubclass(error, cmg_gguf.CMGError) for error in errors)
     for error in (
+        cmg_gguf.EvaluationError,
         cmg_gguf.GuidanceError,
         cmg_gguf.SamplingError,
         cmg_gguf.ImageError,

@@ -9,6 +9,7 @@ import typer
 from cmg_gguf import __version__
 from cmg_gguf.cli import chat, info, run
 from cmg_gguf.cli.bundle import bundled
+from cmg_gguf.cli.evaluate import app as evaluate
 
 NAME = "cmg-gguf"
 EXAMPLES = """\
@@ -50,3 +51,4 @@ def root(
 app.command(epilog=run.EXAMPLES)(bundled(run.run))
 app.command(epilog=chat.EXAMPLES)(bundled(chat.chat))
 app.command(epilog=info.EXAMPLES)(bundled(info.info))
+app.add_typer(evaluate)

@@ -1,17 +1,19 @@
-"""Flags of Cross-Modal Guidance. Their defaults are those of `Guidance`."""
+"""Flags of Cross-Modal Guidance. What is not given is what a settings file says, or a default."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from cmg_gguf.cli.options import format_layers, format_tokens, parse_layers, parse_tokens
 from cmg_gguf.errors import GuidanceError
 from cmg_gguf.guidance import MAX_ALPHA, Guidance, LayerRange, Refresh, Scope
+from cmg_gguf.settings import Settings, load_settings
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 
@@ -19,10 +21,11 @@ _DEFAULT = Guidance()
 _flag = partial(typer.Option, rich_help_panel="Guidance")
 
 
-def _valid(parse: Callable[[str], object]) -> Callable[[str], str]:
-    def check(text: str) -> str:
+def _valid(parse: Callable[[str], object]) -> Callable[[str | None], str | None]:
+    def check(text: str | None) -> str | None:
         try:
-            parse(text)
+            if text is not None:
+                parse(text)
         except GuidanceError as exc:
             raise typer.BadParameter(str(exc)) from exc
         return text
@@ -30,92 +33,118 @@ def _valid(parse: Callable[[str], object]) -> Callable[[str], str]:
     return check
 
 
-Layers = Annotated[
-    str,
-    _flag(
-        "--layers",
-        metavar="LAYERS",
-        callback=_valid(parse_layers),
-        help="Layers that are masked: by number from 0 (10-20 or 3,5,7), by depth (1/3- or 0.5-1), "
-        "all, none, those that hold a share of the attention on the image (mass:0.5), or a share "
-        "of the layers, those that turn the hidden state most (cosine:0.5).",
-    ),
-]
 LAYERS = format_layers(LayerRange())
+_layers_flag = partial(
+    _flag,
+    "--layers",
+    metavar="LAYERS",
+    callback=_valid(parse_layers),
+    help="Layers that are masked: by number from 0 (10-20 or 3,5,7), by depth (1/3- or 0.5-1), "
+    "all, none, those that hold a share of the attention on the image (mass:0.5), or a share "
+    "of the layers, those that turn the hidden state most (cosine:0.5).",
+)
+Layers = Annotated[str, _layers_flag()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceFlags:
     """How strong guidance is, and what it masks."""
 
+    settings: Annotated[
+        Path | None,
+        _flag(
+            "--settings",
+            metavar="FILE",
+            help="A file of guidance settings, as cmg-gguf eval tune writes it; the flags below "
+            "win over it.",
+        ),
+    ] = None
     alpha: Annotated[
-        float,
+        float | None,
         _flag(
             "--alpha",
             min=0.0,
             max=MAX_ALPHA,
             metavar="X",
+            show_default=str(_DEFAULT.alpha),
             help="Strength: how far tokens are pushed away from what the model would say with the "
             "image masked; 0 = not at all.",
         ),
-    ] = _DEFAULT.alpha
+    ] = None
     beta: Annotated[
-        float,
+        float | None,
         _flag(
             "--beta",
             min=0.0,
             max=1.0,
             metavar="X",
+            show_default=str(_DEFAULT.beta),
             help="Plausibility cut: tokens below this share of the likeliest token's probability "
             "are out; 0 = none, 1 = all but the likeliest.",
         ),
-    ] = _DEFAULT.beta
+    ] = None
     tokens: Annotated[
-        str,
+        str | None,
         _flag(
             "--tokens",
             metavar="TOKENS",
             callback=_valid(parse_tokens),
+            show_default=format_tokens(_DEFAULT.tokens),
             help="Image tokens that are masked in each layer: a share of them, the most attended "
             "(top:0.5), those so many standard deviations above the mean (std:1), or the fewest "
             "that hold a share of the attention (mass:0.8).",
         ),
-    ] = format_tokens(_DEFAULT.tokens)
-    layers: Layers = LAYERS
+    ] = None
+    layers: Annotated[str | None, _layers_flag(show_default=LAYERS)] = None
     scope: Annotated[
-        Scope,
+        Scope | None,
         _flag(
             "--scope",
+            show_default=_DEFAULT.scope,
             help="Rows that are masked: decode = the answer and the prompt's last, text = all text "
             "behind the first image, all = image rows too.",
         ),
-    ] = _DEFAULT.scope
+    ] = None
     refresh: Annotated[
-        Refresh,
+        Refresh | None,
         _flag(
             "--refresh",
+            show_default=_DEFAULT.refresh,
             help="When image tokens are chosen: step = anew for each row, prompt = once, by the "
             "prompt's last row.",
         ),
-    ] = _DEFAULT.refresh
+    ] = None
     no_guidance: Annotated[
         bool, _flag("--no-guidance", help="Plain decoding: alpha 0 and beta 0.")
     ] = False
 
     def guidance(self) -> Guidance:
-        """The same as a value. Raises BadParameter where two flags contradict each other."""
+        """The same as a value: flags over the file over defaults.
+
+        Raises BadParameter where two flags contradict each other; GuidanceError for a wrong file.
+        """
         if self.no_guidance:
-            if (self.alpha, self.beta) != (_DEFAULT.alpha, _DEFAULT.beta):
+            if (self.alpha, self.beta) != (None, None):
                 raise typer.BadParameter(
                     "it stands for --alpha 0 --beta 0; leave those two out",
                     param_hint="'--no-guidance'",
                 )
+            if self.settings is not None:
+                raise typer.BadParameter(
+                    "no settings count under --no-guidance; leave one of the two out",
+                    param_hint="'--settings'",
+                )
             return PLAIN
-        return Guidance(
-            alpha=self.alpha,
-            beta=self.beta,
-            tokens=parse_tokens(self.tokens),
-            layers=parse_layers(self.layers),
-            scope=self.scope,
-            refresh=self.refresh,
-        )
+        return replace(self.file().guidance, **self._given())
+
+    def file(self) -> Settings:
+        """What the settings file says; the defaults without one. Raises GuidanceError."""
+        return Settings(_DEFAULT) if self.settings is None else load_settings(self.settings)
+
+    def _given(self) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in ("alpha", "beta", "scope", "refresh")}
+        if self.tokens is not None:
+            given["tokens"] = parse_tokens(self.tokens)
+        if self.layers is not None:
+            given["layers"] = parse_layers(self.layers)
+        return {name: value for name, value in given.items() if value is not None}

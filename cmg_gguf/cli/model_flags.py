@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -146,24 +146,24 @@ class ModelFlags:
         """The loaded model. Raises CMGError; BadParameter where a file is not named."""
         from cmg_gguf.vlm import GuidedVLM
 
-        model, mmproj = self.pair()
-        return GuidedVLM(
-            model,
-            mmproj,
-            n_ctx=self.ctx_size,
-            n_ubatch=self.ubatch_size,
-            n_threads=self.threads,
-            n_gpu_layers=self.n_gpu_layers,
-            flash_attn={"on": True, "off": False}.get(self.flash_attn),
-            type_k=self.cache_type_k,
-            type_v=self.cache_type_v,
-            chat_template=self.chat_template,
-            pairing=self.pairing,
-            prefix_cells=self.prefix_cells,
-            strategy=self.strategy,
-            verbose=self.verbose,
-            progress=progress,
-        )
+        return GuidedVLM(*self.pair(), **self.options(), progress=progress)
+
+    def options(self) -> dict[str, Any]:
+        """The flags as keyword arguments of `GuidedVLM`."""
+        return {
+            "n_ctx": self.ctx_size,
+            "n_ubatch": self.ubatch_size,
+            "n_threads": self.threads,
+            "n_gpu_layers": self.n_gpu_layers,
+            "flash_attn": {"on": True, "off": False}.get(self.flash_attn),
+            "type_k": self.cache_type_k,
+            "type_v": self.cache_type_v,
+            "chat_template": self.chat_template,
+            "pairing": self.pairing,
+            "prefix_cells": self.prefix_cells,
+            "strategy": self.strategy,
+            "verbose": self.verbose,
+        }
 
     def pair(self) -> tuple[Path, Path]:
         """Model and projector file. Raises BadParameter where one is not named."""

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from cmg_gguf.cli.options import format_numbers
@@ -64,6 +74,37 @@ class Screen:
             yield waiting
         finally:
             waiting.stop()
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows how much of much is done, as told by (done, total), its speed and time left."""
+        columns = (
+            *(SpinnerColumn(), "{task.description}", BarColumn(bar_width=24)),
+            *(MofNCompleteColumn(), _Speed(), TimeRemainingColumn()),
+        )
+        with Progress(
+            *columns,
+            console=self._console,
+            transient=True,
+            disable=not self._shows_progress,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as progress:
+            tasks: list[TaskID] = []
+
+            def count(done: int, total: int) -> None:
+                if not tasks:  # what was done before is no speed
+                    tasks.append(progress.add_task(what, completed=done, total=total))
+                progress.update(tasks[0], completed=done)
+
+            yield count
+
+
+class _Speed(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.2f}/s", style="dim")
 
 
 class Waiting:

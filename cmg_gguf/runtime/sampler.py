@@ -42,6 +42,15 @@ class Sampler:
             0 if sampling.takes_best else self._chain(_tail(model, sampling, seed)),
         )
 
+    @property
+    def alpha(self) -> float:
+        """Strength of guidance in the draws to come; may be changed between them."""
+        return self._state.alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._state.alpha = alpha
+
     def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
         """(guided token, plain token) from rows at these addresses.
 

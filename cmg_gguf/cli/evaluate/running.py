@@ -1,0 +1,126 @@
+"""`cmg-gguf eval TASK`: every item, by every method, kept in a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cmg_gguf.cli.evaluate.run_flags import RunFlags, SpreadFlags
+from cmg_gguf.cli.evaluate.task_flags import TaskFlags
+from cmg_gguf.cli.exits import load_library, manners
+from cmg_gguf.cli.guidance_flags import GuidanceFlags
+from cmg_gguf.cli.interrupt import Interrupt
+from cmg_gguf.cli.model_flags import ModelFlags
+from cmg_gguf.cli.output import write_rendered
+from cmg_gguf.cli.screen import Screen, count
+
+if TYPE_CHECKING:
+    from cmg_gguf.evaluation.run import Progress, Run
+
+EXAMPLE = """\
+Examples:
+
+  cmg-gguf eval {name} -m llava.gguf --mmproj mmproj.gguf {files} -o runs/{name}
+
+  cmg-gguf eval {name} ... -o runs/{name}        the same again goes on where it was stopped
+
+  cmg-gguf eval {name} ... --methods greedy,cmg,vcd --limit 100
+
+  cmg-gguf eval report runs/{name}             tables, differences, plots
+"""
+
+
+def command(name: str, flags: type[TaskFlags]) -> Callable[..., None]:
+    """The command that runs a benchmark, for `bundled`."""
+
+    @manners()
+    def run(
+        *,
+        task: TaskFlags,
+        run: RunFlags,
+        spread: SpreadFlags,
+        guidance: GuidanceFlags,
+        model: ModelFlags,
+    ) -> None:
+        load_library()
+        evaluate_task(task, run, spread, guidance, model)
+
+    run.__name__, run.__doc__ = name, flags.__doc__
+    run.__annotations__["task"] = flags
+    return run
+
+
+def evaluate_task(
+    task_flags: TaskFlags,
+    run: RunFlags,
+    spread: SpreadFlags,
+    guidance: GuidanceFlags,
+    model: ModelFlags,
+) -> None:
+    """Runs a benchmark, shows its report, and writes that into the run's folder."""
+    from cmg_gguf.evaluation.items import WHOLE, Shard
+    from cmg_gguf.evaluation.manifest import ModelFiles
+    from cmg_gguf.evaluation.methods import chosen
+    from cmg_gguf.evaluation.report import make_report
+    from cmg_gguf.evaluation.report_text import rendered, write_report
+    from cmg_gguf.evaluation.run import evaluate
+
+    err = Screen(quiet=spread.quiet, progress=not model.verbose)
+    task, folder, shard = task_flags.task(), run.folder, Shard.parse(run.shard)
+    names = [name.strip() for name in run.methods.split(",") if name.strip()]
+    methods = chosen(names, guidance.guidance())
+    tuned_on = guidance.file().tuned_on
+    files = ModelFiles(*model.pair(), model.options())
+
+    def work(progress: Progress) -> Run:
+        return evaluate(
+            task,
+            files,
+            methods,
+            folder,
+            seed=run.seed,
+            limit=run.limit,
+            shard=shard,
+            leave_out=tuned_on if run.skip_tuned else frozenset(),
+            tuned_on=tuned_on,
+            executor=spread.executor(),
+            progress=progress,
+        )
+
+    finished = watched(err, work)
+    tell_skipped(err, finished)
+    if shard != WHOLE:
+        err.note(f"{folder} is shard {shard}; cmg-gguf eval merge puts all of them together")
+    report = make_report(finished)
+    write_rendered(rendered(report))
+    write_report(report, folder)
+
+
+def watched(err: Screen, work: Callable[[Progress], Run]) -> Run:
+    """The run that `work` does, with progress; Ctrl-C ends it between two answers."""
+    started, told = time.perf_counter(), list[int]()
+    with Interrupt() as interrupt, err.counting("answers") as counting:
+
+        def progress(done: int, total: int) -> None:
+            counting(done, total)
+            told.append(done)
+            interrupt.check()
+
+        try:
+            run = work(progress)
+        except KeyboardInterrupt:
+            err.note("stopped; the same command goes on from here")
+            raise
+    seconds = time.perf_counter() - started
+    n = told[-1] - told[0]
+    err.aside(f"{count(n, 'new answer')} in {seconds:.1f} s, in {run.folder}")
+    return run
+
+
+def tell_skipped(err: Screen, run: Run) -> None:
+    """Notes what could not be asked or answered."""
+    if n := len(run.bad) + len({record.item for record in run.problems}):
+        err.note(
+            f"{count(n, 'item')} could not be answered; {run.folder / 'skipped.jsonl'} says why"
+        )

@@ -1,0 +1,203 @@
+"""A report to read: on a terminal, as Markdown, as CSV. Nothing is computed here but means."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cmg_gguf.evaluation.records import write_whole
+from cmg_gguf.evaluation.report import ALL, Part, Report, Row, verdict
+from cmg_gguf.evaluation.statistics import LEVEL, Estimate
+
+_COLUMNS = (
+    *("task", "part", "items", "clusters", "method", "figure", "value", "low", "high"),
+    *("difference", "difference_low", "difference_high", "verdict"),
+    *("seconds_per_item", "cost", "tokens", "changed", "better", "worse"),
+)
+
+
+def rendered(report: Report) -> RenderableType:
+    """The report for a terminal: every part's figures, and the differences over all items."""
+    blocks: list[RenderableType] = [Text(line) for line in heading(report)]
+    for part in report.parts:
+        blocks += [Text(), _grid(_title(part), *figure_table(part))]
+    if rows := list(difference_rows(report, report.parts[0])):
+        title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals"
+        blocks += [Text(), _grid(title, DIFFERENCES, rows)]
+    blocks += [Text(), *(Text(line) for line in notes(report))]
+    return Group(*blocks)
+
+
+def markdown(report: Report) -> str:
+    """The report as a Markdown page, differences of every part in it."""
+    lines = [f"# {report.run.task.name}", "", *(f"- {line}" for line in heading(report))]
+    for part in report.parts:
+        lines += ["", f"## {_title(part)}", "", *_markdown_table(*figure_table(part))]
+        if rows := list(difference_rows(report, part)):
+            title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals:"
+            lines += ["", title, "", *_markdown_table(DIFFERENCES, rows)]
+    lines += ["", "## Settings", "", "```json", _settings(report), "```"]
+    lines += ["", "## Notes", "", *(f"- {line}" for line in notes(report))]
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(report: Report) -> str:
+    """Every figure of every method and part, a line each."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for part in report.parts:
+        for row in part.rows:
+            for name, result in row.figures.items():
+                gap = result.difference
+                gaps = (gap.value, gap.low, gap.high, verdict(gap)) if gap else ("",) * 4
+                own = result.own
+                changes = row.changes
+                writer.writerow(
+                    [
+                        *(report.run.task.name, part.name, part.n_items, part.n_clusters),
+                        *(row.method, name, own.value, own.low, own.high, *gaps),
+                        *(row.seconds, row.cost, row.tokens),
+                        *(changes.count, changes.better, changes.worse),
+                    ]
+                )
+    return stream.getvalue()
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Writes report.md and figures.csv; the paths. Raises EvaluationError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {
+        folder / "report.md": markdown(report),
+        folder / "figures.csv": comma_separated(report),
+    }
+    for path, text in written.items():
+        write_whole(path, text)
+    return list(written)
+
+
+def heading(report: Report) -> list[str]:
+    """What was run, on how many items, and what is missing from it."""
+    told = report.run.manifest
+    options = told["task"]["options"] or {}
+    rule = options.get("rule")
+    n = len(report.run.items)
+    shard = told["shard"]["part"]
+    lines = [
+        f"{report.run.task.name}: {n} items"
+        + (f" (the first {told['items']['limit']})" if told["items"]["limit"] else "")
+        + (f" of shard {shard}" if shard != "1/1" else "")
+        + f", {report.unanswered} not answered by every method, {report.bad} broken and skipped",
+        f"model {told['model']['model']['name']}, {told['model']['mmproj']['name']}; seed "
+        f"{told['seed']}",
+    ]
+    if isinstance(rule, dict):
+        lines.append(f"yes and no are read by the rule {rule['yes_no_rule']!r}")
+    return lines
+
+
+def notes(report: Report) -> list[str]:
+    """What has to be known to read the figures."""
+    lines = [
+        f"intervals: {LEVEL:.0%}, percentiles of a bootstrap over clusters (images), paired: all "
+        "methods see the same samples. Each is for itself: of many, a few exclude zero by chance.",
+        f"cost: seconds relative to {report.baseline}, of these items on this machine; changed: "
+        f"answers other than {report.baseline}'s.",
+    ]
+    settings = report.run.manifest["methods"]
+    kinds = {told["method"] for told in settings.values()}
+    if "Cut" in kinds:
+        lines.append(
+            "cut: plausibility cut alone, sampled at temperature 1: the control for what the cut "
+            "does to sampling. Under greedy decoding it is greedy itself."
+        )
+    if report.biases is not None:
+        one, other = report.biases
+        lines.append(
+            f"yes-bias: {one:+.3f} and {other:+.3f} logits on yes for two halves of the images, "
+            "each fitted on the other half to the share of yes of cmg; no label enters."
+        )
+    if "greedy" not in report.run.methods:
+        lines.append("greedy was not run, so nothing here is compared with plain decoding.")
+    return lines
+
+
+def figure_table(part: Part) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: each method's figures, seconds, cost and changes."""
+    names = list(part.rows[0].figures)
+    header = ["method", *map(_label, names), "s/item", "cost", "changed", "better", "worse"]
+    return header, [_figure_row(row, names) for row in part.rows]
+
+
+DIFFERENCES = ["method", "figure", "difference", "interval", "shown"]
+
+
+def difference_rows(report: Report, part: Part) -> Iterator[list[str]]:
+    """Each figure's difference to the baseline, with its interval and what that shows."""
+    for row in part.rows:
+        for name, result in row.figures.items():
+            gap = result.difference
+            if gap is not None:
+                value = "–" if math.isnan(gap.value) else f"{gap.value:+.2f}"
+                yield [row.method, _label(name), value, _interval(gap), verdict(gap)]
+
+
+def _figure_row(row: Row, names: Sequence[str]) -> list[str]:
+    changes = row.changes
+    counts = (changes.count, changes.better, changes.worse)
+    return [
+        row.method,
+        *(_number(row.figures[name].own.value) for name in names),
+        f"{row.seconds:.3f}",
+        f"{row.cost:.2f}x",
+        *("–" if count is None else str(count) for count in counts),
+    ]
+
+
+def _title(part: Part) -> str:
+    name = "All items" if part.name == ALL else part.name
+    return f"{name}: n = {part.n_items}, {part.n_clusters} clusters"
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def _interval(estimate: Estimate) -> str:
+    if math.isnan(estimate.low):
+        return "–"
+    return f"[{estimate.low:+.2f}, {estimate.high:+.2f}]"
+
+
+def _grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    grid = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for i, name in enumerate(header):
+        grid.add_column(name, justify="left" if i == 0 or name == "shown" else "right")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), "|" + " --- |" * len(header), *map(line, rows)]
+
+
+def _settings(report: Report) -> str:
+    told = report.run.manifest
+    kept = {name: told[name] for name in ("task", "items", "model", "methods", "seed", "versions")}
+    return json.dumps(kept, indent=2, ensure_ascii=False)

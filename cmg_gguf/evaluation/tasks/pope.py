@@ -1,0 +1,87 @@
+"""POPE: is there such an object in the image? Half of the questions are about absent ones.
+
+Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EMNLP 2023; files from
+RUCAIBox/POPE, JSON lines:
+
+    {"question_id": 1, "image": "COCO_val2014_000000016631.jpg",
+     "text": "Is there a person in the image?", "label": "yes"}
+
+Absent objects are drawn at random, from the most frequent ones ("popular"), or from those that
+often come with what is there ("adversarial"). Figures: see `confusion`; the positive class is yes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+from cmg_gguf.errors import EvaluationError, shown
+from cmg_gguf.evaluation.answers import POPE, YesNoRule
+from cmg_gguf.evaluation.confusion import confusion_counts, confusion_figures
+from cmg_gguf.evaluation.files import (
+    Record,
+    field,
+    folder,
+    image_in,
+    items_of,
+    json_lines,
+    yes_or_no,
+)
+from cmg_gguf.evaluation.statistics import Floats
+from cmg_gguf.evaluation.task import BadItem, Item, Sums
+
+_PART = re.compile("random|popular|adversarial")
+
+
+@dataclass(frozen=True)
+class Pope:
+    """POPE's question files over one folder of images.
+
+    files: of different names; a part is called random, popular or adversarial if the file's name
+    says so, else like the file. suffix: put behind every question. rule: how answers are read.
+    """
+
+    files: Sequence[str | Path]
+    images: str | Path
+    rule: YesNoRule = POPE
+    suffix: str = ""
+
+    name: ClassVar[str] = "pope"
+    yes_no: ClassVar[bool] = True
+
+    def items(self) -> Iterator[Item | BadItem]:
+        """Raises EvaluationError if a file or the folder is missing, or two files share a name."""
+        paths = [Path(file) for file in self.files]
+        stems = [path.stem for path in paths]
+        if len(set(stems)) < len(stems):
+            raise EvaluationError(
+                f"question files {shown(stems)} share a name: rename one, so that ids differ"
+            )
+        images = folder(self.images, "image folder")
+        for path in paths:
+            yield from items_of(json_lines(path), partial(self._item, path, images))
+
+    def _item(self, path: Path, images: Path, record: Record) -> Item:
+        image = field(record, "image")
+        part = _PART.search(path.stem.lower())
+        return Item(
+            id=f"{path.stem}/{field(record, 'question_id')}",
+            image=image_in(images, image),
+            prompt=field(record, "text") + self.suffix,
+            truth={"label": yes_or_no(field(record, "label"))},
+            part=part[0] if part else path.stem,
+            cluster=image,
+        )
+
+    def load(self, item: Item) -> Path:
+        return Path(str(item.image))
+
+    def counts(self, item: Item, answer: str) -> dict[str, float]:
+        return confusion_counts(item.truth["label"], self.rule(answer))
+
+    def figures(self, sums: Sums) -> dict[str, Floats]:
+        return confusion_figures(sums)

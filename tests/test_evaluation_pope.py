@@ -1,0 +1,145 @@
+"""POPE's question files: parts, figures, and lines that are no question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from evaluated import (
+    bad,
+    check_figures_are_sound,
+    figures,
+    good,
+    labels,
+    write_images,
+    write_lines,
+)
+
+from cmg_gguf.errors import EvaluationError
+from cmg_gguf.evaluation.answers import STRICT
+from cmg_gguf.evaluation.tasks.pope import Pope
+
+NAMES = ("dog", "cat", "car", "bus")
+
+
+def question(number: int, image: str, name: str, label: str) -> dict[str, object]:
+    text = f"Is there a {name} in the image?"
+    return {"question_id": number, "image": image, "text": text, "label": label}
+
+
+@pytest.fixture
+def pope(tmp_path: Path) -> Pope:
+    images = write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    rows = [
+        question(2 * i + j + 1, image, NAMES[2 * i + j], ("yes", "no")[j])
+        for i, image in enumerate(["a.jpg", "b.jpg"])
+        for j in range(2)
+    ]
+    files = [
+        write_lines(tmp_path / f"coco_pope_{part}.json", rows) for part in ("random", "adversarial")
+    ]
+    return Pope([*files, write_lines(tmp_path / "mine.jsonl", rows[:2])], images)
+
+
+def test_items_are_the_lines_with_their_part_and_image(pope: Pope) -> None:
+    items = good(pope)
+    assert [item.part for item in items] == [*["random"] * 4, *["adversarial"] * 4, *["mine"] * 2]
+    first = items[0]
+    assert first.id == "coco_pope_random/1"
+    assert first.prompt == "Is there a dog in the image?"
+    assert (first.truth, first.cluster) == ({"label": "yes"}, "a.jpg")
+    assert pope.load(first).is_file()
+    assert len({item.id for item in items}) == 10
+
+
+def test_a_suffix_stands_behind_every_question(pope: Pope) -> None:
+    asked = good(Pope(pope.files, pope.images, suffix=" One word."))
+    assert asked[0].prompt == "Is there a dog in the image? One word."
+
+
+def test_true_answers_score_perfectly(pope: Pope) -> None:
+    found = figures(pope, labels(pope))
+    assert found == {
+        **dict.fromkeys(("accuracy", "precision", "recall", "f1"), 100),
+        "yes_ratio": 50,
+        "unparsed": 0,
+    }
+
+
+def test_figures_of_a_part_are_of_that_part_alone(pope: Pope) -> None:
+    answers = {**labels(pope), "coco_pope_random/1": "No."}
+    assert figures(pope, answers, "random")["accuracy"] == 75
+    assert figures(pope, answers, "random")["recall"] == 50
+    assert figures(pope, answers, "random")["yes_ratio"] == 25
+    assert figures(pope, answers, "adversarial")["accuracy"] == 100
+
+
+def test_the_rule_decides_what_an_answer_says(pope: Pope) -> None:
+    answers = dict.fromkeys(labels(pope), "There is one")
+    official = figures(pope, answers)
+    strict = figures(Pope(pope.files, pope.images, rule=STRICT), answers)
+    assert (official["yes_ratio"], official["unparsed"], official["accuracy"]) == (100, 0, 50)
+    assert (strict["yes_ratio"], strict["unparsed"], strict["accuracy"]) == (0, 100, 0)
+
+
+def test_figures_are_sound(pope: Pope) -> None:
+    check_figures_are_sound(pope, labels(pope))
+
+
+def test_a_line_that_is_no_question_is_told_with_its_place(tmp_path: Path) -> None:
+    whole = question(1, "a.jpg", "dog", "yes")
+    rows = [
+        whole,
+        '{"question_id": 2, "image": ',
+        {k: v for k, v in whole.items() if k != "label"},
+        {**whole, "question_id": 4, "label": "maybe"},
+        {**whole, "question_id": 5, "image": "gone.jpg"},
+        "",
+        [1, 2],
+        {**whole, "question_id": None},
+        whole,
+        {**whole, "question_id": 9, "label": "No"},
+        {**whole, "question_id": 10, "image": "x" * 5000},
+    ]
+    task = Pope(
+        [write_lines(tmp_path / "q.json", rows)], write_images(tmp_path / "images", ["a.jpg"])
+    )
+    problems = bad(task)
+    assert [where.partition(":")[2] for where in problems] == [
+        "2",
+        "3",
+        "4",
+        "5",
+        "7",
+        "8",
+        "9",
+        "11",
+    ]
+    expected = [
+        *("no JSON", "'label' is missing", "'label' is 'maybe': yes or no", "'gone.jpg' is not in"),
+        *("is no JSON object", "'question_id' is None", "id 'q/1' was there before", "is not in"),
+    ]
+    for problem, text in zip(problems.values(), expected, strict=True):
+        assert text in problem
+    assert len(list(task.items())) == len(rows) - 1  # nothing is skipped but the blank line
+
+
+def test_a_file_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "q.json"
+    path.write_bytes(b'{"question_id": 1, "text": "\xff\xfe"}\n')
+    assert "no JSON" in bad(Pope([path], tmp_path))["q.json:1"]
+
+
+def test_missing_files_and_folders_are_one_clear_error(tmp_path: Path) -> None:
+    there = write_lines(tmp_path / "q.json", [])
+    with pytest.raises(EvaluationError, match=r"image folder '.*none' is no folder: give one"):
+        list(Pope([there], tmp_path / "none").items())
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        list(Pope([tmp_path / "gone.json"], tmp_path).items())
+
+
+def test_files_that_share_a_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    paths = [write_lines(folder / "q.json", []) for folder in (tmp_path, tmp_path / "other")]
+    with pytest.raises(EvaluationError, match="share a name: rename one"):
+        list(Pope(paths, tmp_path).items())
