@@ -7,13 +7,15 @@ from typing import Annotated
 import typer
 
 from cmg_gguf import __version__
-from cmg_gguf.cli import chat, info, run
+from cmg_gguf.cli import chat, demo, info, run
 from cmg_gguf.cli.bundle import bundled
 from cmg_gguf.cli.evaluate import app as evaluate
 
 NAME = "cmg-gguf"
 EXAMPLES = """\
 Examples:
+
+  cmg-gguf demo                                what guidance does, on a model that is built in
 
   cmg-gguf run -m llava.gguf --mmproj mmproj.gguf --image kitchen.jpg -p "Is there a fork?"
 
@@ -48,6 +50,7 @@ def root(
     """
 
 
+app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=run.EXAMPLES)(bundled(run.run))
 app.command(epilog=chat.EXAMPLES)(bundled(chat.chat))
 app.command(epilog=info.EXAMPLES)(bundled(info.info))

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
+BUILT_IN = (
+    "no -m is given, so the built-in tiny model answers: it knows only the drawn scenes of "
+    "cmg-gguf demo"
+)
+
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C in an answer. text: what had been said."""
@@ -41,6 +46,8 @@ class Asker:
     def open(cls, flags: ModelFlags, screen: Screen, *, max_tokens: int | None) -> Asker:
         """Loads the model. Raises CMGError; KeyboardInterrupt on Ctrl-C."""
         flags.pair()
+        if flags.built_in:
+            screen.note(BUILT_IN)
         started = time.perf_counter()
         with Interrupt() as interrupt, screen.waiting("load") as waiting:
 

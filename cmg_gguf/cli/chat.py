@@ -59,7 +59,7 @@ def chat(
     Answers go to standard output; all else goes to standard error.
     """
     load_library()
-    settings, draw = guidance.guidance(), sampling.sampling()
+    settings, draw = guidance.guidance(model.own_settings), sampling.sampling()
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
     if idle := sampling.idle():
         err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")

@@ -118,10 +118,11 @@ class GuidanceFlags:
         bool, _flag("--no-guidance", help="Plain decoding: alpha 0 and beta 0.")
     ] = False
 
-    def guidance(self) -> Guidance:
+    def guidance(self, own: Path | None = None) -> Guidance:
         """The same as a value: flags over the file over defaults.
 
-        Raises BadParameter where two flags contradict each other; GuidanceError for a wrong file.
+        own: file of the model's own settings, in place of the defaults. Raises BadParameter where
+        two flags contradict each other; GuidanceError for a wrong file.
         """
         if self.no_guidance:
             if (self.alpha, self.beta) != (None, None):
@@ -135,11 +136,12 @@ class GuidanceFlags:
                     param_hint="'--settings'",
                 )
             return PLAIN
-        return replace(self.file().guidance, **self._given())
+        return replace(self.file(own).guidance, **self._given())
 
-    def file(self) -> Settings:
-        """What the settings file says; the defaults without one. Raises GuidanceError."""
-        return Settings(_DEFAULT) if self.settings is None else load_settings(self.settings)
+    def file(self, own: Path | None = None) -> Settings:
+        """What the settings file says, or `own`; the defaults without any. Raises GuidanceError."""
+        file = self.settings or own
+        return Settings(_DEFAULT) if file is None else load_settings(file)
 
     def _given(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in ("alpha", "beta", "scope", "refresh")}

@@ -21,7 +21,14 @@ Strategy = Literal["auto", "eager", "fork", "lazy", "adaptive", "lazy-approximat
 _flag = partial(typer.Option, rich_help_panel="Model")
 
 ModelFile = Annotated[
-    Path | None, _flag("--model", "-m", metavar="FILE", help="GGUF file of the language model.")
+    Path | None,
+    _flag(
+        "--model",
+        "-m",
+        metavar="FILE",
+        help="GGUF file of the language model. Without it, the built-in tiny one answers, which "
+        "knows only the drawn scenes of the demo.",
+    ),
 ]
 ProjectorFile = Annotated[
     Path | None,
@@ -165,11 +172,30 @@ class ModelFlags:
             "verbose": self.verbose,
         }
 
+    @property
+    def built_in(self) -> bool:
+        """Whether the model that comes with the package is meant: none is named."""
+        return self.model is None and self.mmproj is None
+
+    @property
+    def own_settings(self) -> Path | None:
+        """File of the guidance settings that the model comes with."""
+        from cmg_gguf.embedded import settings_file
+
+        return settings_file() if self.built_in else None
+
     def pair(self) -> tuple[Path, Path]:
-        """Model and projector file. Raises BadParameter where one is not named."""
+        """Model and projector file: the built-in pair where none is named.
+
+        Raises BadParameter where only one is named; ModelError.
+        """
+        from cmg_gguf.embedded import embedded_pair
+
+        if self.built_in:
+            return embedded_pair()
         if self.model is None:
             raise typer.BadParameter(
-                "none is given; name a GGUF file, and its image projector with --mmproj",
+                "an image projector is only read with its model; name that too",
                 param_hint="'--model' / '-m'",
             )
         if self.mmproj is None:

@@ -82,7 +82,7 @@ def run(
     """
     load_library()
     model.pair()
-    settings = guidance.guidance()
+    settings = guidance.guidance(model.own_settings)
     if compare and not settings.contrasts:
         raise typer.BadParameter(
             "there is nothing to compare without guidance", param_hint="'--compare'"

@@ -69,8 +69,8 @@ def evaluate_task(
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     task, folder, shard = task_flags.task(), run.folder, Shard.parse(run.shard)
     names = [name.strip() for name in run.methods.split(",") if name.strip()]
-    methods = chosen(names, guidance.guidance())
-    tuned_on = guidance.file().tuned_on
+    methods = chosen(names, guidance.guidance(model.own_settings))
+    tuned_on = guidance.file(model.own_settings).tuned_on
     files = ModelFiles(*model.pair(), model.options())
 
     def work(progress: Progress) -> Run:

@@ -140,15 +140,15 @@ class SearchFlags:
         ),
     ] = None
 
-    def candidates(self, flags: GuidanceFlags) -> list[Guidance]:
-        """What is tried, in order. Raises BadParameter, GuidanceError."""
+    def candidates(self, flags: GuidanceFlags, own: Path | None = None) -> list[Guidance]:
+        """What is tried, in order; own: as for `GuidanceFlags.guidance`. Raises BadParameter, GuidanceError."""
         from cmg_gguf.evaluation.tuning import drawn, grid
 
         layers = self.try_layers or ([] if flags.layers is not None else LAYERS)
         tokens = self.try_tokens or ([] if flags.tokens is not None else TOKENS)
         try:
             found = grid(
-                flags.guidance(),
+                flags.guidance(own),
                 alpha=self.try_alpha or ([] if flags.alpha is not None else ALPHAS),
                 beta=self.try_beta or (),
                 layers=[parse_layers(text) for text in layers],

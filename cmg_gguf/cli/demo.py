@@ -1,0 +1,214 @@
+"""`cmg-gguf demo`: the built-in model describes a drawn scene, plain and guided."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cmg_gguf.cli.compare import mark
+from cmg_gguf.cli.exits import load_library, manners
+from cmg_gguf.cli.output import write_rendered
+from cmg_gguf.cli.screen import Screen, count
+from cmg_gguf.guidance import Guidance, LayerRange, TopRatio
+from cmg_gguf.scenes import Scene, draw, make_scene
+from cmg_gguf.scenes.catalogue import OBJECTS, article
+from cmg_gguf.scenes.texts import CAPTION_PROMPTS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from cmg_gguf.generation import Reply
+    from cmg_gguf.vlm import GuidedVLM
+
+Kind = Literal["typical", "counter"]
+
+PROMPT = CAPTION_PROMPTS["plain"]
+FOLDER = Path("cmg-gguf-demo")
+MAX_TOKENS = 192
+TRIED = 50
+"""Scenes that are looked through, at most, for one in which guidance changes the answer."""
+LOOKED = TopRatio(0.25)
+
+EXAMPLES = """\
+Examples:
+
+  cmg-gguf demo                      the first test scene in which guidance changes the answer
+
+  cmg-gguf demo --scene 7            a scene of your choice, whatever comes of it
+
+  cmg-gguf demo --kind typical       a scene as in training: expectation is a good guide there
+
+  cmg-gguf run --image cmg-gguf-demo/scene.png -p "Is there a fork in the image?"
+"""
+
+
+@manners()
+def demo(
+    *,
+    scene: Annotated[
+        int | None,
+        typer.Option(
+            "--scene",
+            min=0,
+            max=999_999,
+            metavar="N",
+            help="Number of the test scene. Default: the first, from 0 on, in which guidance "
+            "changes the answer.",
+        ),
+    ] = None,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            "--kind",
+            help="counter = objects independent of the place and of each other, so that habit "
+            "misleads; typical = as in training.",
+        ),
+    ] = "counter",
+    save: Annotated[
+        Path,
+        typer.Option(
+            "--save",
+            metavar="DIR",
+            file_okay=False,
+            help="Where the scene and the picture of where the model looked are written.",
+        ),
+    ] = FOLDER,
+) -> None:
+    """Describe a drawn test scene with the model that comes with the package, plain and guided.
+
+    Offline, in seconds. Words that only one answer has are in [[brackets]]; an object that is not
+    in the picture is followed by (not there).
+    """
+    load_library()
+    from cmg_gguf.embedded import embedded_guidance, embedded_pair
+    from cmg_gguf.vlm import GuidedVLM
+
+    err, guidance = Screen(), embedded_guidance()
+    with err.waiting("load"), GuidedVLM(*embedded_pair(), n_ctx=1024) as vlm:
+        number, drawn, answers = _answered(vlm, guidance, kind, scene)
+        pixels = draw(drawn)
+        heat = _looked_at(vlm, pixels)
+    write_rendered(_shown(number, kind, drawn, answers, first=scene is None))
+    files = _write_pictures(save, pixels, heat)
+    err.aside(
+        f"written: {files[0]}, and {files[1]}: yellow is where the model looked while it answered"
+    )
+
+
+def _answered(
+    vlm: GuidedVLM, guidance: Guidance, kind: Kind, chosen: int | None
+) -> tuple[int, Scene, tuple[Reply, Reply]]:
+    """The scene's number, the scene, and the plain and guided answers."""
+    for number in range(TRIED) if chosen is None else (chosen,):
+        scene = make_scene("test", number, kind)
+        images = [draw(scene)]
+        plain, guided = (
+            vlm.generate(PROMPT, images, guidance=g, max_tokens=MAX_TOKENS)
+            for g in (Guidance(alpha=0, beta=0), guidance)
+        )
+        if plain.text != guided.text:
+            break
+    return number, scene, (plain, guided)
+
+
+def _looked_at(vlm: GuidedVLM, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(8, 8) float64: how often, over answer rows and layers, a patch was most looked at."""
+    barely = Guidance(alpha=1e-6, beta=0, tokens=LOOKED, layers=LayerRange(0, 1))
+    stream = vlm.stream(PROMPT, [pixels], guidance=barely, max_tokens=MAX_TOKENS)
+    looked = [tokens for _ in stream for tokens in vlm.engine.attended]
+    n = stream.reply.n_image_tokens
+    share = np.bincount(np.concatenate(looked), minlength=n) / len(looked)
+    edge = round(n**0.5)
+    return share.reshape(edge, edge)
+
+
+def _shown(
+    number: int, kind: Kind, scene: Scene, answers: tuple[Reply, Reply], *, first: bool
+) -> RenderableType:
+    plain, guided = answers
+    changed = plain.text != guided.text
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    why = f", the first of {count(number + 1, 'scene')} in which guidance changes the answer"
+    head = f"{kind} test scene {number}{why if first and changed else ''}"
+    table.add_row("scene", head)
+    table.add_row("truth", _truth(scene))
+    for name, parts in zip(("plain", "guided"), mark(plain.text, guided.text), strict=True):
+        table.add_row(name, _marked("".join(f"[[{t}]]" if d else t for t, d in parts), scene))
+    return Group(table, Text(), Text(_told(scene, plain, guided)))
+
+
+def _truth(scene: Scene) -> str:
+    things = [
+        f"{article(thing.colour)} {thing.name} {thing.side}"
+        + ("" if thing.sight == "clear" else f" ({thing.sight})")
+        for thing in scene.things
+    ]
+    return f"{article(scene.place)} with {', '.join(things)}"
+
+
+_NAMED = re.compile(rf"\b({'|'.join(sorted(OBJECTS, key=len, reverse=True))})\b(\]\])?")
+
+
+def _marked(answer: str, scene: Scene) -> Text:
+    """The answer; changed words stand out, and what is not in the picture is said to be so."""
+    text = Text()
+    at = 0
+    for found in _NAMED.finditer(answer):
+        text.append(answer[at : found.end()])
+        if found[1] not in scene.names:
+            text.append(" (not there)", style="bold red")
+        at = found.end()
+    text.append(answer[at:])
+    text.highlight_regex(r"\[\[.*?\]\]", "underline")
+    return text
+
+
+def _named(answer: str) -> list[str]:
+    return [found[1] for found in _NAMED.finditer(answer)]
+
+
+def _told(scene: Scene, plain: Reply, guided: Reply) -> str:
+    tallies = []
+    for reply in (plain, guided):
+        named = _named(reply.text)
+        wrong = [name for name in named if name not in scene.names]
+        right = len(scene.names & set(named))
+        tallies.append(
+            f"names {right} of the {len(scene.names)} objects and "
+            f"{count(len(wrong), 'object')} that {'is' if len(wrong) == 1 else 'are'} not there"
+        )
+    return (
+        f"Plain decoding {tallies[0]}; guided, the model {tallies[1]}.\n"
+        f"Guidance changed {count(guided.n_changed, 'token')}: it moved away from what the model "
+        "says when its view of the image is masked."
+    )
+
+
+def _write_pictures(
+    folder: Path, pixels: NDArray[np.uint8], heat: NDArray[np.float64]
+) -> tuple[Path, Path]:
+    from PIL import Image
+
+    from cmg_gguf.errors import ImageError
+    from cmg_gguf.heat import overlay
+
+    files = folder / "scene.png", folder / "looked.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(files[0])
+        overlay(pixels, heat).save(files[1])
+    except OSError as exc:
+        raise ImageError(
+            f"the pictures cannot be written to {folder} ({exc.strerror}); name another folder "
+            "with --save"
+        ) from exc
+    return files
