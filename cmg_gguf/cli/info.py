@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import LAYERS, Layers
-from cmg_gguf.cli.model_flags import ModelFile, ProjectorFile
+from cmg_gguf.cli.model_flags import ModelFile, ModelFlags, ProjectorFile
 from cmg_gguf.cli.options import format_numbers, parse_layers
 from cmg_gguf.cli.output import write_json, write_rendered
 from cmg_gguf.guidance import LayerRange, LayerSet, static_layers
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 Examples:
 
-  cmg-gguf info                                versions and devices
+  cmg-gguf info                                versions, devices, the built-in model
 
   cmg-gguf info -m llava.gguf --mmproj mmproj.gguf
 
@@ -63,17 +63,10 @@ def info(
 ) -> None:
     """Show what a model pair is, which layers guidance would mask, and what runs it."""
     load_library()
-    if mmproj is not None and model is None:
-        raise typer.BadParameter(
-            "an image projector is only read with its model; name that too",
-            param_hint="'--model' / '-m'",
-        )
-    if calibrate and model is None:
-        raise typer.BadParameter(
-            "times are those of a model; name one", param_hint="'--model' / '-m'"
-        )
-    facts = {**system_facts(), **(pair_facts(model, mmproj, layers) if model else {})}
-    if calibrate and model is not None:
+    if model is None:
+        model, mmproj = ModelFlags(mmproj=mmproj).pair()
+    facts = {**system_facts(), **pair_facts(model, mmproj, layers)}
+    if calibrate:
         facts["costs"] = cost_facts(model, n_gpu_layers, threads)
     if as_json:
         write_json(facts)

@@ -202,7 +202,7 @@ def tune_task(
         tuned = tune(
             task,
             files,
-            search.candidates(guidance),
+            search.candidates(guidance, model.own_settings),
             folder,
             goal=goal,
             share=search.share,
