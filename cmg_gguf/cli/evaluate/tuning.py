@@ -141,7 +141,10 @@ class SearchFlags:
     ] = None
 
     def candidates(self, flags: GuidanceFlags, own: Path | None = None) -> list[Guidance]:
-        """What is tried, in order; own: as for `GuidanceFlags.guidance`. Raises BadParameter, GuidanceError."""
+        """What is tried, in order. own: as for `GuidanceFlags.guidance`.
+
+        Raises BadParameter, GuidanceError.
+        """
         from cmg_gguf.evaluation.tuning import drawn, grid
 
         layers = self.try_layers or ([] if flags.layers is not None else LAYERS)
