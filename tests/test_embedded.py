@@ -14,7 +14,7 @@ from PIL import Image
 from test_cli import environment, flat, invoke
 
 from cmg_gguf import Guidance, GuidedVLM, ModelError, embedded
-from cmg_gguf.cli.demo import PROMPT, _marked, _truth
+from cmg_gguf.cli.demo import PROMPT, _marked, _named, _truth
 from cmg_gguf.embedded import embedded_guidance, embedded_pair
 from cmg_gguf.heat import overlay
 from cmg_gguf.scenes import draw, make_scene
@@ -87,7 +87,9 @@ def test_the_demo_prints_truth_and_both_answers_and_writes_pictures(tmp_path: Pa
         assert image.size == (448, 448)
 
 
-def test_by_itself_the_demo_shows_the_first_scene_that_guidance_changes(tmp_path: Path) -> None:
+def test_by_itself_the_demo_shows_the_first_scene_where_guidance_changes_what_is_named(
+    tmp_path: Path,
+) -> None:
     result = invoke("demo", "--save", str(tmp_path))
     assert result.exit_code == 0, result.stderr
     found = re.search(r"test scene (\d+), the first of (\d+) scenes?", plain(result.stdout))
@@ -97,7 +99,10 @@ def test_by_itself_the_demo_shows_the_first_scene_that_guidance_changes(tmp_path
     assert "[[" in result.stdout
     for earlier in range(number):
         again = invoke("demo", "--scene", str(earlier), "--save", str(tmp_path))
-        assert "[[" not in again.stdout
+        assert "in which guidance changes" not in again.stdout
+        rows = re.split(r"\n(?=plain|guided|\n)", again.stdout)
+        named = [set(_named(re.sub(r"\[\[|\]\]| \(not there\)", "", plain(r)))) for r in rows[1:3]]
+        assert named[0] == named[1]
 
 
 def test_what_is_not_in_the_picture_is_said_to_be_so() -> None:

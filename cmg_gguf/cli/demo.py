@@ -39,7 +39,7 @@ LOOKED = TopRatio(0.25)
 EXAMPLES = """\
 Examples:
 
-  cmg-gguf demo                      the first test scene in which guidance changes the answer
+  cmg-gguf demo                      the first test scene in which guidance changes what is named
 
   cmg-gguf demo --scene 7            a scene of your choice, whatever comes of it
 
@@ -60,7 +60,7 @@ def demo(
             max=999_999,
             metavar="N",
             help="Number of the test scene. Default: the first, from 0 on, in which guidance "
-            "changes the answer.",
+            "changes which objects are named.",
         ),
     ] = None,
     kind: Annotated[
@@ -113,7 +113,7 @@ def _answered(
             vlm.generate(PROMPT, images, guidance=g, max_tokens=MAX_TOKENS)
             for g in (Guidance(alpha=0, beta=0), guidance)
         )
-        if plain.text != guided.text:
+        if set(_named(plain.text)) != set(_named(guided.text)):
             break
     return number, scene, (plain, guided)
 
@@ -133,11 +133,11 @@ def _shown(
     number: int, kind: Kind, scene: Scene, answers: tuple[Reply, Reply], *, first: bool
 ) -> RenderableType:
     plain, guided = answers
-    changed = plain.text != guided.text
+    changed = set(_named(plain.text)) != set(_named(guided.text))
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    why = f", the first of {count(number + 1, 'scene')} in which guidance changes the answer"
+    why = f", the first of {count(number + 1, 'scene')} in which guidance changes what is named"
     head = f"{kind} test scene {number}{why if first and changed else ''}"
     table.add_row("scene", head)
     table.add_row("truth", _truth(scene))
