@@ -168,10 +168,11 @@ def calibrated(
 def measure(engine: PairedEngine, seconds: float = 2.0) -> Costs:
     """Times every way of stepping in turns, on scratch cells that are free again afterwards.
 
-    The engine is empty before and after. seconds: when to stop; every way runs twice at least, and
-    the first time does not count. Raises BackendError, ContextLengthError.
+    The engine is empty before and after, and keeps no prompts. seconds: when to stop; every way
+    runs twice at least, and the first time does not count. Raises BackendError, ContextLengthError.
     """
     engine.reset()
+    engine.prefixes.forget()  # their cells may be all there are
     try:
         return _Trial(engine).costs(time.perf_counter() + seconds)
     finally:

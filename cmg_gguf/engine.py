@@ -35,6 +35,7 @@ from cmg_gguf.guidance import (
     layers_by_mass,
     static_layers,
 )
+from cmg_gguf.reuse import PrefixReuse, Start
 from cmg_gguf.rows import PromptRows, masked_rows
 from cmg_gguf.runtime.protocol import Context, FloatArray, ImageSegment, IntArray, Prompt
 from cmg_gguf.stepping import (
@@ -64,7 +65,7 @@ class PairedEngine:
 
     original, degraded: where the branches live; the same context makes it a pair. selections: the
     store that the contexts' graph patches share. stepping: when the degraded branch is decoded; may
-    be changed between answers.
+    be changed between answers. prefixes: what is kept from one prompt to the next; None = nothing.
     """
 
     def __init__(
@@ -72,20 +73,34 @@ class PairedEngine:
         original: Branch,
         degraded: Branch,
         selections: _core.Selections,
+        *,
         stepping: Stepping = EAGER,
+        prefixes: PrefixReuse | None = None,
     ) -> None:
         self.stepping = stepping
         self.original = original
         self.degraded = degraded
         self.paired = original.context is degraded.context
         self.selections = selections
+        self.prefixes = prefixes or PrefixReuse(original, degraded)
         self._prompt_logits = np.empty(original.context.n_vocab, np.float32)
         self.reset()
+
+    def release(self) -> None:
+        """Ends the answer: like `reset`, but a prompt that begins alike goes on from its cells."""
+        try:
+            if self._is_whole:
+                self.prefixes.keep()
+        finally:
+            self.reset()
 
     def reset(self) -> None:
         """Forgets the prompt and all that followed; the cells are free again."""
         self.n_past = 0
         self.n_cells = 0
+        self.n_reused = 0
+        self._is_whole = False
+        self.prefixes.drop()
         self.layers: tuple[int, ...] = ()
         self._guided = False
         self._stepper: Stepper | None = None
@@ -129,16 +144,26 @@ class PairedEngine:
     def prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress | None = None) -> None:
         """Decodes the prompt in both branches; the logits of its last row are then there.
 
-        progress(done, total) counts rows. Raises PromptError, ContextLengthError, GuidanceError
-        before computing, BackendError after; the engine is empty then.
+        The answer before is released. progress(done, total) counts rows that are decoded. Raises
+        PromptError, ContextLengthError, GuidanceError before computing, BackendError after; the
+        engine is empty then.
         """
-        self.reset()
+        self.release()
         self.check(prompt, guidance)
         try:
             self._prefill(prompt, guidance, progress or (lambda done, total: None))
         except BaseException:
             self.reset()
             raise
+        self._is_whole = True
+
+    def first_decoded_row(self, prompt: Prompt, guidance: Guidance) -> int:
+        """First row that `prefill` would decode now: images before it need not be encoded."""
+        rows = self._rows_of(prompt, guidance)
+        start = self.prefixes.start(prompt, rows)
+        if not self._contrasts(prompt, guidance):
+            return start.original
+        return min(start.original, start.degraded or self._first_own_row(rows))
 
     def step(self, token: int) -> None:
         """Decodes one token, the same in both branches. Raises ContextLengthError when full."""
@@ -148,9 +173,13 @@ class PairedEngine:
             raise ContextLengthError(
                 f"all {self.original.context.n_ctx} KV cells are taken; raise n_ctx"
             )
+        self.prefixes.make_room(self.n_cells + self._cells_per_step(self._guided))
+        was_whole, self._is_whole = self._is_whole, False
         stepper.step(token, self.n_past)
         self.n_past += 1
         self.n_cells += self._cells_per_step(self._guided)
+        self.prefixes.grow(token, both=stepper.is_whole)
+        self._is_whole = was_whole
 
     @property
     def has_room(self) -> bool:
@@ -210,19 +239,27 @@ class PairedEngine:
     def _cells_per_step(self, guided: bool) -> int:
         return 2 if guided and self.paired else 1
 
+    def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
+        guided = self._contrasts(prompt, guidance)
+        return PromptRows(prompt, guidance, self.original.context.n_layer, guided=guided)
+
     def _prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress) -> None:
         self._guided = self._contrasts(prompt, guidance)
-        rows = PromptRows(prompt, guidance, self.original.context.n_layer, guided=self._guided)
-        total = prompt.n_tokens + (rows.n - self._first_own_row(rows) if self._guided else 0)
+        rows = self._rows_of(prompt, guidance)
+        needed = self.cells_needed(prompt, guidance)
+        start = self.prefixes.resume(prompt, rows)
+        self.prefixes.make_room(needed + self._cells_per_step(self._guided))
+        self.n_reused = start.original
+        own = start.degraded or self._first_own_row(rows)
+        total = rows.n - start.original + (rows.n - own if self._guided else 0)
         self.selections.resize(rows.n_slots)
-        done = self._decode_rows(
-            self.original, rows, 0, rows.original_plan(self.original.seq), progress, 0, total
-        )
+        plan = rows.original_plan(self.original.seq, note_images=self.prefixes.keeps)
+        done = self._decode_rows(self.original, rows, start.original, plan, progress, 0, total)
         address = self.original.context.logits_address(self._last_in_batch)
         np.copyto(self._prompt_logits, _view(address, len(self._prompt_logits)))
         if self._guided:
             self.layers = self._choose_layers(rows, guidance)
-            first = self._share_prefix(rows)
+            first = self._share_prefix(rows, start)
             plan = rows.degraded_plan(self.degraded.seq, self.layers)
             self._decode_rows(self.degraded, rows, first, plan, progress, done, total)
             degraded = self.degraded.context.logits_address(self._last_in_batch)
@@ -232,13 +269,16 @@ class PairedEngine:
         else:
             self._stepper = Plain(self.original, self._prompt_logits.ctypes.data)
         self.n_past = rows.n_pos
-        self.n_cells = self.cells_needed(prompt, guidance)
+        self.n_cells = needed
 
     def _first_own_row(self, rows: PromptRows) -> int:
-        """First row that the degraded branch computes itself."""
-        return int(rows.masked.argmax()) if self.paired else 0
+        """First row that the degraded branch does not share with the original one."""
+        return rows.first_masked if self.paired else 0
 
-    def _share_prefix(self, rows: PromptRows) -> int:
+    def _share_prefix(self, rows: PromptRows, start: Start) -> int:
+        """Gives the degraded branch its first rows; returns the first that it decodes itself."""
+        if start.degraded:
+            return start.degraded
         first = self._first_own_row(rows)
         context = self.degraded.context
         if self.paired:

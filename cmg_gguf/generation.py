@@ -77,7 +77,8 @@ class Reply:
     text: without the stop string, and without spaces in front. tokens: all that were generated,
     without the end token.
     finish_reason: "stop" (end token or stop string), "length" (max_tokens, or the context is full).
-    layers: those that were masked; () where no degraded branch was needed.
+    layers: those that were masked; () where no degraded branch was needed. n_reused_tokens: prompt
+    tokens whose KV cells were there from an earlier prompt that began alike.
     """
 
     text: str
@@ -89,6 +90,7 @@ class Reply:
     layers: tuple[int, ...]
     seed: int
     seconds: Seconds
+    n_reused_tokens: int = 0
 
     @property
     def n_changed(self) -> int:

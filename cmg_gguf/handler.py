@@ -21,8 +21,8 @@ class CMGChatHandler:
     """A chat handler that answers under guidance with the model its `Llama` has loaded.
 
     mmproj_path: the image projector. guidance: used for every answer; None = `Guidance()`.
-    chat_template, pairing, use_gpu: as in `GuidedVLM`. A KV cache of its own is made with the first
-    answer, with the context settings of that `Llama`.
+    chat_template, pairing, prefix_cells, use_gpu: as in `GuidedVLM`. A KV cache of its own is made
+    with the first answer, with the context settings of that `Llama`.
 
     The options of `Llama.create_chat_completion` have their usual meaning; replies carry a `cmg`
     block. Raises what `GuidedVLM` and `create_chat_completion` raise.
@@ -35,12 +35,14 @@ class CMGChatHandler:
         guidance: Guidance | None = None,
         chat_template: str | None = None,
         pairing: Pairing = "auto",
+        prefix_cells: int | None = None,
         use_gpu: bool = True,
     ) -> None:
         self.guidance = guidance
         self._mmproj_path = mmproj_path
         self._chat_template = chat_template
         self._pairing: Pairing = pairing
+        self._prefix_cells = prefix_cells
         self._use_gpu = use_gpu
         self._vlms: weakref.WeakKeyDictionary[llama_cpp.Llama, GuidedVLM]
         self._vlms = weakref.WeakKeyDictionary()
@@ -53,6 +55,7 @@ class CMGChatHandler:
                 self._mmproj_path,
                 chat_template=self._chat_template,
                 pairing=self._pairing,
+                prefix_cells=self._prefix_cells,
                 use_gpu=self._use_gpu,
             )
         return self._vlms[llama]

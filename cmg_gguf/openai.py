@@ -169,12 +169,14 @@ def _chunks(answer: Stream, model: Model, head: dict[str, Any]) -> Iterator[dict
     yield chunk({}, reply.finish_reason, usage=usage(reply), cmg=cmg_block(reply, model))
 
 
-def usage(reply: Reply) -> dict[str, int]:
+def usage(reply: Reply) -> dict[str, Any]:
+    """Counts as OpenAI names them; `cached_tokens`: of the prompt, those not computed anew."""
     n = len(reply.tokens)
     return {
         "prompt_tokens": reply.n_prompt_tokens,
         "completion_tokens": n,
         "total_tokens": reply.n_prompt_tokens + n,
+        "prompt_tokens_details": {"cached_tokens": reply.n_reused_tokens},
     }
 
 

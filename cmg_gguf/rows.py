@@ -6,7 +6,7 @@ image row is a row, has a position (under M-RoPE shared with others) and an imag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +56,10 @@ class PromptRows:
     """What the two branches do with each row of a prompt.
 
     n: rows. n_pos: positions. is_image, masked: (n,) bool. image_token, slot, observed: (n,) int32,
-    `NONE` where there is none. n_slots: slots that the prompt's selections take.
+    `NONE` where there is none. n_slots: slots that the prompt's selections take. first_masked,
+    first_observed: the first such row, n if there is none. variant: all that the degraded branch's
+    rows depend on besides the prompt before them; None where they depend on more, such as which row
+    is the prompt's last.
     """
 
     def __init__(self, prompt: Prompt, guidance: Guidance, n_layer: int, *, guided: bool) -> None:
@@ -79,11 +82,18 @@ class PromptRows:
             self.observed = np.full(self.n, NONE, np.int32)
             self.observed[-1] = self.slot[-1]
         self.n_slots = int(self.slot.max()) + 1
+        layers_known = isinstance(guidance.layers, LayerSet | LayerRange)
         self.observe_layers = (
             static_layers(guidance.layers, n_layer)
             if isinstance(guidance.layers, LayerSet | LayerRange)
             else tuple(range(n_layer))
         )
+        self.first_masked = int(self.masked.argmax()) if guided else self.n
+        observed = self.observed != NONE
+        self.first_observed = int(observed.argmax()) if observed.any() else self.n
+        self.variant: Hashable = None
+        if guided and layers_known and guidance.refresh == "step" and guidance.scope != "decode":
+            self.variant = (guidance.scope, guidance.tokens, self.observe_layers)
 
     def position(self, row: int) -> int:
         """Position of a row that is text or the first of an image."""
@@ -110,17 +120,22 @@ class PromptRows:
             row += segment.n_tokens
             position += segment.n_pos
 
-    def original_plan(self, seq: int) -> Callable[[slice], _core.Plan | None]:
-        """The original branch notes where images lie and observes the masked rows' attention."""
+    def original_plan(
+        self, seq: int, *, note_images: bool = False
+    ) -> Callable[[slice], _core.Plan | None]:
+        """The original branch notes where images lie and observes the masked rows' attention.
+
+        note_images: note them without guidance too.
+        """
 
         def plan(part: slice) -> _core.Plan | None:
-            if not self.masked.any():
+            if not self.masked.any() and not (note_images and self.is_image[part].any()):
                 return None
             is_last = part.stop == self.n
             return _core.Plan(
                 self._table(part, seq, observed=self.observed),
                 n_layer=self._n_layer,
-                observe_layers=list(self.observe_layers),
+                observe_layers=list(self.observe_layers) if self.masked.any() else [],
                 mask_layers=[],
                 policy=self.policy,
                 n_image_tokens=self.n_image_tokens,

@@ -60,6 +60,11 @@ class Stepper(Protocol):
     newest: int
     """Slot of the selections that the newest row hides."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the newest row of the degraded branch is in the cache of every layer."""
+        ...
+
     def step(self, token: int, position: int) -> None:
         """Decodes one token. Where that fails, the newest row is still the one before."""
         ...
@@ -138,6 +143,7 @@ class Plain:
     """The original branch alone."""
 
     newest = NONE
+    is_whole = False
     degraded_address = 0
 
     def __init__(self, original: Branch, address: int) -> None:
@@ -175,6 +181,10 @@ class Together:
     def forks(self) -> bool:
         """Whether the degraded row is left out below its first masked layer, if only later on."""
         return self._forking.possible
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.forks
 
     def step(self, token: int, position: int) -> None:
         original, degraded, plan = self._original, self._degraded, self._masking.plan
@@ -220,6 +230,7 @@ class Lazy:
         self._batch = _Batch(1)
         self._waiting: list[tuple[int, int]] = []  # token, position
         self.newest = 0
+        self.is_whole = False
 
     @property
     def forks(self) -> bool:

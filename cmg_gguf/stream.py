@@ -26,7 +26,8 @@ Progress = Callable[[Phase, int, int], None]
 class Stream(Iterator[Piece]):
     """The pieces of an answer as they are generated; `reply` has the whole when they are done.
 
-    close() ends it early and frees its KV cells; so does dropping it, or a new request.
+    close() ends it early; so does dropping it, or a new request. Its KV cells are free then, but
+    for those that are kept for a prompt that begins alike.
     """
 
     def __init__(self, run: Run) -> None:
@@ -99,13 +100,17 @@ class Run:
 
         try:
             started = time.perf_counter()
-            prompt = vlm.projector.encode(self._prompt, functools.partial(report, "encode"))
             if self._guidance.contrasts:
                 vlm._choice.settle()
+            engine.release()  # what an older answer leaves counts for what this one finds
+            first_row = engine.first_decoded_row(self._prompt, self._guidance)
+            prompt = vlm.projector.encode(
+                self._prompt, functools.partial(report, "encode"), first_row=first_row
+            )
             encoded = time.perf_counter()
             engine.prefill(prompt, self._guidance, functools.partial(report, "prefill"))
             prefilled = time.perf_counter()
-            layers = engine.layers
+            layers, n_reused = engine.layers, engine.n_reused
             yield from generate(
                 engine,
                 self._sampler,
@@ -116,19 +121,22 @@ class Run:
                 check,
             )
             seconds = Seconds(encoded - started, prefilled - encoded, self.answer.seconds)
-            self.reply = self._finished(prompt, layers, seconds)
+            self.reply = self._finished(prompt, n_reused, layers, seconds)
         finally:
             with self.lock:
                 if vlm._request == mine:
-                    engine.reset()
+                    engine.release()
 
-    def _finished(self, prompt: Prompt, layers: tuple[int, ...], seconds: Seconds) -> Reply:
+    def _finished(
+        self, prompt: Prompt, n_reused: int, layers: tuple[int, ...], seconds: Seconds
+    ) -> Reply:
         return Reply(
             text=self.answer.text,
             tokens=tuple(self.answer.tokens),
             finish_reason=self.answer.finish_reason,
             n_prompt_tokens=prompt.n_tokens,
             n_image_tokens=prompt.n_image_tokens,
+            n_reused_tokens=n_reused,
             guidance=self._guidance,
             layers=layers,
             seed=self._seed,

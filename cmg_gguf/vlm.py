@@ -16,9 +16,10 @@ from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import ModelError, PromptError, UnsupportedError
 from cmg_gguf.generation import Limits, Reply
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.images import ImageSource, load_image
+from cmg_gguf.images import ImageSource, image_id, load_image
 from cmg_gguf.openai import create_chat_completion
 from cmg_gguf.prompts import ChatTemplate, render_messages
+from cmg_gguf.reuse import PrefixReuse
 from cmg_gguf.runtime.context import ContextOptions, LlamaContext, usable_threads
 from cmg_gguf.runtime.log import set_verbose
 from cmg_gguf.runtime.model import Model
@@ -32,6 +33,9 @@ Pairing = Literal["auto", "pair", "contexts"]
 
 DEFAULT_TEMPLATE = "vicuna"
 RAW_MARKER = "<__media__>"
+MAX_PREFIXES = 8
+"""Most prompts whose KV cells are kept: each takes two of llama.cpp's sequences."""
+IMAGE_CACHE_BYTES = 64 * 2**20
 
 
 class GuidedVLM:
@@ -54,6 +58,9 @@ class GuidedVLM:
     "lazy" on a CPU, and on an accelerator what a second of measuring at the first guided request
     says. "lazy-approximate" = as "lazy", but rows that waited in vain are never decoded: other
     tokens, see `cmg_gguf.stepping`.
+    prefix_cells: KV cells that may stay with past prompts, so that one which begins like them (same
+    pixels, same tokens) goes on from there; None = half of n_ctx, 0 = none. An answer that needs
+    them takes them. image_cache_bytes: memory for encoded images whose cells are gone; 0 = none.
     verbose: llama.cpp's log on stderr. The others: see `ContextOptions`.
 
     One request at a time: a new one ends a stream that is still open, whose next use raises
@@ -78,6 +85,8 @@ class GuidedVLM:
         chat_template: str | None = None,
         pairing: Pairing = "auto",
         strategy: Strategy = "auto",
+        prefix_cells: int | None = None,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -100,7 +109,10 @@ class GuidedVLM:
             if progress
             else None,
         )
-        self._assemble(model, mmproj_path, options, chat_template, pairing, n_gpu_layers, strategy)
+        resolved = _resolved(pairing, model)
+        check_strategy(strategy, resolved)
+        self._open(model, mmproj_path, chat_template, options, image_cache_bytes, n_gpu_layers != 0)
+        self._assemble(options, resolved, prefix_cells, strategy, n_gpu_layers)
 
     @classmethod
     def from_llama(
@@ -111,6 +123,8 @@ class GuidedVLM:
         chat_template: str | None = None,
         pairing: Pairing = "auto",
         strategy: Strategy = "auto",
+        prefix_cells: int | None = None,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
         use_gpu: bool = True,
     ) -> GuidedVLM:
         """Guided decoding with the model that a `llama_cpp.Llama` has loaded.
@@ -127,44 +141,67 @@ class GuidedVLM:
         model = Model(llama.model, path=Path(llama.model_path), owner=llama)
         vlm = cls.__new__(cls)
         options = ContextOptions.from_params(llama.context_params)
+        resolved = _resolved(pairing, model)
+        check_strategy(strategy, resolved)
         n_gpu_layers = llama.model_params.n_gpu_layers if use_gpu else 0
-        vlm._assemble(model, mmproj_path, options, chat_template, pairing, n_gpu_layers, strategy)
+        vlm._open(model, mmproj_path, chat_template, options, image_cache_bytes, use_gpu)
+        vlm._assemble(options, resolved, prefix_cells, strategy, n_gpu_layers)
         # What is made from the weights must be freed before them.
         close = weakref.WeakMethod(vlm.close)
         llama._stack.callback(lambda: (closing := close()) is not None and closing())
         return vlm
 
-    def _assemble(
+    def _open(
         self,
         model: Model,
         mmproj_path: str | Path,
-        options: ContextOptions,
         chat_template: str | None,
-        pairing: Pairing,
-        n_gpu_layers: int,
-        strategy: Strategy,
+        options: ContextOptions,
+        image_cache_bytes: int,
+        use_gpu: bool,
     ) -> None:
         self.model = model
         self.template = _template(model, chat_template)
-        self.pairing = _resolved(pairing, model)
-        check_strategy(strategy, self.pairing)
         self.projector = Projector(
-            mmproj_path, model, use_gpu=n_gpu_layers != 0, n_threads=options.n_threads
+            mmproj_path,
+            model,
+            use_gpu=use_gpu,
+            n_threads=options.n_threads,
+            cache_bytes=image_cache_bytes,
         )
-        selections = _core.Selections(model.n_layer)
+
+    def _assemble(
+        self,
+        options: ContextOptions,
+        pairing: Literal["pair", "contexts"],
+        prefix_cells: int | None,
+        strategy: Strategy,
+        n_gpu_layers: int,
+    ) -> None:
+        self.pairing = pairing
+        selections = _core.Selections(self.model.n_layer)
+        # A recurrent state cannot be cut back to where two prompts part.
+        keeps = prefix_cells != 0 and not self.model.has_recurrent_layers
+        n_slots = MAX_PREFIXES if keeps else 0
 
         def context(n_seq_max: int) -> LlamaContext:
-            return LlamaContext(model, self.projector, selections, options, n_seq_max=n_seq_max)
+            return LlamaContext(
+                self.model, self.projector, selections, options, n_seq_max=n_seq_max
+            )
 
-        if self.pairing == "pair":
-            both = context(2)
-            branches = Branch(both, 0), Branch(both, 1)
+        if pairing == "pair":
+            both = context(2 + 2 * n_slots)
+            original, degraded = Branch(both, 0), Branch(both, 1)
             self._contexts = [both]
+            slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
         else:
-            self._contexts = [context(1), context(1)]
-            branches = Branch(self._contexts[0], 0), Branch(self._contexts[1], 0)
-        self.engine = PairedEngine(*branches, selections)
-        self._choice = Choice(self.engine, strategy, cost_key(model, options, n_gpu_layers))
+            self._contexts = [context(1 + n_slots), context(1)]
+            original, degraded = (Branch(context, 0) for context in self._contexts)
+            slots = [(1 + i, 0) for i in range(n_slots)]
+        max_cells = _checked_cells(prefix_cells, original.context.n_ctx)
+        prefixes = PrefixReuse(original, degraded, slots, max_cells)
+        self.engine = PairedEngine(original, degraded, selections, prefixes=prefixes)
+        self._choice = Choice(self.engine, strategy, cost_key(self.model, options, n_gpu_layers))
         self._lock = threading.RLock()
         self._request = 0
 
@@ -197,6 +234,15 @@ class GuidedVLM:
                 context.close()
             self.projector.close()
             self.model.close()
+
+    def forget(self) -> None:
+        """Lets all kept prompts and images go. Ends an open stream, as a new request does."""
+        with self._lock:
+            self._check_open()
+            self._request += 1
+            self.engine.reset()
+            self.engine.prefixes.forget()
+            self.projector.embeddings.clear()
 
     def __enter__(self) -> GuidedVLM:
         return self
@@ -273,7 +319,12 @@ class GuidedVLM:
             text, sources = rendered.text, rendered.images
         bos = self.model.special_text("bos")
         pixels = [load_image(source) for source in sources]
-        return self.projector.tokenize(text, pixels, add_bos=not (bos and text.startswith(bos)))
+        return self.projector.tokenize(
+            text,
+            pixels,
+            ids=[image_id(rgb) for rgb in pixels],
+            add_bos=not (bos and text.startswith(bos)),
+        )
 
     def _check_open(self) -> None:
         if self._request < 0:
@@ -304,6 +355,16 @@ def _resolved(pairing: Pairing, model: Model) -> Literal["pair", "contexts"]:
     if pairing == "auto":
         return "contexts" if model.has_recurrent_layers else "pair"
     return pairing
+
+
+def _checked_cells(prefix_cells: int | None, n_ctx: int) -> int:
+    if prefix_cells is None:
+        return n_ctx // 2
+    if not 0 <= prefix_cells <= n_ctx:
+        raise UnsupportedError(
+            f"prefix_cells={prefix_cells} is out of range: 0 to {n_ctx} (n_ctx), or None for half"
+        )
+    return prefix_cells
 
 
 def _messages(

@@ -30,7 +30,8 @@ double cosine(const std::vector<float> & a, const std::vector<float> & b) {
 
 GraphPatch::GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections, int32_t n_threads)
     : n_layer_(n_layer), n_threads_(n_threads), selections_(std::move(selections)),
-      ledger_(n_layer), fork_(n_layer) {}
+      ledger_(n_layer), fork_(n_layer), unattended_(static_cast<size_t>(n_layer), 0),
+      written_layer_(n_layer) {}
 
 void GraphPatch::begin(Plan plan) {
     fork_.begin(plan.fork, static_cast<int64_t>(plan.rows.size()));
@@ -106,7 +107,7 @@ bool GraphPatch::ask(ggml_tensor * node) {
     }
     const bool enters = active_ && fork_.ask(node);
     if (node->op == GGML_OP_SET_ROWS) {
-        return active_ && ask_set_rows(node);
+        return ask_set_rows(node);
     }
     if (enters || (active_ && is_residual(node))) {
         return true;
@@ -162,6 +163,7 @@ void GraphPatch::computed(ggml_tensor * node) {
 
 // Answers whether a boundary is needed behind this write into the cache. K of the rows at hand is
 // complete there, and q stands before it in every order that backends bring the graph into.
+// Without a plan too, for what is written may lie where image tokens lay.
 bool GraphPatch::ask_set_rows(ggml_tensor * node) {
     const int32_t il = layer_in_name(root(node), "cache_k_l");
     if (il < 0 || il >= n_layer_) {
@@ -169,13 +171,15 @@ bool GraphPatch::ask_set_rows(ggml_tensor * node) {
     }
     enter_layer(il, node->src[1]->ne[0]);
     record_cells(node, il);
-    return !observed_.empty() && plan_.observe_layers[static_cast<size_t>(il)] != 0;
+    return active_ && !observed_.empty() && plan_.observe_layers[static_cast<size_t>(il)] != 0;
 }
 
 // Layers are written in ascending order; a layer not above the last one opens a micro-batch.
 void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
     if (il <= written_layer_) {
-        check_layers_attended(plan_);
+        if (active_) {
+            check_layers_attended(plan_);
+        }
         ubatch_begin_ += ubatch_rows_;
         ubatch_rows_ = n_rows;
         attention_layer_ = -1;

@@ -7,9 +7,10 @@
 // image tokens. The library is unmodified; the kernels, flash attention or not, are the library's.
 //
 //     node                          what the patch does when asked
-//     SET_ROWS into cache_k_l<il>   notes the KV cells of image rows (the ledger); asks for a
-//                                   boundary if a row of this layer is observed, so that q and K
-//                                   are there when the attention node is asked
+//     SET_ROWS into cache_k_l<il>   notes the KV cells of image rows (the ledger), and without a
+//                                   plan forgets those that others take; asks for a boundary if a
+//                                   row of this layer is observed, so that q and K are there when
+//                                   the attention node is asked
 //     FLASH_ATTN_EXT, SOFT_MAX      observes rows (influence -> token policy -> slot), then builds
 //                                   the layer's mask from the slots and swaps it in
 //     l_out-<il>                    reads one row of the residual stream (cosine layer policy)

@@ -14,11 +14,16 @@ namespace cmg {
 
 class Ledger {
   public:
-    explicit Ledger(int32_t n_layer) : n_layer_(n_layer) {}
+    explicit Ledger(int32_t n_layer) : n_layer_(n_layer), noted_(static_cast<size_t>(n_layer)) {}
 
     // `cell` of layer `il` is about to be written: no image token lies there any more. Cells come
     // free when a sequence ends, and behind a sliding window.
     void forget(int32_t il, int64_t cell) {
+        auto & noted = noted_[static_cast<size_t>(il)];
+        if (static_cast<size_t>(cell) >= noted.size() || noted[static_cast<size_t>(cell)] == 0) {
+            return;
+        }
+        noted[static_cast<size_t>(cell)] = 0;
         for (auto & entry : cells_) {
             auto & cells = entry.second[static_cast<size_t>(il)];
             std::replace(cells.begin(), cells.end(), cell, int64_t{-1});
@@ -32,6 +37,9 @@ class Ledger {
             cells.resize(static_cast<size_t>(token) + 1, -1);
         }
         cells[static_cast<size_t>(token)] = cell;
+        auto & noted = noted_[static_cast<size_t>(il)];
+        noted.resize(std::max(noted.size(), static_cast<size_t>(cell) + 1), 0);
+        noted[static_cast<size_t>(cell)] = 1;
     }
 
     // Cells of the image tokens of `seq` in layer `il`, by token number; -1 = not in this layer.
@@ -65,6 +73,7 @@ class Ledger {
 
     int32_t n_layer_;
     std::map<int32_t, Layers> cells_;
+    std::vector<std::vector<char>> noted_; // [n_layer][cell]: 0 = no sequence names this cell
 };
 
 } // namespace cmg

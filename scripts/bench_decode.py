@@ -192,7 +192,9 @@ def open_ways(pair: Pair, args: argparse.Namespace) -> dict[str, Way]:
 
     def guided(guidance: Guidance, kind: type[Guided] = Guided, **settings: Any) -> Guided:
         use_gpu = args.n_gpu_layers != 0
-        vlm = GuidedVLM.from_llama(llama, pair.mmproj, use_gpu=use_gpu, **settings)
+        # A prompt that is kept would be a prompt that is not measured the second time.
+        settings = {"prefix_cells": 0, "use_gpu": use_gpu, **settings}
+        vlm = GuidedVLM.from_llama(llama, pair.mmproj, **settings)
         return kind(vlm, guidance, request)
 
     plain = guided(PLAIN)

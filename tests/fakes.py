@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cmg_gguf import _core
 from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import BackendError
+from cmg_gguf.reuse import PrefixReuse
 from cmg_gguf.runtime.protocol import Context, ImageSegment, IntArray, Prompt, TextSegment
 
 N_LAYER, N_VOCAB = 4, 6
@@ -119,6 +120,9 @@ class FakeContext:
         self.calls.append(("truncate", seq, n_pos))
         self._cells[seq] = {p: c for p, c in self._cells.get(seq, {}).items() if p < n_pos}
 
+    def is_whole(self, seq: int) -> bool:
+        return 0 in self._cells.get(seq, {})
+
     def _log(self, *call: Any) -> None:
         self.calls.append(call)
         self._fuse.burn()
@@ -132,10 +136,16 @@ class FakeContext:
 
 
 class Rig:
-    """An engine on fake contexts."""
+    """An engine on fake contexts. n_slots, max_cells: what it may keep of past prompts."""
 
     def __init__(
-        self, pairing: Pairing = "pair", seqs: tuple[int, int] = (0, 1), **settings: Any
+        self,
+        pairing: Pairing = "pair",
+        seqs: tuple[int, int] = (0, 1),
+        *,
+        n_slots: int = 0,
+        max_cells: int = 10**6,
+        **settings: Any,
     ) -> None:
         self.fuse = Fuse()
         first = FakeContext(self.fuse, **settings)
@@ -144,7 +154,9 @@ class Rig:
         original, degraded = (
             Branch(cast(Context, c), s) for c, s in zip(self.contexts, seqs, strict=True)
         )
-        self.engine = PairedEngine(original, degraded, _core.Selections(N_LAYER))
+        slots = [(10 + i, 20 + i) for i in range(n_slots)]
+        prefixes = PrefixReuse(original, degraded, slots, max_cells)
+        self.engine = PairedEngine(original, degraded, _core.Selections(N_LAYER), prefixes=prefixes)
         self.forget()
 
     @property

@@ -41,12 +41,17 @@ def ids(reply: Reply) -> list[int]:
 
 
 def is_empty(vlm: GuidedVLM) -> bool:
-    """Whether no sequence of the model's contexts holds anything."""
-    return vlm.engine.n_past == 0 and all(
-        llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(context.handle), seq) == -1
-        for context in vlm._contexts
-        for seq in range(context.n_seq_max)
+    """Whether the sequences that answers are decoded in hold nothing."""
+    branches = vlm.engine.original, vlm.engine.degraded
+    return vlm.engine.n_past == 0 and not any(
+        held(branch.context, branch.seq) for branch in branches
     )
+
+
+def held(context: Any, seq: int) -> int:
+    """How many positions a sequence holds."""
+    memory = llama_cpp.llama_get_memory(context.handle)
+    return int(llama_cpp.llama_memory_seq_pos_max(memory, seq)) + 1
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:

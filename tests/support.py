@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -34,6 +35,7 @@ from cmg_gguf.guidance import (
     MeanStd,
     TopRatio,
 )
+from cmg_gguf.reuse import PrefixReuse
 from cmg_gguf.runtime.context import CACHE_TYPES, ContextOptions, LlamaContext
 from cmg_gguf.runtime.model import Model
 from cmg_gguf.runtime.projector import Projector
@@ -74,7 +76,8 @@ class Tiny:
         """An encoded prompt; "<__media__>" in `text` stands for one picture each."""
         text = text.replace("<__media__>", self.projector.marker)
         images = [picture(seed) for seed in image_seeds]
-        return self.projector.encode(self.projector.tokenize(text, images))
+        ids = [str(seed) for seed in image_seeds]
+        return self.projector.encode(self.projector.tokenize(text, images, ids=ids))
 
 
 def prompt_rows(ref: Reference, prompt: Prompt) -> F64:
@@ -159,8 +162,26 @@ def _layer_policy(guidance: Guidance) -> Callable[[reference.LayerEvidence], Mas
     return partial(reference.lowest_cosine, share=cast(Any, layers).share)
 
 
+class Counted(LlamaContext):
+    """A context that counts the rows it decodes, by sequence."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.n_rows: Counter[int] = Counter()
+
+    def decode(self, tokens: IntArray, positions: IntArray, seqs: IntArray, **more: Any) -> None:
+        super().decode(tokens, positions, seqs, **more)
+        self.n_rows.update(seqs.tolist())
+
+    def decode_image(
+        self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
+    ) -> None:
+        super().decode_image(image, position, seq, plan)
+        self.n_rows[seq] += image.n_tokens
+
+
 class Rig:
-    """An engine on contexts of its own."""
+    """An engine on contexts of its own. n_slots, max_cells: what it may keep of past prompts."""
 
     def __init__(
         self,
@@ -171,15 +192,26 @@ class Rig:
         seqs: tuple[int, int] = (0, 1),
         n_seq_max: int = 2,
         stepping: Stepping = EAGER,
+        n_slots: int = 0,
+        max_cells: int = 10**6,
     ) -> None:
         self.tiny = tiny
+        n_seq_max = max(n_seq_max, 2 + 2 * n_slots)
         self.selections = _core.Selections(tiny.model.n_layer)
         self.contexts = [
-            LlamaContext(tiny.model, tiny.projector, self.selections, options, n_seq_max=n_seq_max)
+            Counted(tiny.model, tiny.projector, self.selections, options, n_seq_max=n_seq_max)
             for _ in range(1 if pairing == "pair" else 2)
         ]
-        original, degraded = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
-        self.engine = PairedEngine(original, degraded, self.selections, stepping)
+        branches = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
+        slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
+        prefixes = PrefixReuse(*branches, slots, max_cells)
+        self.engine = PairedEngine(*branches, self.selections, stepping=stepping, prefixes=prefixes)
+
+    def n_decoded(self) -> tuple[int, int]:
+        """Rows that each branch has decoded since the last call."""
+        branches = self.engine.original, self.engine.degraded
+        first, second = (cast(Counted, b.context).n_rows.pop(b.seq, 0) for b in branches)
+        return first, second
 
     def follow(
         self,

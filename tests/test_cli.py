@@ -284,6 +284,21 @@ def test_json_holds_what_the_library_says(bench: Bench) -> None:
     assert (said["model"], said["mmproj"]) == (str(bench.pair.llm), str(bench.pair.mmproj))
 
 
+@pytest.mark.parametrize(("flags", "reuses"), [([], True), (["--prefix-cells", "0"], False)])
+def test_the_guided_answer_of_a_comparison_reuses_the_plain_ones_image(
+    bench: Bench, flags: list[str], reuses: bool
+) -> None:
+    asking = ["run", *bench.asking, *flags, "-p", QUESTION, "--compare"]
+    said = json.loads(invoke(*asking, "--json").stdout)
+    cached = [
+        said[name]["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for name in ("plain", "guided")
+    ]
+    assert cached[0] == 0
+    assert (cached[1] > said["guided"]["cmg"]["n_image_tokens"]) == reuses
+    assert (f"prompt ({cached[1]} reused) " in invoke(*asking).stderr) == reuses
+
+
 def test_json_of_a_comparison_has_both_with_the_same_seed(bench: Bench) -> None:
     result = invoke("run", *bench.asking, "-p", QUESTION, "--json", "--compare", "--temp", "1")
     said = json.loads(result.stdout)

@@ -182,6 +182,20 @@ def test_cells_in_the_holes_that_others_left_are_found(tiny: Tiny, scope: Scope)
     check(rig, tiny.prompt(TWO_IMAGES, *PICTURES), guidance)
 
 
+def test_cells_that_others_take_are_forgotten_without_a_plan_too(tiny: Tiny) -> None:
+    rig, prompt = Rig(tiny, n_seq_max=3), tiny.prompt(ONE_IMAGE, PICTURE)
+    context, image = rig.contexts[0], tiny.prompt(ONE_IMAGE, PICTURE).is_image
+    rig.decode_prompt(prompt)
+    context.patch.copy_image_tokens(0, 1, N_IMAGE)
+    context.truncate(0, 0)
+    n = int(image.argmax()) + 5
+    occupy(context, 2, n)
+    left = np.where(np.arange(len(image)) < n, NONE, np.arange(len(image)))[image]
+    for il in range(N_LAYER):
+        assert context.patch.cells(0, il).tolist() == left.tolist()
+        assert context.patch.cells(1, il).tolist() == left.tolist()
+
+
 @pytest.mark.parametrize("scope", ["decode", "text", "all"])
 def test_cells_that_come_free_during_an_answer_may_be_taken(tiny: Tiny, scope: Scope) -> None:
     """Also by rows whose sequence has left cells behind its window."""

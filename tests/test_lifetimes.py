@@ -260,6 +260,7 @@ def test_loading_reports_up_to_a_hundred_percent(pair: TinyPair) -> None:
 
 def test_an_answer_reports_image_tokens_and_rows(vlm: GuidedVLM) -> None:
     reports: list[tuple[str, int, int]] = []
+    vlm.forget()
     vlm.generate(
         QUESTION,
         [picture(0), picture(1)],

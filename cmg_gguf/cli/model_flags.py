@@ -127,6 +127,16 @@ class ModelFlags:
             "others: see info --calibrate.",
         ),
     ] = "auto"
+    prefix_cells: Annotated[
+        int | None,
+        _flag(
+            "--prefix-cells",
+            min=0,
+            metavar="N",
+            help="How much of -c may stay with past prompts, for those that begin alike; 0 = "
+            "nothing. Default: half.",
+        ),
+    ] = None
     verbose: Annotated[
         bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False
@@ -149,6 +159,7 @@ class ModelFlags:
             chat_template=self.chat_template,
             pairing=self.pairing,
             strategy=self.strategy,
+            prefix_cells=self.prefix_cells,
             verbose=self.verbose,
             progress=progress,
         )

@@ -197,6 +197,11 @@ class LlamaContext:
         if not llama_cpp.llama_memory_seq_rm(self._memory, seq, n_pos if n_pos else -1, -1):
             raise BackendError(f"sequence {seq} cannot be cut back to {n_pos} positions")
 
+    def is_whole(self, seq: int) -> bool:
+        """See `protocol.Context.is_whole`."""
+        self._check_open()
+        return bool(llama_cpp.llama_memory_seq_pos_min(self._memory, seq) == 0)
+
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise BackendError("this context is closed; make a new one")

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import secrets
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from llama_cpp import mtmd_cpp
 
 from cmg_gguf.errors import BackendError, ImageError, ModelError, ProjectorError, PromptError
+from cmg_gguf.runtime.embeddings import Embeddings
 from cmg_gguf.runtime.header import read_architecture
 from cmg_gguf.runtime.log import captured_errors
 from cmg_gguf.runtime.model import Model
@@ -26,7 +28,7 @@ class Projector:
     """A loaded mmproj.
 
     handle: mtmd_context pointer. marker: the text that stands for an image in a prompt; random, so
-    that no user text contains it.
+    that no user text contains it. embeddings: encoded images, of which cache_bytes are kept.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Projector:
         *,
         use_gpu: bool = True,
         n_threads: int = 0,
+        cache_bytes: int = 0,
     ) -> None:
         """Raises ProjectorError for a missing, damaged, swapped or unfitting file."""
         path = Path(path)
@@ -49,6 +52,7 @@ class Projector:
                 "projector; give the mmproj file that belongs to the model"
             )
         self.path = path
+        self.embeddings = Embeddings(cache_bytes)
         self.marker = f"<__image_{secrets.token_hex(16)}__>"
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu = use_gpu
@@ -76,11 +80,17 @@ class Projector:
         self._finalizer()
 
     def tokenize(
-        self, text: str, images: Sequence[npt.NDArray[np.uint8]], *, add_bos: bool = True
+        self,
+        text: str,
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        ids: Sequence[str] | None = None,
+        add_bos: bool = True,
     ) -> Prompt:
         """Cuts a prompt at its image markers; images are not encoded yet.
 
-        text: `self.marker` stands for one image each. images: (H, W, 3) uint8 RGB, in order.
+        text: `self.marker` stands for one image each. images: (H, W, 3) uint8 RGB, in order. ids:
+        the `image_id` of each, by which it is known when it is seen again; None = it is not.
         Raises PromptError if markers and images differ in number, ImageError for an image that the
         model's preprocessing refuses.
         """
@@ -91,7 +101,7 @@ class Projector:
             )
         data = text.encode("utf-8", "replace")
         request = mtmd_cpp.mtmd_input_text(data, len(data), add_bos, True)
-        bitmaps = [_bitmap(image) for image in images]
+        bitmaps = [_bitmap(image, i) for i, image in enumerate(images)]
         chunks = mtmd_cpp.mtmd_input_chunks_init()
         try:
             array = (mtmd_cpp.mtmd_bitmap_p_ctypes * max(1, len(bitmaps)))(*bitmaps)
@@ -105,24 +115,42 @@ class Projector:
                     f"the model cannot take these images ({sizes} pixels): "
                     f"{errors[0] if errors else f'code {code}'}"
                 )
-            return Prompt(tuple(self._segments(chunks)))
+            return Prompt(tuple(self._segments(chunks, ids)))
         finally:
             mtmd_cpp.mtmd_input_chunks_free(chunks)
             for bitmap in bitmaps:
                 mtmd_cpp.mtmd_bitmap_free(bitmap)
 
-    def encode(self, prompt: Prompt, progress: Callable[[int, int], None] | None = None) -> Prompt:
-        """The prompt with its images encoded. progress(done, total) counts image tokens."""
-        total, done = prompt.n_image_tokens, 0
+    def encode(
+        self,
+        prompt: Prompt,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        first_row: int = 0,
+    ) -> Prompt:
+        """The prompt with its images encoded, but those ahead of row `first_row`.
+
+        progress(done, total) counts the tokens of these images.
+        """
+        total = int(prompt.is_image[first_row:].sum())
+        done = row = 0
         segments: list[Segment] = []
         for segment in prompt.segments:
-            if isinstance(segment, ImageSegment) and segment.embd is None:
-                segment = dataclasses.replace(segment, embd=self._embed(segment))
+            if isinstance(segment, ImageSegment) and segment.embd is None and row >= first_row:
+                segment = dataclasses.replace(segment, embd=self._encoded(segment))
                 done += segment.n_tokens
                 if progress is not None:
                     progress(done, total)
+            row += segment.n_tokens
             segments.append(segment)
         return Prompt(tuple(segments))
+
+    def _encoded(self, image: ImageSegment) -> npt.NDArray[np.float32]:
+        embd = self.embeddings.get(image.key)
+        if embd is None:
+            embd = self._embed(image)
+            self.embeddings.put(image.key, embd)
+        return embd
 
     def _embed(self, image: ImageSegment) -> npt.NDArray[np.float32]:
         with captured_errors() as errors:
@@ -137,8 +165,9 @@ class Projector:
             raise BackendError("the image encoder gave values that are not finite")
         return embd
 
-    def _segments(self, chunks: Any) -> list[Segment]:
+    def _segments(self, chunks: Any, ids: Sequence[str] | None) -> list[Segment]:
         segments: list[Segment] = []
+        n_chunks: Counter[int] = Counter()
         for i in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
             chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, i)
             if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
@@ -147,12 +176,19 @@ class Projector:
                 if count.value:
                     segments.append(TextSegment(np.array(tokens[: count.value], dtype=np.int32)))
             else:
+                # Which of the images, and which of the pieces that the model cuts it into.
+                image = int(mtmd_cpp.mtmd_input_chunk_get_id(chunk))
+                n_tokens = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk)
+                n_pos = mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk)
+                key = None if ids is None else (ids[image], n_chunks[image], n_tokens, n_pos)
+                n_chunks[image] += 1
                 segments.append(
                     ImageSegment(
-                        n_tokens=mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk),
-                        n_pos=mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk),
+                        n_tokens=n_tokens,
+                        n_pos=n_pos,
                         non_causal=mtmd_cpp.mtmd_decode_use_non_causal(self.handle, chunk),
                         chunk=_Chunk(chunk),
+                        key=key,
                     )
                 )
         return segments
@@ -166,7 +202,7 @@ class _Chunk:
         self._finalizer = weakref.finalize(self, mtmd_cpp.mtmd_input_chunk_free, self.handle)
 
 
-def _bitmap(image: npt.NDArray[np.uint8]) -> Any:
+def _bitmap(image: npt.NDArray[np.uint8], number: int) -> Any:
     height, width, _ = image.shape
     pixels = np.ascontiguousarray(image)
     bitmap = mtmd_cpp.mtmd_bitmap_init(
@@ -174,6 +210,7 @@ def _bitmap(image: npt.NDArray[np.uint8]) -> Any:
     )
     if not bitmap:
         raise ImageError(f"no memory for an image of {width}x{height} pixels")
+    mtmd_cpp.mtmd_bitmap_set_id(bitmap, str(number).encode())
     return bitmap
 
 

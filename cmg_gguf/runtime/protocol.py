@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,7 +39,8 @@ class ImageSegment:
 
     n_tokens: image tokens. n_pos: positions they take (fewer under M-RoPE). non_causal: the model
     lets image tokens see later ones, so they must be decoded in one micro-batch. embd: (n_tokens,
-    n_embd) float32 once encoded. chunk: llama.cpp's own description of the image.
+    n_embd) float32 once encoded. chunk: llama.cpp's own description of the image. key: stands for
+    all that enters its rows, so that equal keys mean equal images; None = not known.
     """
 
     n_tokens: int
@@ -46,6 +48,7 @@ class ImageSegment:
     non_causal: bool
     chunk: Any
     embd: FloatArray | None = None
+    key: Hashable = None
 
     @property
     def needs_ubatch(self) -> int:
@@ -120,4 +123,8 @@ class Context(Protocol):
 
     def truncate(self, seq: int, n_pos: int) -> None:
         """Drops positions n_pos and up of `seq`."""
+        ...
+
+    def is_whole(self, seq: int) -> bool:
+        """Whether `seq` still holds all of its positions from 0 on: a window lets them go."""
         ...

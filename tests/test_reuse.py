@@ -1,0 +1,357 @@
+"""Going on from a kept prompt, on a real tiny LLaVA: the same logits, from fewer rows."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from guided import PLAIN
+from support import EXACT, PICTURE, TOLERANCE, Pairing, Rig, Tiny
+
+from cmg_gguf.errors import BackendError
+from cmg_gguf.guidance import (
+    AttentionMass,
+    Guidance,
+    LayerSet,
+    LowestCosine,
+    Refresh,
+    Scope,
+    TopRatio,
+)
+from cmg_gguf.runtime.protocol import Prompt, TextSegment
+from cmg_gguf.stepping import Stepping
+
+SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
+REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
+QUESTIONS = (
+    "USER: Look at <__media__> Is there a dog? ASSISTANT:",
+    "USER: Look at <__media__> Is there a red car near the tree? ASSISTANT:",
+    "USER: Look at <__media__> How many people are in the street? ASSISTANT:",
+)
+TWO = "USER: <__media__> and <__media__> Is there a dog? ASSISTANT:"
+ROUNDING = 2e-5
+"""Between two float32 forwards of the same rows in other batches."""
+
+
+@pytest.fixture(params=["llama", "gemma"])
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    found: Tiny = request.getfixturevalue(request.param)
+    return found
+
+
+def agree(rig: Rig, prompt: Prompt, guidance: Guidance) -> tuple[int, int]:
+    """Asserts that both branches are the judge's; the prompt's rows that each of them decoded."""
+    verdict = rig.tiny.verdict(prompt, guidance)
+    rig.n_decoded()
+    errors = rig.follow(prompt, guidance, verdict)
+    assert errors.max() <= TOLERANCE, errors.max(axis=0)
+    original, degraded = rig.n_decoded()
+    n_steps = len(verdict.steps) - 1
+    return original - n_steps, degraded - n_steps
+
+
+def longer(prompt: Prompt, *tokens: int) -> Prompt:
+    """The prompt with more tokens behind it, in the same run of text."""
+    last = prompt.segments[-1]
+    assert isinstance(last, TextSegment)
+    text = TextSegment(np.append(last.tokens, np.array(tokens, np.int32)))
+    return Prompt((*prompt.segments[:-1], text))
+
+
+def n_alike(*prompts: Prompt) -> int:
+    """Rows that two prompts with the same images begin with alike."""
+    rows = []
+    for prompt in prompts:
+        parts = [
+            s.tokens if isinstance(s, TextSegment) else [-1] * s.n_tokens for s in prompt.segments
+        ]
+        rows.append(np.concatenate(parts).tolist())
+    pairs = zip(*rows, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+# --- what is reused, and that it is right ------------------------------------------------------
+
+
+@pytest.mark.parametrize("refresh", REFRESHES)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_more_questions_about_an_image_are_the_judges(
+    tiny: Tiny, scope: Scope, refresh: Refresh
+) -> None:
+    rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope, refresh=refresh)
+    prompts = [tiny.prompt(text, PICTURE) for text in QUESTIONS]
+    image = int(prompts[0].is_image.argmax())
+    first_own = {"all": image, "text": image + 16}
+    assert agree(rig, prompts[0], guidance)[0] == prompts[0].n_tokens
+    for before, prompt in itertools.pairwise(prompts):
+        n, alike = prompt.n_tokens, n_alike(before, prompt)
+        assert alike > image + 16
+        original, degraded = agree(rig, prompt, guidance)
+        assert rig.engine.n_reused == n - original == alike
+        if scope == "decode":
+            assert degraded == 1
+        elif refresh == "prompt":
+            assert degraded == n - first_own[scope]
+        else:
+            assert degraded == n - alike
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, scope: Scope) -> None:
+    rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope)
+    prompt = tiny.prompt(QUESTIONS[0], PICTURE)
+    more = tiny.model.tokenize(" USER: How many? ASSISTANT:").tolist()
+    for _ in range(3):
+        agree(rig, prompt, guidance)
+        decoded = rig.tiny.verdict(prompt, guidance).tokens[:-1]  # nobody needs the last one's row
+        n_held = prompt.n_tokens + len(decoded)
+        prompt = longer(prompt, *decoded, *more)
+        n_new = prompt.n_tokens - n_held
+        expected = (n_new, 1 if scope == "decode" else n_new)
+        assert agree(rig, prompt, guidance) == expected
+        assert rig.engine.n_reused == n_held
+
+
+@pytest.mark.parametrize(
+    "stepping",
+    [Stepping(fork=True), Stepping(lazy=True), Stepping(lazy=True, fork=True)],
+    ids=("fork", "lazy", "lazy fork"),
+)
+def test_of_an_answer_whose_degraded_rows_have_gaps_the_prompt_alone_is_kept(
+    tiny: Tiny, stepping: Stepping
+) -> None:
+    rig, guidance = Rig(tiny, n_slots=2, stepping=stepping), Guidance()
+    prompt = tiny.prompt(QUESTIONS[0], PICTURE)
+    more = tiny.model.tokenize(" USER: How many? ASSISTANT:").tolist()
+    n_held = 0
+    for _ in range(3):
+        agree(rig, prompt, guidance)
+        assert rig.engine.n_reused == n_held
+        n_held = prompt.n_tokens
+        prompt = longer(prompt, *rig.tiny.verdict(prompt, guidance).tokens[:-1], *more)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_two_images_by_turns_are_both_kept(tiny: Tiny, scope: Scope) -> None:
+    rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope)
+    prompts = [tiny.prompt(QUESTIONS[0], seed) for seed in (PICTURE, 4)]
+    before_image = int(prompts[0].is_image.argmax())
+    for i, prompt in enumerate([*prompts, *prompts]):
+        agree(rig, prompt, guidance)
+        expected = 0 if i == 0 else before_image if i == 1 else prompt.n_tokens - 1
+        assert rig.engine.n_reused == expected
+
+
+def test_of_two_images_the_first_may_be_reused_alone(llama: Tiny) -> None:
+    rig = Rig(llama, n_slots=3)
+    for second, alike in ((4, 0), (3, 16), (4, 16)):
+        prompt = llama.prompt(TWO, 3, second)
+        agree(rig, prompt, Guidance(scope="all"))
+        assert rig.engine.n_reused >= alike
+    assert rig.engine.n_reused == prompt.n_tokens - 1
+
+
+GUIDANCES = [
+    PLAIN,
+    *(Guidance(scope=scope, refresh=refresh) for scope in SCOPES for refresh in REFRESHES),
+    Guidance(layers=LayerSet((1, 4))),
+    Guidance(tokens=TopRatio(0.3)),
+    Guidance(layers=AttentionMass(0.5)),
+    Guidance(layers=LowestCosine(0.5), refresh="prompt"),
+    Guidance(layers=LowestCosine(0.5)),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_guidance_may_follow_any_other(llama: Tiny, seed: int) -> None:
+    rig, rng = Rig(llama, n_slots=2), np.random.default_rng(seed)
+    for i in rng.permutation(np.repeat(np.arange(len(GUIDANCES)), 2)).tolist():
+        prompt = llama.prompt(QUESTIONS[int(rng.integers(3))], PICTURE)
+        if GUIDANCES[i].contrasts:
+            agree(rig, prompt, GUIDANCES[i])
+            # With scope "all" each image row is observed: the text before the image is left.
+            assert rig.engine.n_reused > 0 or rig.engine.prefixes.n_prefixes == 0
+        else:
+            rig.engine.prefill(prompt, PLAIN)
+            expected = llama.verdict(prompt, Guidance()).steps[0].original
+            assert np.abs(rig.engine.original_logits - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("refresh", REFRESHES)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_unguided_prompt_serves_a_guided_one(tiny: Tiny, scope: Scope, refresh: Refresh) -> None:
+    rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope, refresh=refresh)
+    prompt = tiny.prompt(QUESTIONS[0], PICTURE)
+    rig.engine.prefill(prompt, PLAIN)
+    for token in range(5):
+        rig.engine.step(300 + token)
+    agree(rig, prompt, guidance)
+    image = int(prompt.is_image.argmax())
+    every_row_observed = {"decode": prompt.n_tokens - 1, "text": image + 16, "all": image}
+    reusable = every_row_observed[scope if refresh == "step" else "decode"]
+    assert rig.engine.n_reused == reusable
+
+
+@pytest.mark.parametrize("refresh", REFRESHES)
+def test_two_contexts_reuse_what_the_original_branch_holds(tiny: Tiny, refresh: Refresh) -> None:
+    rig, guidance = Rig(tiny, n_slots=2, pairing="contexts"), Guidance(refresh=refresh)
+    for i, text in enumerate(QUESTIONS):
+        prompt = tiny.prompt(text, PICTURE)
+        original, degraded = agree(rig, prompt, guidance)
+        assert degraded == prompt.n_tokens
+        assert (original < prompt.n_tokens - 16) == (i > 0)
+
+
+@pytest.mark.parametrize("change", ["no key", "other key", "fewer positions"])
+def test_an_image_that_may_be_another_is_never_reused(llama: Tiny, change: str) -> None:
+    def changed(prompt: Prompt) -> Prompt:
+        before, image, after = prompt.segments
+        changes: dict[str, Any] = {"no key": {"key": None}, "other key": {"key": "other"}}
+        return Prompt((before, replace(image, **changes.get(change, {"n_pos": 15})), after))
+
+    rig, prompt = Rig(llama, n_slots=2), llama.prompt(QUESTIONS[0], PICTURE)
+    for one in (prompt, changed(prompt), changed(prompt)):
+        rig.engine.prefill(prompt, PLAIN)
+        start = rig.engine.first_decoded_row(one, PLAIN)
+    if change == "no key":
+        rig.engine.prefill(changed(prompt), PLAIN)
+        start = rig.engine.first_decoded_row(changed(prompt), PLAIN)
+    assert start == int(prompt.is_image.argmax())
+
+
+# --- room --------------------------------------------------------------------------------------
+
+
+def random_prompt(tiny: Tiny, rng: np.random.Generator) -> Prompt:
+    """Few words, images and orders of them, so that beginnings are often alike."""
+    parts = ["USER: ", "What is there? "][: int(rng.integers(1, 3))]
+    seeds = rng.integers(0, 3, int(rng.integers(0, 4))).tolist()
+    for _ in seeds:
+        parts += ["<__media__>", " and "][: int(rng.integers(1, 3))]
+    parts += ["How many? " * int(rng.integers(0, 4)), "ASSISTANT:"]
+    return tiny.prompt("".join(parts), *seeds)
+
+
+def random_guidance(rng: np.random.Generator) -> Guidance:
+    """All image tokens or none: a choice between them could hang by a hair."""
+    guidances = [PLAIN] + [
+        Guidance(scope=scope, refresh=refresh, tokens=TopRatio(1.0), layers=layers)
+        for scope in SCOPES
+        for refresh in REFRESHES
+        for layers in (LayerSet((2, 3)), LayerSet((0, 5)))
+    ]
+    return guidances[int(rng.integers(len(guidances)))]
+
+
+@pytest.mark.parametrize("pairing", ["pair", "contexts"])
+def test_hundreds_of_requests_in_little_room_are_answered_as_by_a_fresh_engine(
+    tiny: Tiny, pairing: Pairing
+) -> None:
+    rig = Rig(tiny, n_slots=4, pairing=pairing)
+    fresh = Rig(tiny, pairing=pairing)
+    rng, n_reused, n_let_go = np.random.default_rng(1), 0, 0
+    for _ in range(150):
+        prompt, guidance = random_prompt(tiny, rng), random_guidance(rng)
+        engines = rig.engine, fresh.engine
+        kept = rig.engine.prefixes.n_prefixes
+        for engine in engines:
+            engine.prefill(prompt, guidance)
+        n_let_go += rig.engine.prefixes.n_prefixes < kept
+        n_reused += rig.engine.n_reused
+        for _ in range(int(rng.choice([0, 1, 3, 40], p=[0.3, 0.3, 0.3, 0.1]))):
+            same(*engines)
+            if not rig.engine.has_room:
+                break
+            token = int(fresh.engine.original_logits.argmax())
+            for engine in engines:
+                engine.step(token)
+        same(*engines)
+        if rng.random() < 0.1:
+            rig.engine.reset()
+    assert n_reused > 1000
+    assert n_let_go > 5
+
+
+def same(one: Any, other: Any) -> None:
+    assert np.abs(one.original_logits - other.original_logits).max() <= ROUNDING
+    assert (one.degraded_logits is None) == (other.degraded_logits is None)
+    if one.degraded_logits is not None:
+        assert np.abs(one.degraded_logits - other.degraded_logits).max() <= ROUNDING
+
+
+def test_an_answer_takes_the_cells_of_kept_prompts_when_it_needs_them(llama: Tiny) -> None:
+    rig = Rig(llama, n_slots=4)
+    for seed in range(4):
+        rig.engine.prefill(llama.prompt(QUESTIONS[0], seed), Guidance())
+    rig.engine.release()
+    assert rig.engine.prefixes.n_prefixes == 4
+    fresh, n_steps = Rig(llama), 0
+    prompt = llama.prompt(QUESTIONS[1], 3)
+    for one in (rig, fresh):
+        one.engine.prefill(prompt, Guidance())
+    assert rig.engine.n_reused > 16
+    while rig.engine.has_room:
+        assert fresh.engine.has_room
+        for one in (rig, fresh):
+            one.engine.step(300 + n_steps % 20)
+        n_steps += 1
+    assert not fresh.engine.has_room
+    assert n_steps > 90
+    assert rig.engine.prefixes.n_prefixes == 0
+    same(rig.engine, fresh.engine)
+
+
+# --- what goes wrong ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["decode", "decode_image", "share", "is_whole"])
+@pytest.mark.parametrize("n_before", range(4))
+def test_a_request_that_fails_is_not_kept_and_harms_no_other(
+    llama: Tiny, where: str, n_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, guidance = Rig(llama, n_slots=2), Guidance()
+    prompts = [llama.prompt(text, seed) for text in QUESTIONS for seed in (2, 4)]
+    for prompt in prompts[:2]:
+        agree(rig, prompt, guidance)
+    context, left = rig.contexts[0], n_before
+    works = getattr(context, where)
+
+    def fail(*arguments: Any, **settings: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise BackendError("told to fail")
+        return works(*arguments, **settings)
+
+    def go_on() -> None:
+        for prompt in itertools.cycle([*prompts[2:], llama.prompt(TWO, 3, 4)]):
+            rig.engine.prefill(prompt, guidance)
+            rig.engine.step(300)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(context, where, fail)
+        with pytest.raises(BackendError, match="told to"):
+            go_on()
+        kept = rig.engine.prefixes.n_cells
+        rig.engine.release()
+        assert rig.engine.prefixes.n_cells == kept
+    for prompt in prompts:
+        agree(rig, prompt, guidance)
+
+
+def test_options_that_change_the_kernels_change_nothing_about_it(llama: Tiny) -> None:
+    half = replace(EXACT, flash_attn=True, type_k="f16", type_v="f16", n_ubatch=16)
+    rig, fresh = Rig(llama, half, n_slots=2), Rig(llama, half)
+    for text in QUESTIONS:
+        prompt = llama.prompt(text, PICTURE)
+        for one in (rig, fresh):
+            one.engine.prefill(prompt, Guidance(tokens=TopRatio(1.0)))
+        pairs = [
+            (rig.engine.original_logits, fresh.engine.original_logits),
+            (rig.engine.degraded_logits, fresh.engine.degraded_logits),
+        ]
+        assert max(np.abs(a - b).max() for a, b in pairs) <= 0.05  # type: ignore[operator]
+    assert rig.engine.n_reused > 16
