@@ -109,6 +109,17 @@ class Sampling:
         if self.grammar is not None:
             _check_grammar(self.grammar)
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether what has been said changes the logits."""
+        penalties = self.repeat_penalty, self.frequency_penalty, self.presence_penalty
+        return penalties != (1.0, 0.0, 0.0)
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the token with the highest logit is taken, as it is behind bias and grammar."""
+        return self.temperature == 0 and not self.penalizes
+
 
 def grammar_for(response_format: Mapping[str, Any] | None) -> str | None:
     """GBNF grammar of an OpenAI `response_format`, or None for free text.

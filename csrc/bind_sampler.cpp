@@ -39,11 +39,11 @@ void bind_sampler(py::module_ & m) {
              py::arg("guided"), py::arg("plain"))
         .def(
             "prepare",
-            [](PairSampler & sampler, std::uintptr_t logits, float beta, size_t enough) {
-                return sampler.prepare(pointer<const float>(logits), beta, enough);
+            [](PairSampler & sampler, std::uintptr_t logits, float beta) {
+                return sampler.prepare(pointer<const float>(logits), beta);
             },
-            py::arg("logits"), py::arg("beta"), py::arg("enough"),
-            "takes the row at this address; how many of its tokens are plausible, or `enough`")
+            py::arg("logits"), py::arg("beta"),
+            "takes the row at this address; how many of its tokens are plausible")
         .def(
             "draw",
             [](PairSampler & sampler) {

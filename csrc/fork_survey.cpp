@@ -50,11 +50,9 @@ ForkSurvey::ForkSurvey(const std::vector<ggml_tensor *> & nodes, int32_t n_layer
     }
     for (const ggml_tensor * node : nodes) {
         for (const ggml_tensor * src : node->src) {
-            const auto copied = src == nullptr || places.count(src) != 0
-                                    ? named.end()
-                                    : named.find(copied_name(src));
-            if (copied != named.end()) {
-                places.emplace(src, copied->second);
+            const std::string name = src == nullptr ? "" : copied_name(src);
+            if (!name.empty() && named.count(name) != 0) {
+                places.emplace(src, named.at(name));
             }
         }
     }

@@ -32,28 +32,33 @@ struct Sampled {
 // Samples both ways from the same row, in two halves: `prepare` says how many tokens are plausible,
 // and only if that is more than one must the degraded branch be known to `draw`. The chains are
 // llama.cpp's and belong to the caller: constraints (logit bias, grammar) act first, once; `guided`
-// begins with the guidance sampler; `plain` is the rest of the chain alone. The buffers are
-// allocated once.
+// begins with the guidance sampler; `plain` is the rest of the chain alone, null for one that takes
+// the best token. The buffers are allocated once.
 class PairSampler {
   public:
     PairSampler(int32_t n_vocab, llama_sampler * constraints, llama_sampler * guided,
                 llama_sampler * plain);
-    // Takes the row and applies the constraints. Returns how many tokens a cut at beta leaves, at
-    // most `enough`. Throws std::runtime_error if no token is left at all (not-a-number logits, a
-    // dead-ended grammar).
-    size_t prepare(const float * logits, float beta, size_t enough);
+    // Takes the row [n_vocab], applies the constraints, cuts at beta for the guided chain. Returns
+    // how many tokens that leaves. Throws std::runtime_error if no token is left at all
+    // (not-a-number logits, a dead-ended grammar).
+    size_t prepare(const float * logits, float beta);
     Sampled draw();
     void accept(llama_token token);
 
   private:
-    llama_token pick(llama_sampler * chain, std::vector<llama_token_data> & candidates);
+    void constrain(const float * logits);
+    size_t collect(float lowest);
+    llama_token pick(llama_sampler * chain, size_t n);
 
+    size_t n_vocab_;
     llama_sampler * constraints_;
     llama_sampler * guided_;
     llama_sampler * plain_;
-    std::vector<llama_token_data> guided_candidates_;
-    std::vector<llama_token_data> plain_candidates_;
-    size_t n_candidates_ = 0;
+    std::vector<float> logits_;      // [n_vocab] what is left of the row, -inf where nothing is
+    std::vector<float> block_bests_; // highest of each block of it
+    llama_token best_ = 0;
+    std::vector<llama_token_data> candidates_; // of one chain after another
+    size_t n_guided_ = 0;                      // the first of them, for the guided chain
 };
 
 } // namespace cmg

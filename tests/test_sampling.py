@@ -392,3 +392,54 @@ def test_a_degraded_row_that_is_no_number_where_it_counts_is_an_error(
     degraded[original.argmax()] = value
     with pytest.raises(BackendError, match="degraded branch"):
         draw(sampler(model, settings), original, degraded)
+
+
+# --- what is left undone -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 0.05, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"logit_bias": {300: 6.0, 301: 5.9, 302: -50.0}}, {"temperature": 0.7}],
+    ids=["plain", "bias", "temperature"],
+)
+def test_l_d_is_asked_for_exactly_where_more_than_one_token_is_plausible(
+    model: Model, rows: Rows, settings: dict[str, Any], beta: float
+) -> None:
+    drawer = sampler(model, Sampling(seed=1, **settings), beta=beta)
+    asked = []
+    for original, degraded in rows:
+        calls: list[int] = []
+        address = original.ctypes.data
+
+        def l_d(calls: list[int] = calls, degraded: FloatArray = degraded) -> int:
+            calls.append(1)
+            return int(degraded.ctypes.data)
+
+        token, _ = drawer.sample(address, address, l_d)
+        biased = original.copy()
+        for biased_token, bias in settings.get("logit_bias", {}).items():
+            biased[biased_token] += np.float32(bias)
+        cut = combine(biased, None, alpha=0.0, beta=beta)
+        n_plausible = int(np.isfinite(cut).sum())
+        assert len(calls) == int(n_plausible > 1)
+        assert n_plausible > 1 or token == cut.argmax()
+        asked.append(n_plausible > 1)
+    assert any(asked) or beta == 1.0
+    assert not all(asked) or beta < 0.3 or "logit_bias" in settings
+
+
+def test_l_d_is_not_asked_for_where_the_grammar_leaves_one_token(model: Model, rows: Rows) -> None:
+    end = sampler(model, Sampling(grammar='root ::= ""'), beta=0.0)
+    original = rows[0][0].ctypes.data
+    token, plain = end.sample(original, original, lambda: pytest.fail("asked for"))
+    assert token == plain == EOS_TOKEN
+
+
+def test_an_error_of_the_degraded_branch_is_told_as_it_is(model: Model, rows: Rows) -> None:
+    def broken() -> int:
+        raise BackendError("its own words")
+
+    drawer, original = sampler(model, Sampling(), beta=0.0), rows[0][0].ctypes.data
+    with pytest.raises(BackendError, match=r"^its own words$"):
+        drawer.sample(original, original, broken)

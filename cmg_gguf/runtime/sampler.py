@@ -35,12 +35,12 @@ class Sampler:
         self._beta = beta
         self._chains: list[Any] = []
         constraints = list(_constraints(model, sampling))
-        chains = (
-            self._chain(constraints) if constraints else None,
+        self._sampler = _core.PairSampler(
+            model.n_vocab,
+            self._chain(constraints) if constraints else 0,
             self._chain([self._guidance(), *_tail(model, sampling, seed)]),
-            self._chain(_tail(model, sampling, seed)),
+            0 if sampling.takes_best else self._chain(_tail(model, sampling, seed)),
         )
-        self._sampler = _core.PairSampler(model.n_vocab, *(chain or 0 for chain in chains))
 
     def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
         """(guided token, plain token) from rows at these addresses.
@@ -51,7 +51,7 @@ class Sampler:
         or if a score of a plausible token is not a number.
         """
         with _told():
-            n_plausible = self._sampler.prepare(logits, self._beta, 2)
+            n_plausible = self._sampler.prepare(logits, self._beta)
         self._state.set_rows(original, degraded() if n_plausible > 1 else 0)
         with _told():
             drawn = self._sampler.draw()
@@ -115,7 +115,7 @@ def _constraints(model: Model, sampling: Sampling) -> Iterable[Any]:
 def _tail(model: Model, sampling: Sampling, seed: int) -> Iterable[Any]:
     """Everything behind guidance. Samplers at their neutral value are left out."""
     s = sampling
-    if (s.repeat_penalty, s.frequency_penalty, s.presence_penalty) != (1.0, 0.0, 0.0):
+    if s.penalizes:
         last_n = _ALL_TOKENS if s.penalty_last_n < 0 else min(s.penalty_last_n, _ALL_TOKENS)
         yield llama_cpp.llama_sampler_init_penalties(
             model.n_vocab, last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty
