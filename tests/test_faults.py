@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from faults import EARLY, FAULTS, PICTURE, UNDER_WAY, Fault
-from guided import QUESTION, ids, is_empty, open_vlm
+from guided import QUESTION, held, ids, is_empty, open_vlm
 from test_reference import picture
 from tiny_llava import TinyPair
 
@@ -180,6 +180,9 @@ def test_an_interrupt_at_any_moment_leaves_the_model_usable(
     finally:
         signal.signal(signal.SIGVTALRM, before)
     assert n_interrupted == 20
+    vlm.forget()
+    context: Any = vlm.engine.original.context
+    assert not any(held(context, seq) for seq in range(context.n_seq_max))
 
 
 # --- in a row ----------------------------------------------------------------------------------

@@ -191,6 +191,34 @@ def test_a_prompt_asked_again_decodes_its_last_row_alone() -> None:
     assert decoded(rig, asked, Guidance()) == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("guidance", "first", "others"),
+    [
+        (PLAIN, 640, 18),
+        (Guidance(refresh="prompt"), 664, 18 + 24),
+        (Guidance(), 664, 18 + 18),
+        (Guidance(scope="all"), 640 + 600, 18 + 18),
+        (Guidance(scope="all", refresh="prompt"), 640 + 600, 18 + 600),
+    ],
+)
+def test_questions_about_an_image_decode_what_is_their_own(
+    guidance: Guidance, first: int, others: int
+) -> None:
+    """40 tokens, an image of 576, 6 tokens more, and 18 of each question."""
+    rig = Rig(n_slots=8, max_cells=2048, n_ctx=4096, n_ubatch=512)
+    image = ImageSegment(576, 576, False, None, key="cat")
+    before, behind = np.arange(40, dtype=np.int32), np.arange(6, dtype=np.int32)
+    counts = []
+    for question in range(6):
+        own = np.arange(18, dtype=np.int32) + 100 * (question + 1)
+        text = TextSegment(np.concatenate([behind, own]))
+        counts.append(len(decoded(rig, Prompt((TextSegment(before), image, text)), guidance)))
+        rig.engine.step(1)
+    assert counts == [first] + [others] * 5
+    rig.engine.release()
+    assert rig.engine.prefixes.n_prefixes == 1
+
+
 def test_the_row_to_encode_from_is_the_first_that_is_decoded() -> None:
     rig = Rig(n_slots=2)
     asked, other = prompt(1, 2, "cat", 3, "dog", 4), prompt(1, 2, "cat", 7, "dog", 4)
