@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fakes import PROMPT
 from fakes import Rig as FakeRig
+from offload import N_GPU_LAYERS
 from reference import F64
 from support import EXACT, PICTURE, PICTURES, TOLERANCE, Rig, Tiny, Unhooked, Verdict
 from test_exact import HALF_FLASH, REFRESHES, SCOPES, THREE_AND_A_LONG_END, WIDE
@@ -489,7 +490,7 @@ def vlms(pair: TinyPair) -> Iterator[dict[str, GuidedVLM]]:
         "n_ctx": 512,
         "n_ubatch": 64,
         "n_threads": 1,
-        "n_gpu_layers": 0,
+        "n_gpu_layers": N_GPU_LAYERS,
         "flash_attn": False,
         "type_k": "f32",
         "type_v": "f32",
@@ -605,7 +606,12 @@ def test_experts_are_not_left_out_of_a_pair_but_of_rows_that_waited(
     with caplog.at_level(logging.DEBUG, "cmg_gguf.stepping"):
         for strategy in ("eager", "fork", "lazy"):
             with GuidedVLM(
-                pair.llm, pair.mmproj, strategy=strategy, n_threads=1, n_gpu_layers=0, type_k="f32"
+                pair.llm,
+                pair.mmproj,
+                strategy=strategy,
+                n_threads=1,
+                n_gpu_layers=N_GPU_LAYERS,
+                type_k="f32",
             ) as vlm:
                 reply = vlm.generate("What is there?", [picture_of(0)], max_tokens=20)
                 answers[strategy] = [token.id for token in reply.tokens]
