@@ -30,11 +30,12 @@ from cmg_gguf import _core
 from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import CMGError, ContextLengthError, UnsupportedError
 from cmg_gguf.guidance import LayerRange, TopRatio, static_layers
+from cmg_gguf.lazy import Lazy
 from cmg_gguf.rows import core_policy
 from cmg_gguf.runtime.about import devices
 from cmg_gguf.runtime.context import ContextOptions, LlamaContext
 from cmg_gguf.runtime.model import Model
-from cmg_gguf.stepping import Lazy, Masking, Plain, Together
+from cmg_gguf.stepping import Forking, Masking, Plain, Together
 from cmg_gguf.strategy import CAUGHT_UP, STEPPING, Costs
 
 N_CELLS = 64
@@ -50,9 +51,9 @@ Key = Mapping[str, Any]
 class Choice:
     """Which way of stepping an engine uses, and why.
 
-    "auto" is what was measured before; with nothing measured, "lazy" on a CPU, where a row less is
-    time saved however it comes about. On an accelerator a decode can cost the same for one row and
-    for two, so it is measured before the first guided request, which takes about a second.
+    "auto" is what was measured before; with nothing measured, "adaptive" on a CPU, where a row less
+    is time saved however it comes about. On an accelerator a decode can cost the same for one row
+    and for two, so it is measured before the first guided request, which takes about a second.
     """
 
     def __init__(self, engine: PairedEngine, strategy: str, key: Key) -> None:
@@ -64,9 +65,9 @@ class Choice:
         elif not engine.paired:
             self._use("eager")
         elif costs := remembered(key):
-            self._use(costs.best())
+            self._use(costs.best(), costs)
         elif not key["accelerated"]:
-            self._use("lazy")
+            self._use("adaptive")
 
     def settle(self) -> None:
         """Measures where that has to be; afterwards `name` is no longer "auto". Never fails."""
@@ -90,12 +91,12 @@ class Choice:
         costs = measure(self._engine, seconds)
         remember(self._key, costs)
         if self._auto:
-            self._use(costs.best())
+            self._use(costs.best(), costs)
         return costs
 
-    def _use(self, name: str) -> None:
+    def _use(self, name: str, costs: Costs | None = None) -> None:
         self.name = name
-        self._engine.stepping = STEPPING[name]
+        self._engine.stepping = costs.stepping(name) if costs else STEPPING[name]
 
 
 def cost_key(model: Model, options: ContextOptions, n_gpu_layers: int) -> Key:
@@ -197,9 +198,12 @@ class _Trial:
         logits = np.empty(context.n_vocab, np.float32)
         addresses = logits.ctypes.data, logits.ctypes.data
         self._plain = Plain(original, addresses[0])
-        self._pair = Together(original, degraded, masking, addresses, fork=False)
-        self._fork = Together(original, degraded, masking, addresses, fork=True)
-        self._lazy = Lazy(original, degraded, masking, logits, addresses[1], fork=True)
+        whole, *self._forkings = (
+            Forking(context, masking, wanted) for wanted in (False, True, True)
+        )
+        self._pair = Together(original, degraded, masking, addresses, whole)
+        self._fork = Together(original, degraded, masking, addresses, self._forkings[0])
+        self._lazy = Lazy(original, degraded, masking, logits, addresses[1], self._forkings[1])
 
     def costs(self, until: float) -> Costs:
         times: dict[str, list[float]] = {}
@@ -215,7 +219,7 @@ class _Trial:
             fork=median["fork"],
             lazy=median["lazy"],
             catch_up=tuple(median[f"catch up {n}"] for n in CAUGHT_UP),
-            forks=(self._fork.forks, self._lazy.forks),
+            forks=(self._forkings[0].possible, self._forkings[1].possible),
         )
 
     def _round(self) -> dict[str, float]:

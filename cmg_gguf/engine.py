@@ -35,19 +35,11 @@ from cmg_gguf.guidance import (
     layers_by_mass,
     static_layers,
 )
+from cmg_gguf.lazy import Adaptive, Lazy, LazyApproximate
 from cmg_gguf.reuse import PrefixReuse, Start
 from cmg_gguf.rows import PromptRows, masked_rows
 from cmg_gguf.runtime.protocol import Context, FloatArray, ImageSegment, IntArray, Prompt
-from cmg_gguf.stepping import (
-    EAGER,
-    Lazy,
-    LazyApproximate,
-    Masking,
-    Plain,
-    Stepper,
-    Stepping,
-    Together,
-)
+from cmg_gguf.stepping import EAGER, Forking, Masking, Plain, Stepper, Stepping, Together
 
 Progress = Callable[[int, int], None]
 
@@ -340,12 +332,17 @@ class PairedEngine:
             observed=guidance.refresh == "step",
         )
         how, branches = self.stepping, (self.original, self.degraded)
+        forking = Forking(self.original.context, masking, how.fork and self.paired)
         if not how.lazy or guidance.beta == 0:  # without a cut, every step needs both
             addresses = self._prompt_logits.ctypes.data, degraded
-            return Together(*branches, masking, addresses, fork=how.fork)
+            return Together(*branches, masking, addresses, forking)
         self.selections.grow(self.degraded.context.n_ubatch)
-        kind = LazyApproximate if how.approximate and self.paired else Lazy
-        return kind(*branches, masking, self._prompt_logits, degraded, fork=how.fork)
+        put_off = (*branches, masking, self._prompt_logits, degraded, forking)
+        if how.approximate and self.paired:
+            return LazyApproximate(*put_off)
+        if how.pair_above < 1 and self.paired:
+            return Adaptive(*put_off, pair_above=how.pair_above)
+        return Lazy(*put_off)
 
 
 def _view(address: int, n: int) -> FloatArray:

@@ -1,25 +1,18 @@
 """How a step is decoded: which branches, which rows, and when.
 
-The degraded branch is not always needed. If one token alone is plausible by l_o, it is drawn
-whatever l_d says, so the degraded row may wait until l_d is next asked for, and is then decoded
-together with all others that waited, each with the image tokens hidden that its own row in the
-original branch chose. Causal attention makes the rows of one batch what they would have been one
-after another: same tokens, fewer decodes.
-
     Plain     the original branch alone
     Together  both branches at every step
-    Lazy      the original branch; the degraded one when `degraded_address` is asked for
+    Lazy      the original branch; the degraded one when it is asked for: `cmg_gguf.lazy`
 
-Nor is all of it needed. Below the first masked layer a row of the degraded branch is what the
+Not all of the degraded branch is needed. Below the first masked layer a row of it is what the
 original's is: same token, same position, and all it attends to is the same in turn. A fork computes
 it from there on only; its cells in the layers below stay unwritten, for only rows of its own branch
 would read them, and those are left out there as well. Once a row of an answer is, all later ones
-must be: whether an answer forks is decided at its first step and does not change.
+must be.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +21,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from cmg_gguf import _core
+from cmg_gguf.errors import BackendError
 from cmg_gguf.rows import NONE
-from cmg_gguf.runtime.protocol import Context, FloatArray
+from cmg_gguf.runtime.protocol import Context
 
 if TYPE_CHECKING:
     from cmg_gguf.engine import Branch
@@ -42,12 +36,14 @@ class Stepping:
     """When the degraded branch is decoded.
 
     lazy: only where l_d is asked for; else at every step. fork: only from its first masked layer
-    on, where the graph allows it. approximate: see `LazyApproximate`; only with `lazy`. The last
-    two need both branches in one context, and do nothing in two.
+    on, where the graph allows it. pair_above: with `lazy`, share of the steps that ask for l_d
+    above which both branches are decoded together, 0 to 1; 1 = never. approximate: with `lazy`, see
+    `LazyApproximate`. All but `lazy` need both branches in one context, and do nothing in two.
     """
 
     lazy: bool = False
     fork: bool = False
+    pair_above: float = 1.0
     approximate: bool = False
 
 
@@ -114,11 +110,17 @@ class Forking:
     def __init__(self, context: Context, masking: Masking, wanted: bool) -> None:
         self._context = context
         self._layer = masking.layers[0] if wanted and masking.layers else 0
+        self._left_out = False
 
     @property
     def possible(self) -> bool:
         """Whether nothing has spoken against it yet."""
         return self._layer > 0
+
+    @property
+    def pair_obstacle(self) -> str | None:
+        """Why the branches cannot be decoded together; "" = they can, None = not known yet."""
+        return self._obstacle(2, 1) if self._layer else ""
 
     def plan(self, slots: Sequence[int], n_below: int) -> _core.ForkPlan | None:
         """The fork of a batch, or None. slots: the residual of each row; see csrc/fork.hpp.
@@ -128,15 +130,22 @@ class Forking:
         if self._layer == 0:
             return None
         n_rows, layer = len(slots), self._layer
-        obstacle = self._context.patch.fork_obstacle(layer, n_rows=n_rows, n_below=n_below)
+        obstacle = self._obstacle(n_rows, n_below)
+        survey = obstacle is None
+        if self._left_out and (survey or obstacle) and n_below < n_rows:
+            raise BackendError(f"rows were left out below layer {layer} and no longer can be")
         if obstacle:
             _log.debug("no fork at layer %d: %s", layer, obstacle)
             self._layer = 0
             return None
-        survey = obstacle is None
+        self._left_out = self._left_out or (not survey and n_below < n_rows)
         return _core.ForkPlan(
             layer=layer, n_below=n_rows if survey else n_below, slots=list(slots), survey=survey
         )
+
+    def _obstacle(self, n_rows: int, n_below: int) -> str | None:
+        patch = self._context.patch
+        return patch.fork_obstacle(self._layer, n_rows=n_rows, n_below=n_below)
 
 
 class Plain:
@@ -148,7 +157,7 @@ class Plain:
 
     def __init__(self, original: Branch, address: int) -> None:
         self._branch = original
-        self._batch = _Batch(1)
+        self._batch = StepBatch(1)
         self.original_address = address
 
     def step(self, token: int, position: int) -> None:
@@ -167,24 +176,18 @@ class Together:
         degraded: Branch,
         masking: Masking,
         addresses: tuple[int, int],
-        *,
-        fork: bool,
+        forking: Forking,
     ) -> None:
         self._original, self._degraded = original, degraded
         self._masking = masking
         self._paired = original.context is degraded.context
-        self._forking = Forking(original.context, masking, fork and self._paired)
-        self._batches = [_Batch(2)] if self._paired else [_Batch(1), _Batch(1)]
+        self._forking = forking
+        self._batches = [StepBatch(2)] if self._paired else [StepBatch(1), StepBatch(1)]
         self.original_address, self.degraded_address = addresses
 
     @property
-    def forks(self) -> bool:
-        """Whether the degraded row is left out below its first masked layer, if only later on."""
-        return self._forking.possible
-
-    @property
     def is_whole(self) -> bool:
-        return not self.forks
+        return not self._forking.possible
 
     def step(self, token: int, position: int) -> None:
         original, degraded, plan = self._original, self._degraded, self._masking.plan
@@ -202,107 +205,7 @@ class Together:
         self.degraded_address = degraded.context.logits_address(1 if self._paired else 0)
 
 
-class Lazy:
-    """The original branch at every step, the degraded one when it is asked for.
-
-    `newest` is the slot of the newest row; rows that wait hold one slot each where they are
-    observed. At most n_ubatch rows wait: with one more, they are decoded though nobody asked.
-    """
-
-    def __init__(
-        self,
-        original: Branch,
-        degraded: Branch,
-        masking: Masking,
-        logits: FloatArray,
-        degraded_address: int,
-        *,
-        fork: bool,
-    ) -> None:
-        """logits: (n_vocab,) float32, l_o so far; overwritten with that of every step."""
-        self._original, self._degraded = original, degraded
-        self._masking = masking
-        paired = original.context is degraded.context
-        self._forking = Forking(original.context, masking, fork and paired)
-        self._logits = logits
-        self.original_address = logits.ctypes.data
-        self._address = degraded_address
-        self._batch = _Batch(1)
-        self._waiting: list[tuple[int, int]] = []  # token, position
-        self.newest = 0
-        self.is_whole = False
-
-    @property
-    def forks(self) -> bool:
-        """Whether the rows that wait are left out below their first masked layer."""
-        return self._forking.possible
-
-    def step(self, token: int, position: int) -> None:
-        if len(self._waiting) == self._degraded.context.n_ubatch:
-            self._catch_up()
-        context, place = self._original.context, self._next_place
-        watch = (self._original.seq, place if self._masking.observed else NONE, NONE)
-        fork = self._forking.plan((place,), n_below=1)
-        plan = self._masking.plan(context.n_layer, watch, fork=fork)
-        self._batch.decode(self._original, token, position, plan)
-        # The rows that wait are decoded in the same context, whose logits they replace.
-        ctypes.memmove(self.original_address, context.logits_address(0), self._logits.nbytes)
-        self._waiting.append((token, position))
-        self.newest = place if self._masking.observed else 0
-
-    @property
-    def degraded_address(self) -> int:
-        if self._waiting:
-            self._catch_up()
-        return self._address
-
-    @property
-    def _next_place(self) -> int:
-        """The slot of the next row: of what it hides, if it is observed, and of its residual."""
-        return len(self._waiting)
-
-    def _catch_up(self) -> None:
-        """Decodes the rows that wait, in order; the last one with logits."""
-        context, seq, n = self._degraded.context, self._degraded.seq, len(self._waiting)
-        tokens, positions = np.array(self._waiting, np.int32).T.copy()
-        observed = self._masking.observed
-        hide = [(seq, NONE, place if observed else 0) for place in range(n)]
-        context.decode(
-            tokens,
-            positions,
-            np.full(n, seq, np.int32),
-            outputs=np.arange(n) == n - 1,
-            plan=self._masking.plan(
-                context.n_layer, *hide, fork=self._forking.plan(range(n), n_below=0)
-            ),
-        )
-        self._address = context.logits_address(n - 1)
-        self._waiting.clear()
-
-
-class LazyApproximate(Lazy):
-    """As `Lazy`, but a row that waited in vain is never decoded: the degraded branch then sees what
-    the original one wrote for it.
-
-    Costs one row where `Lazy` costs as many as waited, and is another method: for the degraded
-    branch, such rows have seen the whole image. In one context only.
-    """
-
-    @property
-    def _next_place(self) -> int:
-        return 0
-
-    def _catch_up(self) -> None:
-        first, newest = self._waiting[0], self._waiting[-1]
-        if first is not newest:
-            self._degraded.context.share_more(
-                self._original.seq, self._degraded.seq, first[1], newest[1]
-            )
-            self._waiting[:] = [newest]
-        super()._catch_up()
-
-
-class _Batch:
+class StepBatch:
     """Arrays of a step's batch, allocated once."""
 
     def __init__(self, n: int) -> None:

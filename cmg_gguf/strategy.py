@@ -9,24 +9,24 @@ All but "lazy-approximate" give the same tokens, but for rounding; that one is n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 
 from cmg_gguf.errors import UnsupportedError
+from cmg_gguf.lazy import SHARE_ASKED
 from cmg_gguf.stepping import Stepping
 
-Strategy = Literal["auto", "eager", "fork", "lazy", "lazy-approximate"]
+Strategy = Literal["auto", "eager", "fork", "lazy", "adaptive", "lazy-approximate"]
 
 STEPPING: dict[str, Stepping] = {
     "eager": Stepping(),
     "fork": Stepping(fork=True),
     "lazy": Stepping(lazy=True, fork=True),
+    "adaptive": Stepping(lazy=True, fork=True, pair_above=0.3),
     "lazy-approximate": Stepping(lazy=True, fork=True, approximate=True),
 }
-SHARE_ASKED = 0.4
-"""Share of the steps at which more than one token is plausible, where costs are weighed."""
 CAUGHT_UP = (1, 4, 8)
 """Rows that wait, in the batches that are timed."""
 
@@ -72,9 +72,22 @@ class Costs:
         """
         waiting = np.interp(1 / share_asked, CAUGHT_UP, self.catch_up)
         lazy = self.lazy + share_asked * float(waiting)
-        return {"eager": self.pair, "fork": self.fork, "lazy": lazy}
+        return {
+            "eager": self.pair,
+            "fork": self.fork,
+            "lazy": lazy,
+            "adaptive": min(self.fork, lazy),
+        }
 
     def best(self) -> str:
-        """The exact strategy with the lowest expected cost."""
+        """The exact strategy with the lowest expected cost, the simpler one of equals."""
         costs = self.per_token()
-        return min(costs, key=lambda name: costs[name])
+        return min(("eager", "adaptive", "fork"), key=lambda name: costs[name])
+
+    def stepping(self, name: str) -> Stepping:
+        """The way of stepping of this name, with the share at which "adaptive" changes over."""
+        if name != "adaptive":
+            return STEPPING[name]
+        shares = [share / 100 for share in range(1, 101)]
+        lazy = [share for share in shares if self.per_token(share)["lazy"] < self.fork]
+        return replace(STEPPING[name], pair_above=max(lazy, default=0.0))

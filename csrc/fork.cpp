@@ -20,8 +20,9 @@ const std::string * Fork::obstacle(int32_t layer, int64_t n_rows, int64_t n_belo
 }
 
 void Fork::begin(ForkPlan plan, int64_t n_rows) {
-    const bool whole = plan.survey || plan.n_below == 0 || plan.n_below >= n_rows || n_rows == 2;
-    if (plan.layer > 0 && (plan.slots.size() != static_cast<size_t>(n_rows) || !whole)) {
+    const bool shrinks = plan.n_below > 0 && plan.n_below < n_rows && !plan.survey;
+    const bool fits = plan.slots.size() == static_cast<size_t>(n_rows) && (!shrinks || n_rows == 2);
+    if (plan.layer > 0 && !fits) {
         throw std::invalid_argument("a fork of " + std::to_string(plan.slots.size()) +
                                     " residuals, " + std::to_string(plan.n_below) +
                                     " rows below it, for " + std::to_string(n_rows) + " rows");
@@ -78,9 +79,13 @@ void Fork::leave_out(ggml_tensor * node) {
         throw std::runtime_error(std::string(node->name) +
                                  " is not as in the decode that was surveyed");
     }
-    if (nodes[i].row_dim != no_rows) {
+    const int32_t dim = nodes[i].row_dim;
+    if (dim != no_rows) {
+        if (node->ne[dim] % n_rows_ != 0) {
+            throw std::runtime_error(std::string(node->name) + " does not have a row a token");
+        }
         change();
-        shrink_rows_inplace(node, nodes[i].row_dim, n_rows_, plan_.n_below);
+        shrink_rows_inplace(node, dim, n_rows_, plan_.n_below);
     }
 }
 

@@ -38,14 +38,24 @@ def key(tiny: Tiny, n_gpu_layers: int = 0, **settings: Any) -> dict[str, Any]:
 
 
 def test_a_lazy_token_costs_its_step_and_its_share_of_catching_up() -> None:
-    assert COSTS.per_token(1.0) == {"eager": 16.0, "fork": 15.0, "lazy": 10.5 + 7.0}
-    assert COSTS.per_token(0.25)["lazy"] == 10.5 + 0.25 * 12.0
+    costs = COSTS.per_token(1.0)
+    assert costs == {"eager": 16.0, "fork": 15.0, "lazy": 10.5 + 7.0, "adaptive": 15.0}
+    costs = COSTS.per_token(0.25)
+    assert costs["lazy"] == costs["adaptive"] == 10.5 + 0.25 * 12.0
     assert COSTS.per_token(0.01)["lazy"] == 10.5 + 0.01 * 20.0
+
+
+def test_an_adaptive_answer_changes_over_where_the_pair_is_cheaper() -> None:
+    share = COSTS.stepping("adaptive").pair_above
+    assert COSTS.per_token(share)["lazy"] < COSTS.fork <= COSTS.per_token(share + 0.01)["lazy"]
+    assert replace(COSTS, fork=99.0).stepping("adaptive").pair_above == 1.0
+    assert replace(COSTS, fork=0.1).stepping("adaptive").pair_above == 0.0
+    assert COSTS.stepping("lazy") == STEPPING["lazy"]
 
 
 @pytest.mark.parametrize(
     ("changed", "best"),
-    [({}, "lazy"), ({"pair": 10.2}, "eager"), ({"fork": 10.2}, "fork"), ({"lazy": 20.0}, "fork")],
+    [({}, "adaptive"), ({"pair": 10.2}, "eager"), ({"pair": 16.0, "fork": 16.0}, "adaptive")],
 )
 def test_the_best_is_the_one_that_costs_least(changed: dict[str, float], best: str) -> None:
     assert replace(COSTS, **changed).best() == best  # type: ignore[arg-type]
@@ -75,14 +85,13 @@ def test_measuring_leaves_the_engine_empty_and_tells_what_forks(llama: Tiny) -> 
 
 def test_a_model_is_measured_once(pair: TinyPair) -> None:
     with open_vlm(pair) as vlm:
-        assert vlm.strategy == "lazy"
+        assert vlm.strategy == "adaptive"
         expected = ids(vlm.generate(QUESTION, [picture(1)], max_tokens=8))
         costs = vlm.calibrate(0.05)
         assert vlm.strategy == costs.best()
         assert is_empty(vlm)
         assert ids(vlm.generate(QUESTION, [picture(1)], max_tokens=8)) == expected
-    for name in ("eager", "fork", "lazy"):
-        times = {"pair": 9.0, "fork": 9.0, "lazy": 9.0} | {{"eager": "pair"}.get(name, name): 0.1}
+    for name, times in (("eager", {"pair": 0.1}), ("adaptive", {"fork": 0.1})):
         with open_vlm(pair) as vlm:
             remember(vlm._choice._key, replace(COSTS, **times))  # type: ignore[arg-type]
         with open_vlm(pair) as vlm:

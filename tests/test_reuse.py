@@ -23,6 +23,7 @@ from cmg_gguf.guidance import (
 )
 from cmg_gguf.runtime.protocol import Prompt, TextSegment
 from cmg_gguf.stepping import Stepping
+from cmg_gguf.strategy import STEPPING
 
 SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
@@ -117,8 +118,8 @@ def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, scope: Scope) -> No
 
 @pytest.mark.parametrize(
     "stepping",
-    [Stepping(fork=True), Stepping(lazy=True), Stepping(lazy=True, fork=True)],
-    ids=("fork", "lazy", "lazy fork"),
+    [STEPPING["fork"], Stepping(lazy=True), STEPPING["lazy"], STEPPING["adaptive"]],
+    ids=("fork", "lazy whole", "lazy", "adaptive"),
 )
 def test_of_an_answer_whose_degraded_rows_have_gaps_the_prompt_alone_is_kept(
     tiny: Tiny, stepping: Stepping

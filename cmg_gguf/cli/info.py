@@ -147,8 +147,9 @@ def projector_block(path: Path, model: Model) -> dict[str, Any]:
 def cost_facts(path: Path, n_gpu_layers: int, threads: int) -> dict[str, Any]:
     """Milliseconds of each way of stepping, JSON-ready. Raises ModelError, BackendError."""
     from cmg_gguf.calibration import calibrated
+    from cmg_gguf.lazy import SHARE_ASKED
     from cmg_gguf.runtime.context import ContextOptions, usable_threads
-    from cmg_gguf.strategy import CAUGHT_UP, SHARE_ASKED
+    from cmg_gguf.strategy import CAUGHT_UP
 
     options = ContextOptions(n_ctx=512, n_threads=threads or usable_threads())
     costs = calibrated(path, options, n_gpu_layers)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FlashAttention = Literal["on", "off", "auto"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Pairing = Literal["auto", "pair", "contexts"]
-Strategy = Literal["auto", "eager", "fork", "lazy", "lazy-approximate"]
+Strategy = Literal["auto", "eager", "fork", "lazy", "adaptive", "lazy-approximate"]
 
 _flag = partial(typer.Option, rich_help_panel="Model")
 
@@ -123,8 +123,9 @@ class ModelFlags:
             "--strategy",
             help="When the degraded branch is decoded: eager = at every step, fork = the same from "
             "its first masked layer on, lazy = only where more than one token is plausible, "
-            "lazy-approximate = nor caught up with (other tokens), auto = the fastest of the "
-            "others: see info --calibrate.",
+            "adaptive = one of these two by how often that is, lazy-approximate = lazy, but never "
+            "caught up with (other tokens), auto = the fastest of the others: see info "
+            "--calibrate.",
         ),
     ] = "auto"
     prefix_cells: Annotated[

@@ -33,6 +33,7 @@ WAYS: dict[str, tuple[Guidance, str]] = {
     "fork at half": (HALF, "fork"),
     "fork at two thirds": (TWO_THIRDS, "fork"),
     "lazy": (HALF, "lazy"),
+    "adaptive": (HALF, "adaptive"),
     "lazy-approximate": (HALF, "lazy-approximate"),
 }
 UNHOOKED = "llama_cpp.Llama"

@@ -36,6 +36,7 @@ ROWS = (
     Row("decode, fork at half depth", "plain", "fork at half", "plain", 1.50),
     Row("decode, fork at two thirds", "plain", "fork at two thirds", "plain", 1.35),
     Row("decode, lazy + fork at half depth", "plain", "lazy", "plain", 1.40, replayed=True),
+    Row("the same, adaptive", "plain", "adaptive", "plain", 1.40, replayed=True),
     Row("the same, approximate", "plain", "lazy-approximate", "plain", 1.12, replayed=True),
     Row("request, one word", "plain", "request, guided", "request, plain", 1.10),
     Row(

@@ -1,0 +1,172 @@
+"""Steps that decode the degraded branch only where it is needed.
+
+If one token alone is plausible by l_o, it is drawn whatever l_d says. So the degraded row may wait
+until l_d is next asked for, and is then decoded together with all others that waited, each with
+those image tokens hidden that its own row in the original branch chose. Causal attention makes the
+rows of one batch what they would have been one after another: same tokens, fewer decodes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cmg_gguf.rows import NONE
+from cmg_gguf.runtime.protocol import FloatArray
+from cmg_gguf.stepping import Forking, Masking, StepBatch, Together
+
+if TYPE_CHECKING:
+    from cmg_gguf.engine import Branch
+
+SHARE_ASKED = 0.4
+"""Share of the steps at which more than one token is plausible, while nothing else is known."""
+_RATE = 0.1
+"""Weight of the newest step in that share."""
+
+
+class Lazy:
+    """The original branch at every step, the degraded one when it is asked for.
+
+    `newest` is the slot of the newest row; rows that wait hold one slot each where they are
+    observed. At most n_ubatch rows wait: with one more, they are decoded though nobody asked.
+    """
+
+    is_whole = False
+
+    def __init__(
+        self,
+        original: Branch,
+        degraded: Branch,
+        masking: Masking,
+        logits: FloatArray,
+        degraded_address: int,
+        forking: Forking,
+    ) -> None:
+        """logits: (n_vocab,) float32, l_o so far; overwritten with that of every step."""
+        self._original, self._degraded = original, degraded
+        self._masking = masking
+        self._forking = forking
+        self._logits = logits
+        self.original_address = logits.ctypes.data
+        self._address = degraded_address
+        self._batch = StepBatch(1)
+        self._waiting: list[tuple[int, int]] = []  # token, position
+        self.newest = 0
+
+    def step(self, token: int, position: int) -> None:
+        if len(self._waiting) == self._degraded.context.n_ubatch:
+            self._catch_up()
+        context, place = self._original.context, self._next_place
+        watch = (self._original.seq, place if self._masking.observed else NONE, NONE)
+        fork = self._forking.plan((place,), n_below=1)
+        plan = self._masking.plan(context.n_layer, watch, fork=fork)
+        self._batch.decode(self._original, token, position, plan)
+        self._keep_original(context.logits_address(0))
+        self._waiting.append((token, position))
+        self.newest = place if self._masking.observed else 0
+
+    @property
+    def degraded_address(self) -> int:
+        if self._waiting:
+            self._catch_up()
+        return self._address
+
+    @property
+    def _next_place(self) -> int:
+        """The slot of the next row: of what it hides, if it is observed, and of its residual."""
+        return len(self._waiting)
+
+    def _keep_original(self, address: int) -> None:
+        """Copies l_o: the rows that wait replace the logits of their context."""
+        ctypes.memmove(self.original_address, address, self._logits.nbytes)
+
+    def _catch_up(self) -> None:
+        """Decodes the rows that wait, in order; the last one with logits."""
+        context, seq, n = self._degraded.context, self._degraded.seq, len(self._waiting)
+        tokens, positions = np.array(self._waiting, np.int32).T.copy()
+        observed = self._masking.observed
+        hide = [(seq, NONE, place if observed else 0) for place in range(n)]
+        fork = self._forking.plan(range(n), n_below=0)
+        context.decode(
+            tokens,
+            positions,
+            np.full(n, seq, np.int32),
+            outputs=np.arange(n) == n - 1,
+            plan=self._masking.plan(context.n_layer, *hide, fork=fork),
+        )
+        self._address = context.logits_address(n - 1)
+        self._waiting.clear()
+
+
+class Adaptive(Lazy):
+    """As `Lazy` while few steps ask for l_d; as `Together` while many do.
+
+    Any mixture of the two gives the same tokens. Nothing waits when it changes over: the step that
+    makes it do so has asked.
+    """
+
+    def __init__(
+        self,
+        original: Branch,
+        degraded: Branch,
+        masking: Masking,
+        logits: FloatArray,
+        degraded_address: int,
+        forking: Forking,
+        *,
+        pair_above: float,
+    ) -> None:
+        """pair_above: share of the steps that ask for l_d, see `Stepping`."""
+        super().__init__(original, degraded, masking, logits, degraded_address, forking)
+        addresses = self.original_address, degraded_address
+        self._pair = Together(original, degraded, masking, addresses, forking)
+        self._pair_above = pair_above
+        self._share = SHARE_ASKED
+        self._asked = False
+        self._stepped = False
+
+    def step(self, token: int, position: int) -> None:
+        self._share += _RATE * (self._asked - self._share)
+        self._asked = False
+        if self._waiting or not self._pairs_now():
+            super().step(token, position)
+        else:
+            self._pair.step(token, position)
+            self._keep_original(self._pair.original_address)
+            self._address, self.newest = self._pair.degraded_address, self._pair.newest
+        self._stepped = True
+
+    @property
+    def degraded_address(self) -> int:
+        self._asked = True
+        return super().degraded_address
+
+    def _pairs_now(self) -> bool:
+        obstacle = self._forking.pair_obstacle
+        if obstacle is None:  # the pair that is surveyed is whole: before any row is left out
+            return not self._stepped
+        return obstacle == "" and self._share > self._pair_above
+
+
+class LazyApproximate(Lazy):
+    """As `Lazy`, but a row that waited in vain is never decoded: the degraded branch then sees what
+    the original one wrote for it.
+
+    Costs one row where `Lazy` costs as many as waited, and is another method: for the degraded
+    branch, such rows have seen the whole image. In one context only.
+    """
+
+    @property
+    def _next_place(self) -> int:
+        return 0
+
+    def _catch_up(self) -> None:
+        first, newest = self._waiting[0], self._waiting[-1]
+        if first is not newest:
+            self._degraded.context.share_more(
+                self._original.seq, self._degraded.seq, first[1], newest[1]
+            )
+            self._waiting[:] = [newest]
+        super()._catch_up()
