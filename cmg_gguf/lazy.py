@@ -125,29 +125,22 @@ class Adaptive(Lazy):
         self._pair_above = pair_above
         self._share = SHARE_ASKED
         self._asked = False
-        self._stepped = False
 
     def step(self, token: int, position: int) -> None:
         self._share += _RATE * (self._asked - self._share)
         self._asked = False
-        if self._waiting or not self._pairs_now():
-            super().step(token, position)
-        else:
+        many = self._share > self._pair_above
+        if many and not self._waiting and self._pair.possible(token, position):
             self._pair.step(token, position)
             self._keep_original(self._pair.original_address)
             self._address, self.newest = self._pair.degraded_address, self._pair.newest
-        self._stepped = True
+        else:
+            super().step(token, position)
 
     @property
     def degraded_address(self) -> int:
         self._asked = True
         return super().degraded_address
-
-    def _pairs_now(self) -> bool:
-        obstacle = self._forking.pair_obstacle
-        if obstacle is None:  # the pair that is surveyed is whole: before any row is left out
-            return not self._stepped
-        return obstacle == "" and self._share > self._pair_above
 
 
 class LazyApproximate(Lazy):

@@ -14,7 +14,7 @@ must be.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -117,33 +117,40 @@ class Forking:
         """Whether nothing has spoken against it yet."""
         return self._layer > 0
 
-    @property
-    def pair_obstacle(self) -> str | None:
-        """Why the branches cannot be decoded together; "" = they can, None = not known yet."""
-        return self._obstacle(2, 1) if self._layer else ""
+    def can_pair(self, whole_pair: Callable[[_core.ForkPlan], None]) -> bool:
+        """Whether both branches may be decoded together without computing a row that others left.
+
+        whole_pair: decodes both as this plan says, and takes it back; called once a context, for
+        the survey. Always True where nothing is left out at all.
+        """
+        if self._layer == 0:
+            return True
+        if self._obstacle(2, 1) is None:
+            whole_pair(_core.ForkPlan(layer=self._layer, n_below=2, slots=[0, 0], survey=True))
+        return self._obstacle(2, 1) == ""
 
     def plan(self, slots: Sequence[int], n_below: int) -> _core.ForkPlan | None:
         """The fork of a batch, or None. slots: the residual of each row; see csrc/fork.hpp.
 
-        The first plan of a kind asks for a survey of the graph, and leaves nothing out.
+        The first single row is surveyed on the way, with all that it needs to be entered later.
         """
         if self._layer == 0:
             return None
         n_rows, layer = len(slots), self._layer
         obstacle = self._obstacle(n_rows, n_below)
-        survey = obstacle is None
-        if self._left_out and (survey or obstacle) and n_below < n_rows:
-            raise BackendError(f"rows were left out below layer {layer} and no longer can be")
         if obstacle:
+            if self._left_out:
+                raise BackendError(f"rows were left out below layer {layer} and no longer can be")
             _log.debug("no fork at layer %d: %s", layer, obstacle)
             self._layer = 0
             return None
-        self._left_out = self._left_out or (not survey and n_below < n_rows)
+        self._left_out = self._left_out or n_below < n_rows
         return _core.ForkPlan(
-            layer=layer, n_below=n_rows if survey else n_below, slots=list(slots), survey=survey
+            layer=layer, n_below=n_below, slots=list(slots), survey=obstacle is None
         )
 
     def _obstacle(self, n_rows: int, n_below: int) -> str | None:
+        """Why such a decode cannot be; "" = it can, None = its graph was not surveyed yet."""
         patch = self._context.patch
         return patch.fork_obstacle(self._layer, n_rows=n_rows, n_below=n_below)
 
@@ -182,6 +189,8 @@ class Together:
         self._masking = masking
         self._paired = original.context is degraded.context
         self._forking = forking
+        self._watch = (original.seq, 0 if masking.observed else NONE, NONE)
+        self._hide = (degraded.seq, NONE, 0)
         self._batches = [StepBatch(2)] if self._paired else [StepBatch(1), StepBatch(1)]
         self.original_address, self.degraded_address = addresses
 
@@ -190,19 +199,33 @@ class Together:
         return not self._forking.possible
 
     def step(self, token: int, position: int) -> None:
-        original, degraded, plan = self._original, self._degraded, self._masking.plan
-        n_layer = original.context.n_layer
-        watch = (original.seq, 0 if self._masking.observed else NONE, NONE)
-        hide = (degraded.seq, NONE, 0)
+        original, degraded = self._original, self._degraded
         if self._paired:
-            both = plan(n_layer, watch, hide, fork=self._forking.plan((0, 0), n_below=1))
-            seqs = original.seq, degraded.seq
-            self._batches[0].decode(original, token, position, both, seqs=seqs)
+            self.possible(token, position)
+            self._decode_pair(token, position, self._forking.plan((0, 0), n_below=1))
         else:
-            self._batches[0].decode(original, token, position, plan(n_layer, watch))
-            self._batches[1].decode(degraded, token, position, plan(n_layer, hide))
+            plan, n_layer = self._masking.plan, original.context.n_layer
+            self._batches[0].decode(original, token, position, plan(n_layer, self._watch))
+            self._batches[1].decode(degraded, token, position, plan(n_layer, self._hide))
         self.original_address = original.context.logits_address(0)
         self.degraded_address = degraded.context.logits_address(1 if self._paired else 0)
+
+    def possible(self, token: int, position: int) -> bool:
+        """See `Forking.can_pair`; surveys with this step, if that has to be, and takes it back."""
+
+        def whole_pair(survey: _core.ForkPlan) -> None:
+            self._decode_pair(token, position, survey)
+            for branch in (self._original, self._degraded):
+                branch.context.truncate(branch.seq, position)
+
+        return self._forking.can_pair(whole_pair)
+
+    def _decode_pair(self, token: int, position: int, fork: _core.ForkPlan | None) -> None:
+        plan = self._masking.plan(
+            self._original.context.n_layer, self._watch, self._hide, fork=fork
+        )
+        seqs = self._original.seq, self._degraded.seq
+        self._batches[0].decode(self._original, token, position, plan, seqs=seqs)
 
 
 class StepBatch:

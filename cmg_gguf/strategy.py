@@ -24,7 +24,7 @@ STEPPING: dict[str, Stepping] = {
     "eager": Stepping(),
     "fork": Stepping(fork=True),
     "lazy": Stepping(lazy=True, fork=True),
-    "adaptive": Stepping(lazy=True, fork=True, pair_above=0.3),
+    "adaptive": Stepping(lazy=True, fork=True, pair_above=0.5),
     "lazy-approximate": Stepping(lazy=True, fork=True, approximate=True),
 }
 CAUGHT_UP = (1, 4, 8)
@@ -70,8 +70,9 @@ class Costs:
 
         share_asked: of the steps, above 0 to 1, that need the degraded branch.
         """
-        waiting = np.interp(1 / share_asked, CAUGHT_UP, self.catch_up)
-        lazy = self.lazy + share_asked * float(waiting)
+        n_waiting, most = 1 / share_asked, CAUGHT_UP[-1]
+        waiting = float(np.interp(n_waiting, CAUGHT_UP, self.catch_up)) * max(1, n_waiting / most)
+        lazy = self.lazy + share_asked * waiting
         return {
             "eager": self.pair,
             "fork": self.fork,

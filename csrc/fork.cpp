@@ -21,11 +21,12 @@ const std::string * Fork::obstacle(int32_t layer, int64_t n_rows, int64_t n_belo
 
 void Fork::begin(ForkPlan plan, int64_t n_rows) {
     const bool shrinks = plan.n_below > 0 && plan.n_below < n_rows && !plan.survey;
-    const bool fits = plan.slots.size() == static_cast<size_t>(n_rows) && (!shrinks || n_rows == 2);
-    if (plan.layer > 0 && !fits) {
+    const bool surveyed = !shrinks || (n_rows == 2 && pair_ != nullptr);
+    if (plan.layer > 0 && (plan.slots.size() != static_cast<size_t>(n_rows) || !surveyed)) {
         throw std::invalid_argument("a fork of " + std::to_string(plan.slots.size()) +
                                     " residuals, " + std::to_string(plan.n_below) +
-                                    " rows below it, for " + std::to_string(n_rows) + " rows");
+                                    " rows below it, for " + std::to_string(n_rows) +
+                                    " rows, or without a survey");
     }
     plan_ = std::move(plan);
     n_rows_ = n_rows;

@@ -42,7 +42,7 @@ def test_a_lazy_token_costs_its_step_and_its_share_of_catching_up() -> None:
     assert costs == {"eager": 16.0, "fork": 15.0, "lazy": 10.5 + 7.0, "adaptive": 15.0}
     costs = COSTS.per_token(0.25)
     assert costs["lazy"] == costs["adaptive"] == 10.5 + 0.25 * 12.0
-    assert COSTS.per_token(0.01)["lazy"] == 10.5 + 0.01 * 20.0
+    assert COSTS.per_token(0.01)["lazy"] == pytest.approx(10.5 + 20.0 / 8)
 
 
 def test_an_adaptive_answer_changes_over_where_the_pair_is_cheaper() -> None:

@@ -272,7 +272,7 @@ def test_several_positions_a_row_are_not_understood(
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "n_below", "slots"), [(2, 1, [0]), (3, 1, [0] * 3), (4, 0, [0] * 5)]
+    ("n_rows", "n_below", "slots"), [(2, 1, [0]), (2, 1, [0, 0]), (3, 1, [0] * 3), (4, 0, [0] * 5)]
 )
 def test_a_fork_that_cannot_be_is_refused(n_rows: int, n_below: int, slots: list[int]) -> None:
     patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
