@@ -156,7 +156,7 @@ class Rig:
         )
         slots = [(10 + i, 20 + i) for i in range(n_slots)]
         prefixes = PrefixReuse(original, degraded, slots, max_cells)
-        self.engine = PairedEngine(original, degraded, _core.Selections(N_LAYER), prefixes)
+        self.engine = PairedEngine(original, degraded, _core.Selections(N_LAYER), prefixes=prefixes)
         self.forget()
 
     @property

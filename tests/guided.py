@@ -9,6 +9,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
+from offload import N_GPU_LAYERS
 from PIL import Image
 from test_reference import picture
 from tiny_llava import TinyPair
@@ -27,7 +28,7 @@ def open_vlm(pair: TinyPair, **settings: Any) -> GuidedVLM:
         "n_ctx": 256,
         "n_ubatch": 64,
         "n_threads": 1,
-        "n_gpu_layers": 0,
+        "n_gpu_layers": N_GPU_LAYERS,
         "flash_attn": False,
         "type_k": "f32",
         "type_v": "f32",

@@ -20,6 +20,7 @@ import numpy as np
 import reference
 from llama_cpp import mtmd_cpp as mtmd
 from numpy.typing import NDArray
+from offload import N_GPU_LAYERS
 from reference import F64, Mask, Policy, Reference, Step
 from test_reference import picture
 from tiny_llava import TinyPair
@@ -67,7 +68,7 @@ class Tiny:
 
     def __init__(self, pair: TinyPair) -> None:
         self.ref = Reference.load(pair.llm)
-        self.model = Model.load(pair.llm, n_gpu_layers=0)
+        self.model = Model.load(pair.llm, n_gpu_layers=N_GPU_LAYERS)
         self.projector = Projector(pair.mmproj, self.model, use_gpu=False, n_threads=1)
         self.prompt = functools.cache(self._prompt)
         self.verdict = functools.cache(partial(judge, self.ref))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from guided import QUESTION, ids, is_empty, open_vlm
+from offload import N_GPU_LAYERS
 from support import EXACT, Rig, Tiny
 from test_reference import picture
 from tiny_llava import TinyPair
@@ -243,5 +244,5 @@ def test_a_model_whose_file_is_gone_is_still_told_apart(llama: Tiny, gemma: Tiny
 
 def test_a_guided_vlm_can_be_told_its_strategy(pair: TinyPair) -> None:
     for name, stepping in STEPPING.items():
-        with GuidedVLM(pair.llm, pair.mmproj, strategy=name, n_gpu_layers=0) as vlm:  # type: ignore[arg-type]
+        with GuidedVLM(pair.llm, pair.mmproj, strategy=name, n_gpu_layers=N_GPU_LAYERS) as vlm:  # type: ignore[arg-type]
             assert (vlm.strategy, vlm.engine.stepping) == (name, stepping)

@@ -11,6 +11,7 @@ import llama_cpp
 import pytest
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, ids, open_vlm
 from llama_cpp import LlamaGrammar
+from offload import N_GPU_LAYERS
 from test_reference import picture
 from tiny_llava import TinyPair
 
@@ -49,7 +50,7 @@ def open_llama(pair: TinyPair, **settings: Any) -> llama_cpp.Llama:
         n_ubatch=64,
         n_threads=1,
         n_threads_batch=1,
-        n_gpu_layers=0,
+        n_gpu_layers=N_GPU_LAYERS,
         type_k=0,
         type_v=0,
         verbose=False,

@@ -11,6 +11,7 @@ from typing import Any, cast
 import llama_cpp
 import pytest
 from guided import QUESTION, asked, ids, is_empty, open_vlm
+from offload import N_GPU_LAYERS
 from test_reference import picture
 from tiny_llava import TinyPair
 
@@ -281,7 +282,7 @@ def test_an_answer_reports_image_tokens_and_rows(vlm: GuidedVLM) -> None:
 
 def open_llama(pair: TinyPair, **settings: Any) -> llama_cpp.Llama:
     return llama_cpp.Llama(
-        str(pair.llm), n_ctx=256, n_threads=1, n_gpu_layers=0, verbose=False, **settings
+        str(pair.llm), n_ctx=256, n_threads=1, n_gpu_layers=N_GPU_LAYERS, verbose=False, **settings
     )
 
 

@@ -15,6 +15,7 @@ import pytest
 import reference
 from llama_cpp import mtmd_cpp as mtmd
 from numpy.typing import NDArray
+from offload import N_GPU_LAYERS
 from reference import F64, LayerEvidence, Mask, Policy, Reference
 from tiny_llava import EOS_TOKEN, TinyConfig, TinyPair, vocabulary, write_pair
 
@@ -60,7 +61,7 @@ class Plain:
     @staticmethod
     def _load(path: Path) -> Any:
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = N_GPU_LAYERS
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         assert model is not None
         return model

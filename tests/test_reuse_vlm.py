@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, held, ids, is_empty, open_vlm, user
 from numpy.typing import NDArray
+from offload import N_GPU_LAYERS
 from test_reference import picture
 from tiny_llava import TinyPair
 
@@ -305,7 +306,7 @@ def test_a_handler_keeps_prompts_and_can_be_told_not_to(pair: TinyPair) -> None:
     for prefix_cells in (None, 0):
         handler = CMGChatHandler(pair.mmproj, prefix_cells=prefix_cells, use_gpu=False)
         llm = llama_cpp.Llama(
-            str(pair.llm), n_ctx=256, n_gpu_layers=0, verbose=False, chat_handler=handler
+            str(pair.llm), n_ctx=256, n_gpu_layers=N_GPU_LAYERS, verbose=False, chat_handler=handler
         )
         for _ in range(2):
             reply: Any = llm.create_chat_completion(asked(), max_tokens=2)

@@ -1,0 +1,284 @@
+"""The tests and the benchmark on an NVIDIA GPU, on a machine that may have no network.
+
+    scripts/check_cuda pack FOLDER    # with a network: sources and wheels into FOLDER
+    scripts/check_cuda run FOLDER     # on the GPU machine: builds, tests, measures
+
+`pack` runs under the Python version, and on the kind of machine, that `run` will. `run` builds
+llama-cpp-python for the architecture of the GPU at hand and no other, installs this package, runs
+all tests with all layers on the GPU, then the benchmark. What it builds is in FOLDER/work: where it
+was stopped, it goes on. Progress is on stderr; the last line on stdout is one JSON object.
+
+Exit status: 0 = all well, 1 = tests failed or a figure is not as expected, 2 = cannot run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = "llama-cpp-python"
+BUILD_TOOLS = ("cmake>=3.24", "ninja", "pip", "setuptools", "wheel")
+ALL_LAYERS = 99
+EAGER_ROW, EAGER_LIMIT = "decode, eager pair", 1.10
+"""A GPU computes two rows of a product in the time of one."""
+
+
+class CannotRunError(Exception):
+    """What is missing, and what to do about it."""
+
+
+def requirements(pyproject: str) -> list[str]:
+    """What building, installing and testing this package takes, by its pyproject.toml.
+
+    The lists `requires`, `dependencies` and the extra `test`, as they stand there.
+    """
+    found: list[str] = []
+    for name in ("requires", "dependencies", "test"):
+        listed = re.search(rf'^{name} = \[((?:[^]"]|"[^"]*")*)\]', pyproject, re.MULTILINE)
+        if listed is None:
+            raise CannotRunError(f"pyproject.toml has no list named {name}")
+        found += re.findall(r'"([^"]+)"', listed.group(1))
+    return list(dict.fromkeys(found))
+
+
+def pack_command(folder: Path, needed: Sequence[str], *options: str) -> list[str]:
+    """The pip call that fetches it all: wheels, and of llama-cpp-python the sources."""
+    pip = [sys.executable, "-m", "pip", "download", "--dest", str(folder)]
+    return [*pip, "--no-binary", SOURCE, "--prefer-binary", *options, *needed, *BUILD_TOOLS]
+
+
+def architecture(answer: str) -> str:
+    """CMAKE_CUDA_ARCHITECTURES for what `nvidia-smi --query-gpu=compute_cap` answers.
+
+    "9.0" -> "90". Of several GPUs, the first. Raises CannotRunError for anything else.
+    """
+    lines = answer.split()
+    if not lines or not (match := re.fullmatch(r"(\d+)\.(\d)", lines[0])):
+        raise CannotRunError(
+            f"nvidia-smi gave {answer.strip()!r} for the compute capability, not a number like "
+            "9.0; update the driver"
+        )
+    return match.group(1) + match.group(2)
+
+
+def find_gpu() -> tuple[str, str]:
+    """(name, architecture) of the first GPU. Raises CannotRunError where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        raise CannotRunError("nvidia-smi is not on PATH: no NVIDIA driver here; install one")
+    query = ["nvidia-smi", "--format=csv,noheader"]
+    answers = []
+    for what in ("name", "compute_cap"):
+        done = subprocess.run([*query, f"--query-gpu={what}"], capture_output=True, text=True)
+        if done.returncode != 0:
+            told = (done.stdout + done.stderr).strip()
+            raise CannotRunError(f"nvidia-smi sees no GPU: {told or done.returncode}")
+        answers.append(done.stdout)
+    return answers[0].strip().splitlines()[0], architecture(answers[1])
+
+
+def check_compiler() -> None:
+    """Raises CannotRunError where CUDA code cannot be compiled."""
+    if shutil.which("nvcc") is None:
+        raise CannotRunError(
+            "nvcc is not on PATH; install the CUDA toolkit, or add its bin folder "
+            "(often /usr/local/cuda/bin) to PATH"
+        )
+
+
+def find_source(folder: Path) -> Path:
+    """The packed sources of llama-cpp-python. Raises CannotRunError where there are none."""
+    found = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
+    if not found:
+        raise CannotRunError(
+            f"{folder} holds no sources of {SOURCE}; fill it with `scripts/check_cuda pack` on a "
+            "machine with a network"
+        )
+    return found[-1]
+
+
+def pack(folder: Path, *options: str) -> int:
+    """Fetches everything into the folder; options go to pip."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = requirements((ROOT / "pyproject.toml").read_text("utf-8"))
+    say(f"fetching sources and wheels into {folder}, about 150 MB")
+    _call(pack_command(folder, needed, *options))
+    return 0
+
+
+def run(folder: Path, bench_options: Sequence[str]) -> int:
+    """Builds, tests, measures; prints the summary."""
+    name, arch = find_gpu()
+    check_compiler()
+    source, work = find_source(folder), folder / "work"
+    say(f"{name}, architecture {arch}")
+    started = time.perf_counter()
+    python = _environment(folder, work)
+    _build(python, folder, work, source, arch)
+    _install(python, folder, work)
+    built = time.perf_counter()
+    tests = _test(python)
+    measured = _measure(python, bench_options)
+    eager = eager_ratios(measured)
+    met = bool(eager) and all(ratio <= EAGER_LIMIT for ratio in eager.values())
+    summary = {
+        "gpu": name,
+        "architecture": arch,
+        "build_seconds": round(built - started),
+        "tests": tests,
+        "eager_pair": {"wanted": EAGER_LIMIT, "ratios": eager, "met": met},
+        "bench": measured,
+    }
+    print(json.dumps(summary))
+    return 0 if met and tests["status"] == 0 else 1
+
+
+def eager_ratios(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Median ratio of the eager pair to plain decoding, by model, from the benchmark's JSON."""
+    for row in measured.get("rows", ()):
+        if row["name"] == EAGER_ROW:
+            return {name: result["median"] for name, result in row["results"].items()}
+    return {}
+
+
+def last_counts(output: str) -> dict[str, int]:
+    """{"passed": 700, ...} from pytest's last line."""
+    lines = output.strip().splitlines()
+    return {word: int(n) for n, word in re.findall(r"(\d+) ([a-z]+)", lines[-1] if lines else "")}
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _environment(folder: Path, work: Path) -> Path:
+    """The Python of a virtual environment in the work folder, with the tools that build."""
+    python = work / "venv" / "bin" / "python"
+    if not python.exists():
+        say("making a virtual environment")
+        _call([sys.executable, "-m", "venv", str(work / "venv")])
+    _pip(python, folder, work, "install", *BUILD_TOOLS, "scikit-build-core", "pybind11")
+    return python
+
+
+def _build(python: Path, folder: Path, work: Path, source: Path, arch: str) -> None:
+    """A wheel of llama-cpp-python for this architecture, if there is none yet."""
+    wheels = work / f"wheels-{arch}"
+    if not list(wheels.glob("llama_cpp_python-*.whl")):
+        unpacked = work / source.name.removesuffix(".tar.gz")
+        if not unpacked.exists():
+            with tarfile.open(source) as archive:
+                archive.extractall(work, filter="data")
+        say(f"building {SOURCE} for architecture {arch}; stopped, it goes on where it was")
+        flags = f"-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES={arch}"
+        # Not isolated and in a folder that stays: an interrupted build is not lost.
+        _pip(
+            python,
+            folder,
+            work,
+            *("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(wheels)),
+            f"--config-settings=build-dir={work / f'build-{arch}'}",
+            str(unpacked),
+            CMAKE_ARGS=flags,
+        )
+    for wheel in wheels.glob("*.whl"):
+        shutil.copy(wheel, _wheels(work))
+
+
+def _install(python: Path, folder: Path, work: Path) -> None:
+    say("installing this package and what its tests need")
+    options = ("--no-build-isolation", "--force-reinstall", "--no-deps")
+    _pip(python, folder, work, "install", SOURCE)
+    _pip(python, folder, work, "install", *options, str(ROOT))
+    needed = requirements((ROOT / "pyproject.toml").read_text("utf-8"))
+    _pip(python, folder, work, "install", *needed)
+
+
+def _test(python: Path) -> dict[str, Any]:
+    """All tests, with all layers on the GPU."""
+    say("running the tests with all layers on the GPU")
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    # From elsewhere: the installed package is tested, not the sources.
+    done = subprocess.run(
+        [*command, "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)],
+        env={**os.environ, "CMG_TEST_NGL": str(ALL_LAYERS)},
+        cwd=python.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    say(done.stdout[-8000:])
+    return {"status": done.returncode, **last_counts(done.stdout)}
+
+
+def _measure(python: Path, options: Sequence[str]) -> dict[str, Any]:
+    say("measuring")
+    bench = [str(python), str(ROOT / "scripts" / "bench.py"), "--ngl", str(ALL_LAYERS), *options]
+    done = subprocess.run(bench, cwd=python.parent, stdout=subprocess.PIPE, text=True)
+    say(done.stdout)
+    if done.returncode != 0 or not done.stdout.strip():
+        return {"status": done.returncode}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _wheels(work: Path) -> Path:
+    folder = work / "wheels"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _pip(python: Path, folder: Path, work: Path, *arguments: str, **environment: str) -> None:
+    """pip without a network: from the folder, and from what was built here, which comes first."""
+    command, *rest = arguments
+    places = ["--no-index", "--find-links", str(_wheels(work)), "--find-links", str(folder)]
+    _call(
+        [str(python), "-m", "pip", command, *places, "--disable-pip-version-check", *rest],
+        **environment,
+    )
+
+
+def _call(command: Sequence[str], **environment: str) -> None:
+    """Runs a command, its output on stderr. Raises CannotRunError if it fails."""
+    done = subprocess.run(command, env={**os.environ, **environment}, stdout=sys.stderr)
+    if done.returncode != 0:
+        raise CannotRunError(f"this failed with status {done.returncode}: {' '.join(command)}")
+
+
+def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="check_cuda", description="Tests and benchmark on an NVIDIA GPU, without a network."
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="pack|run")
+    for name, what, rest in (
+        ("pack", "fetch sources and wheels; needs a network", "pip download"),
+        ("run", "build, test and measure; needs a GPU and nvcc", "bench.py"),
+    ):
+        step = steps.add_parser(name, help=what, epilog=f"More options go to {rest}.")
+        step.add_argument("folder", type=Path)
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status; see above."""
+    args, options = _arguments(argv)
+    folder = args.folder.resolve()
+    try:
+        return pack(folder, *options) if args.step == "pack" else run(folder, options)
+    except CannotRunError as exc:
+        say(f"check_cuda: {exc}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
