@@ -15,7 +15,7 @@ from tiny_llava import TinyPair
 
 from cmg_gguf.errors import EvaluationError
 from cmg_gguf.evaluation.plots import write_plots
-from cmg_gguf.evaluation.report import Report, make_report, verdict
+from cmg_gguf.evaluation.report import MIN_CLUSTERS, Report, make_report, verdict
 from cmg_gguf.evaluation.report_text import markdown, rendered, write_report
 from cmg_gguf.evaluation.run import Run
 from cmg_gguf.evaluation.statistics import Estimate
@@ -92,7 +92,7 @@ def test_the_area_under_the_curve_is_that_of_the_margins(run: Run, report: Repor
     ],
 )
 def test_an_interval_with_zero_in_it_shows_nothing(low: float, high: float, said: str) -> None:
-    assert verdict(Estimate((low + high) / 2, low, high)) == said
+    assert verdict(Estimate((low + high) / 2, low, high), MIN_CLUSTERS) == said
 
 
 def test_every_way_of_writing_tells_what_must_be_known(report: Report, tmp_path: Path) -> None:

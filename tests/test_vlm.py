@@ -310,3 +310,11 @@ def test_any_named_template_or_jinja_text_may_be_given(pair: TinyPair, vlm: Guid
 def test_a_prompt_that_is_too_long_says_so_before_the_stream_begins(vlm: GuidedVLM) -> None:
     with pytest.raises(ContextLengthError, match="the context has 256"):
         vlm.stream("What " * 200, [picture(0)])
+
+
+@pytest.mark.parametrize(("n_ctx", "n_ubatch"), [(10, 512), (17, 512), (512, 8), (512, 17)])
+def test_fewer_rows_than_sequences_do_not_end_the_process(
+    pair: TinyPair, n_ctx: int, n_ubatch: int
+) -> None:
+    with GuidedVLM(pair.llm, pair.mmproj, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=1) as vlm:
+        assert vlm.generate("x", raw=True, max_tokens=2).tokens

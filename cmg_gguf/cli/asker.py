@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 BUILT_IN = (
-    "no -m is given, so the built-in tiny model answers: it knows only the drawn scenes of "
-    "cmg-gguf demo"
+    "no -m is given, so the built-in tiny model answers, with the guidance chosen for it: it knows "
+    "only the drawn scenes of cmg-gguf demo"
 )
 
 

@@ -56,7 +56,7 @@ class GuidanceFlags:
             "--settings",
             metavar="FILE",
             help="A file of guidance settings, as cmg-gguf eval tune writes it; the flags below "
-            "win over it.",
+            "win over it. The built-in model comes with its own.",
         ),
     ] = None
     alpha: Annotated[

@@ -57,9 +57,16 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_rendered(content: RenderableType) -> None:
-    """Writes what rich makes of `content` for this terminal. Raises BrokenPipeError."""
-    console = Console(highlight=False)
+WIDE_FILE = 160
+
+
+def write_rendered(content: RenderableType, *, wide: bool = False) -> None:
+    """Writes what rich makes of `content` for this terminal. Raises BrokenPipeError.
+
+    wide: where it goes to no terminal, there are `WIDE_FILE` columns.
+    """
+    width = WIDE_FILE if wide and not sys.stdout.isatty() else None
+    console = Console(highlight=False, width=width)
     # Printed directly, rich would end the process itself where nobody reads.
     with console.capture() as capture:
         console.print(content)

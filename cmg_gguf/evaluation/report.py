@@ -129,8 +129,17 @@ def make_report(
     )
 
 
-def verdict(difference: Estimate) -> str:
-    """What a difference shows: "higher", "lower", "no difference shown" or "undefined"."""
+MIN_CLUSTERS = 10
+"""Below this, resampling images says little: by chance alone, few images often agree in sign."""
+
+
+def verdict(difference: Estimate, n_clusters: int) -> str:
+    """What a difference shows: "higher", "lower", "no difference shown", "undefined" or "too few".
+
+    n_clusters: images that were resampled; below `MIN_CLUSTERS` no verdict is given.
+    """
+    if n_clusters < MIN_CLUSTERS:
+        return "too few"
     if not np.isfinite([difference.value, difference.low, difference.high]).all():
         return "undefined"
     if difference.low > 0:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -58,7 +58,11 @@ def comma_separated(report: Report) -> str:
         for row in part.rows:
             for name, result in row.figures.items():
                 gap = result.difference
-                gaps = (gap.value, gap.low, gap.high, verdict(gap)) if gap else ("",) * 4
+                gaps = (
+                    (gap.value, gap.low, gap.high, verdict(gap, part.n_clusters))
+                    if gap
+                    else ("",) * 4
+                )
                 own = result.own
                 changes = row.changes
                 writer.writerow(
@@ -147,7 +151,13 @@ def difference_rows(report: Report, part: Part) -> Iterator[list[str]]:
             gap = result.difference
             if gap is not None:
                 value = "–" if math.isnan(gap.value) else f"{gap.value:+.2f}"
-                yield [row.method, _label(name), value, _interval(gap), verdict(gap)]
+                yield [
+                    row.method,
+                    _label(name),
+                    value,
+                    _interval(gap),
+                    verdict(gap, part.n_clusters),
+                ]
 
 
 def _figure_row(row: Row, names: Sequence[str]) -> list[str]:
@@ -184,7 +194,8 @@ def _interval(estimate: Estimate) -> str:
 def _grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     grid = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
     for i, name in enumerate(header):
-        grid.add_column(name, justify="left" if i == 0 or name == "shown" else "right")
+        justify: JustifyMethod = "left" if i == 0 or name == "shown" else "right"
+        grid.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         grid.add_row(*row)
     return grid

@@ -272,6 +272,8 @@ def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
     # Every decode is one micro-batch, so a row of the batch is a row of the graph.
     params.n_batch = params.n_ubatch = options.n_ubatch
     params.n_seq_max = n_seq_max
+    # llama.cpp reserves an output for each sequence, and aborts where a batch holds fewer rows.
+    params.n_outputs_max = max(params.n_batch, n_seq_max)
     params.kv_unified = True
     # Without the full cache, image tokens behind the window lose their cells to later tokens, and
     # a sequence cannot be cut back.

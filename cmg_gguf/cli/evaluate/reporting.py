@@ -73,7 +73,7 @@ def report(
         run = read_run(folder)
         tell_skipped(err, run)
         made = make_report(run, baseline=baseline, n_samples=samples)
-        write_rendered(rendered(made))
+        write_rendered(rendered(made), wide=True)
         written = write_report(made, folder)
         if plots:
             written += write_plots(made, folder)

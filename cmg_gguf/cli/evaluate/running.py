@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cmg_gguf.cli.asker import BUILT_IN
 from cmg_gguf.cli.evaluate.run_flags import RunFlags, SpreadFlags
 from cmg_gguf.cli.evaluate.task_flags import TaskFlags
 from cmg_gguf.cli.exits import load_library, manners
@@ -72,6 +73,8 @@ def evaluate_task(
     methods = chosen(names, guidance.guidance(model.own_settings))
     tuned_on = guidance.file(model.own_settings).tuned_on
     files = ModelFiles(*model.pair(), model.options())
+    if model.built_in:
+        err.note(BUILT_IN)
 
     def work(progress: Progress) -> Run:
         return evaluate(
@@ -93,7 +96,7 @@ def evaluate_task(
     if shard != WHOLE:
         err.note(f"{folder} is shard {shard}; cmg-gguf eval merge puts all of them together")
     report = make_report(finished)
-    write_rendered(rendered(report))
+    write_rendered(rendered(report), wide=True)
     write_report(report, folder)
 
 

@@ -242,9 +242,13 @@ class ScenesFlags:
         int, _flag("--pictures", min=1, metavar="N", help="How many pictures are drawn.")
     ] = 100
     split: Annotated[
-        Literal["train", "tune", "test"],
-        _flag("--split", help="Which pictures: tune = for choosing settings, test = for figures."),
-    ] = "test"
+        Literal["train", "tune", "test"] | None,
+        _flag(
+            "--split",
+            show_default="test; of eval tune: tune",
+            help="Which pictures: tune = for choosing settings, test = for figures.",
+        ),
+    ] = None
     kind: Annotated[
         Literal["typical", "counter"],
         _flag(
@@ -259,9 +263,11 @@ class ScenesFlags:
         _flag("--style", show_default="plain", help="Of the captions asked for."),
     ] = None
 
-    def task(self) -> Task:
+    def task(self, default: Literal["tune", "test"] = "test") -> Task:
+        """default: the split, where none is given."""
         from cmg_gguf.evaluation.tasks.scenes import SceneCaptions, SceneColours, ScenePope
 
+        split = self.split or default
         for flag, given, ask in (("rule", self.rule, "pope"), ("style", self.style, "captions")):
             if given is not None and self.ask != ask:
                 raise typer.BadParameter(
@@ -270,10 +276,10 @@ class ScenesFlags:
                 )
         if self.ask == "captions":
             style = self.style or "plain"
-            return SceneCaptions(self.split, self.kind, self.pictures, style=style)
+            return SceneCaptions(split, self.kind, self.pictures, style=style)
         if self.ask == "colours":
-            return SceneColours(self.split, self.kind, self.pictures)
-        return ScenePope(self.split, self.kind, self.pictures, rule=_rule(self.rule or "pope"))
+            return SceneColours(split, self.kind, self.pictures)
+        return ScenePope(split, self.kind, self.pictures, rule=_rule(self.rule or "pope"))
 
 
 TASKS: dict[str, type[TaskFlags]] = {

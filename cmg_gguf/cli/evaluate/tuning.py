@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from cmg_gguf.cli.asker import BUILT_IN
 from cmg_gguf.cli.evaluate.run_flags import SpreadFlags, needed
 from cmg_gguf.cli.evaluate.running import tell_skipped, watched
-from cmg_gguf.cli.evaluate.task_flags import TaskFlags
+from cmg_gguf.cli.evaluate.task_flags import ScenesFlags, TaskFlags
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
 from cmg_gguf.cli.model_flags import ModelFlags
@@ -196,9 +197,13 @@ def tune_task(
     from cmg_gguf.settings import save_settings
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
-    task, folder = task_flags.task(), needed(search.out)
+    # Scenes have a split of their own to choose settings on.
+    task = task_flags.task("tune") if isinstance(task_flags, ScenesFlags) else task_flags.task()
+    folder = needed(search.out)
     goal = Goal(search.figure, search.lower, search.keep)
     files = ModelFiles(*model.pair(), model.options())
+    if model.built_in:
+        err.note(BUILT_IN)
     found: list[Tuned] = []
 
     def work(progress: Progress) -> Run:
@@ -221,7 +226,7 @@ def tune_task(
     tell_skipped(err, watched(err, work))
     (tuned,) = found
     save_settings(folder / "settings.json", tuned.settings)
-    write_rendered(_table(tuned))
+    write_rendered(_table(tuned), wide=True)
     if not better(tuned, goal.lower):
         err.note("nothing that was tried beats plain greedy decoding on these items")
     n = tuned.report.parts[0].n_items
@@ -236,7 +241,7 @@ def _table(tuned: Tuned) -> Table:
     names = [name for name in tuned.greedy.figures if name != tuned.figure]
     table = Table(pad_edge=False)
     for name in ("", "alpha", "beta", "layers", "tokens", tuned.figure, *names):
-        table.add_column(name.replace("_", " "))
+        table.add_column(name.replace("_", " "), overflow="fold")
     for row in tuned.report.parts[0].rows:
         guidance = tuned.candidates.get(row.method)
         settings = ("greedy", "", "", "") if guidance is None else _settings(guidance)
