@@ -92,7 +92,9 @@ def test_the_area_under_the_curve_is_that_of_the_margins(run: Run, report: Repor
     ],
 )
 def test_an_interval_with_zero_in_it_shows_nothing(low: float, high: float, said: str) -> None:
-    assert verdict(Estimate((low + high) / 2, low, high), MIN_CLUSTERS) == said
+    estimate = Estimate((low + high) / 2, low, high)
+    assert verdict(estimate, MIN_CLUSTERS) == said
+    assert verdict(estimate, MIN_CLUSTERS - 1) == "too few"
 
 
 def test_every_way_of_writing_tells_what_must_be_known(report: Report, tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_every_way_of_writing_tells_what_must_be_known(report: Report, tmp_path:
     for text in (shown, markdown(report)):
         assert "13 items, 1 not answered by every method, 1 broken and skipped" in text
         assert "All items: n = 12, 4 clusters" in text
-        assert "no difference shown" in text
+        assert "too few" in text
         assert "control for what the cut does to sampling" in text
         assert "fitted on the other half" in text
         assert all(name in text for name in NAMES.split(","))
