@@ -47,7 +47,6 @@ from cmg_gguf.prompts import render_messages
 
 GREEDY, CMG, HANDLER = "greedy", "cmg", "chat handler"
 N_QUESTIONS = 6
-Answers = list[str]
 
 
 class PictureFiles(ScenePope):
@@ -82,19 +81,19 @@ class Bench:
         )
         files = ModelFiles(str(pair[0]), str(pair[1]))
         plain, guided = chosen([GREEDY, CMG], guidance_for(args))
-        self.ways: dict[str, Callable[[], Answers]] = {
+        self.ways: dict[str, Callable[[], list[str]]] = {
             GREEDY: self._evaluation(plain, files),
             CMG: self._evaluation(guided, files),
             HANDLER: self._handler(),
         }
 
-    def _evaluation(self, method: Method, files: ModelFiles) -> Callable[[], Answers]:
+    def _evaluation(self, method: Method, files: ModelFiles) -> Callable[[], list[str]]:
         answerer = Answerer(Job(self._task, files, (method,), 0), self.vlm)
         name = frozenset([method.name])
         works = [Work(tuple((item, name) for item in group)) for group in self.groups]
         return lambda: [r.answer or "" for work in works for r in answerer.answers(work)]
 
-    def _handler(self) -> Callable[[], Answers]:
+    def _handler(self) -> Callable[[], list[str]]:
         asked = [(self._messages(item), item.max_tokens) for group in self.groups for item in group]
         ask = partial(self._llama.create_chat_completion, temperature=0.0, repeat_penalty=1.0)
 
@@ -129,7 +128,7 @@ def guidance_for(args: argparse.Namespace) -> Guidance:
     return embedded_guidance() if not args.model and settings_file().is_file() else Guidance()
 
 
-def measure(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str, Answers]]:
+def measure(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
     """Seconds of each round by way, and the answers of each way."""
     answers = {name: answer() for name, answer in bench.ways.items()}
     times: dict[str, list[float]] = {name: [] for name in bench.ways}
