@@ -24,13 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from bench_decode import STDERR, Bound, Ratio, machine
+from benchmarks.ratios import Middle
 from llama_cpp.llama_chat_format import Llava15ChatHandler
 from PIL import Image
 from rich.console import Console
@@ -47,6 +47,21 @@ from cmg_gguf.prompts import render_messages
 
 GREEDY, CMG, HANDLER = "greedy", "cmg", "chat handler"
 N_QUESTIONS = 6
+STDERR = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A figure and what it may be at most."""
+
+    name: str
+    ratio: Middle
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the median is."""
+        return self.ratio.median <= self.limit
 
 
 class PictureFiles(ScenePope):
@@ -181,12 +196,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     n = len(answers[GREEDY])
     seconds = {name: statistics.median(runs) for name, runs in times.items()}
     bounds = (
-        Bound("cmg / greedy", Ratio.of(times[CMG], times[GREEDY]), 1.15),
-        Bound("cmg / chat handler", Ratio.of(times[CMG], times[HANDLER]), 1.0),
+        Bound("cmg / greedy", Middle.of_ratios(times[CMG], times[GREEDY]), 1.15),
+        Bound("cmg / chat handler", Middle.of_ratios(times[CMG], times[HANDLER]), 1.0),
     )
     same = sum(a == b for a, b in zip(answers[GREEDY], answers[HANDLER], strict=True))
     args.model, args.mmproj = (path.name for path in pair)
-    about = {**machine(args), "questions": n, "same_plain_answers": same}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    about = {
+        **vars(args),
+        "cores": os.cpu_count(),
+        "load_average": load,
+        "questions": n,
+        "same_plain_answers": same,
+    }
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     console.print(", ".join(f"{k} {v}" for k, v in about.items()))
     show(seconds, n, bounds, console)
