@@ -55,7 +55,8 @@ class Answerer:
     """Answers a job's questions with a model that is loaded.
 
     The image of a piece of work is read once, and method goes before item: consecutive questions
-    share their prompt up to the text behind the image.
+    share their prompt up to the text behind the image. Every method begins with nothing kept: so
+    each pays for the image itself, and its answers to the bit do not depend on what came before.
     """
 
     def __init__(self, job: Job, vlm: GuidedVLM) -> None:
@@ -80,6 +81,7 @@ class Answerer:
             return
         key = "" if image is None else image_id(image)
         for method in self._job.methods:
+            self._vlm.forget()
             for item, names in work.items:
                 if method.name in names:
                     yield self._answer(item, image, key, method)

@@ -172,17 +172,18 @@ def _answer_all(
 
 
 def _left(group: Group, names: Sequence[str], journal: Journal) -> Work:
-    """What of a group is not answered yet. What could not be answered is tried again."""
-    left = []
-    for item in group:
-        done = {
-            name
-            for name in names
-            if (record := journal.records.get((item.id, name))) and record.problem is None
-        }
-        if missing := frozenset(names) - done:
-            left.append((item, missing))
-    return Work(tuple(left))
+    """The methods that have not answered all of a group yet, each for the whole group.
+
+    A method's answers about an image go on from each other's KV cells, so half of them are begun
+    anew to end the same to the bit. What could not be answered is tried again.
+    """
+
+    def is_answered(item: Item, name: str) -> bool:
+        record = journal.records.get((item.id, name))
+        return record is not None and record.problem is None
+
+    missing = frozenset(n for n in names if not all(is_answered(item, n) for item in group))
+    return Work(tuple((item, missing) for item in group) if missing else ())
 
 
 def _finish(
