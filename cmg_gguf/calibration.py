@@ -29,13 +29,14 @@ import numpy as np
 from cmg_gguf import _core
 from cmg_gguf.engine import Branch, PairedEngine
 from cmg_gguf.errors import CMGError, ContextLengthError, UnsupportedError
+from cmg_gguf.forking import Forking, survey
 from cmg_gguf.guidance import LayerRange, TopRatio, static_layers
-from cmg_gguf.lazy import Lazy
+from cmg_gguf.lazy import Lazy, PromptEnd
 from cmg_gguf.rows import core_policy
 from cmg_gguf.runtime.about import devices
 from cmg_gguf.runtime.context import ContextOptions, LlamaContext
 from cmg_gguf.runtime.model import Model
-from cmg_gguf.stepping import Forking, Masking, Plain, Together
+from cmg_gguf.stepping import Masking, Plain, Together
 from cmg_gguf.strategy import CAUGHT_UP, STEPPING, Costs
 
 N_CELLS = 64
@@ -193,18 +194,20 @@ class _Trial:
         policy = core_policy(TopRatio())
         masking = Masking(layers=layers, policy=policy, n_image_tokens=0, observed=False)
         engine.selections.resize(1)
+        survey(original, degraded)
         for branch in (original, degraded):
             for i in range(_N_BEFORE):
                 Plain(branch, 0).step(self._token, i)
         logits = np.empty(context.n_vocab, np.float32)
         addresses = logits.ctypes.data, logits.ctypes.data
         self._plain = Plain(original, addresses[0])
-        whole, *self._forkings = (
-            Forking(context, masking, wanted) for wanted in (False, True, True)
+        whole, fork = (Forking(context, layers, wanted=wanted) for wanted in (False, True))
+        self._forks = fork.pairs, fork.layer > 0
+        self._pair = Together(original, degraded, masking, whole, addresses)
+        self._fork = Together(original, degraded, masking, fork, addresses)
+        self._lazy = Lazy(
+            original, degraded, masking, fork, PromptEnd(logits, lambda: addresses[1])
         )
-        self._pair = Together(original, degraded, masking, addresses, whole)
-        self._fork = Together(original, degraded, masking, addresses, self._forkings[0])
-        self._lazy = Lazy(original, degraded, masking, logits, addresses[1], self._forkings[1])
 
     def costs(self, until: float) -> Costs:
         times: dict[str, list[float]] = {}
@@ -220,7 +223,7 @@ class _Trial:
             fork=median["fork"],
             lazy=median["lazy"],
             catch_up=tuple(median[f"catch up {n}"] for n in CAUGHT_UP),
-            forks=(self._forkings[0].possible, self._forkings[1].possible),
+            forks=self._forks,
         )
 
     def _round(self) -> dict[str, float]:

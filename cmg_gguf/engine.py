@@ -25,6 +25,7 @@ import numpy as np
 
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError, ContextLengthError, PromptError, UnsupportedError
+from cmg_gguf.forking import Forking, survey
 from cmg_gguf.guidance import (
     AttentionMass,
     Guidance,
@@ -35,11 +36,11 @@ from cmg_gguf.guidance import (
     layers_by_mass,
     static_layers,
 )
-from cmg_gguf.lazy import Adaptive, Lazy, LazyApproximate
-from cmg_gguf.reuse import PrefixReuse, Start
+from cmg_gguf.lazy import Adaptive, Lazy, LazyApproximate, PromptEnd
+from cmg_gguf.reuse import PrefixReuse
 from cmg_gguf.rows import PromptRows, masked_rows
 from cmg_gguf.runtime.protocol import Context, FloatArray, ImageSegment, IntArray, Prompt
-from cmg_gguf.stepping import EAGER, Forking, Masking, Plain, Stepper, Stepping, Together
+from cmg_gguf.stepping import EAGER, Masking, Plain, Stepper, Stepping, Together
 
 Progress = Callable[[int, int], None]
 
@@ -234,31 +235,45 @@ class PairedEngine:
 
     def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
         guided = self._contrasts(prompt, guidance)
-        return PromptRows(prompt, guidance, self.original.context.n_layer, guided=guided)
+        rows = PromptRows(prompt, guidance, self.original.context.n_layer, guided=guided)
+        if guided and self._forks:
+            forking = Forking(self.original.context, rows.layers or (), wanted=True)
+            if forking.pairs or self._is_lazy(guidance):
+                rows.fork_at(forking.layer)
+        return rows
+
+    @property
+    def _forks(self) -> bool:
+        return self.stepping.fork and self.paired
+
+    def _is_lazy(self, guidance: Guidance) -> bool:
+        return self.stepping.lazy and guidance.beta > 0  # without a cut, every step needs both
 
     def _prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress) -> None:
         self._guided = self._contrasts(prompt, guidance)
+        if self._guided and self._forks:
+            self.prefixes.make_room(self._cells_per_step(guided=True))
+            survey(self.original, self.degraded)
         rows = self._rows_of(prompt, guidance)
         needed = self.cells_needed(prompt, guidance)
         start = self.prefixes.resume(prompt, rows)
         self.prefixes.make_room(needed + self._cells_per_step(self._guided))
         self.n_reused = start.original
         own = start.degraded or self._first_own_row(rows)
-        total = rows.n - start.original + (rows.n - own if self._guided else 0)
+        if start.original > own:
+            rows.fork_at(0)  # nothing notes the residuals of what is not decoded
+        waits = not self._guided or self._is_lazy(guidance)
+        report = _counted(progress, rows.n - start.original + (0 if waits else rows.n - own))
         self.selections.resize(rows.n_slots)
-        plan = rows.original_plan(self.original.seq, note_images=self.prefixes.keeps)
-        done = self._decode_rows(self.original, rows, start.original, plan, progress, 0, total)
+        plan = rows.original_plan(self.original.seq, own, note_images=self.prefixes.keeps)
+        self._decode_rows(self.original, rows, start.original, plan, report)
         address = self.original.context.logits_address(self._last_in_batch)
         np.copyto(self._prompt_logits, _view(address, len(self._prompt_logits)))
         if self._guided:
             self.layers = self._choose_layers(rows, guidance)
-            first = self._share_prefix(rows, start)
-            plan = rows.degraded_plan(self.degraded.seq, self.layers)
-            self._decode_rows(self.degraded, rows, first, plan, progress, done, total)
-            degraded = self.degraded.context.logits_address(self._last_in_batch)
-            if guidance.refresh == "step":
-                self.selections.keep_last()
-            self._stepper = self._new_stepper(rows, guidance, degraded)
+            if self.paired and not start.degraded:
+                self._share_prefix(rows, own)
+            self._stepper = self._new_stepper(rows, guidance, own, report)
         else:
             self._stepper = Plain(self.original, self._prompt_logits.ctypes.data)
         self.n_past = rows.n_pos
@@ -268,17 +283,25 @@ class PairedEngine:
         """First row that the degraded branch does not share with the original one."""
         return rows.first_masked if self.paired else 0
 
-    def _share_prefix(self, rows: PromptRows, start: Start) -> int:
-        """Gives the degraded branch its first rows; returns the first that it decodes itself."""
-        if start.degraded:
-            return start.degraded
-        first = self._first_own_row(rows)
+    def _share_prefix(self, rows: PromptRows, own: int) -> None:
+        """Gives the degraded branch the rows before its own."""
         context = self.degraded.context
-        if self.paired:
-            context.share(self.original.seq, self.degraded.seq, rows.position(first))
-            shared = int(rows.is_image[:first].sum())
-            context.patch.copy_image_tokens(self.original.seq, self.degraded.seq, shared)
-        return first
+        context.share(self.original.seq, self.degraded.seq, rows.position(own))
+        shared = int(rows.is_image[:own].sum())
+        context.patch.copy_image_tokens(self.original.seq, self.degraded.seq, shared)
+
+    def _decode_degraded(self, rows: PromptRows, own: int, report: Callable[[int], None]) -> int:
+        """Decodes the degraded branch's own rows of the prompt; returns the address of l_d.
+
+        Can be called again where it failed.
+        """
+        context, seq = self.degraded.context, self.degraded.seq
+        context.truncate(seq, rows.position(own))
+        context.patch.truncate_image_tokens(seq, int(rows.is_image[:own].sum()))
+        plan = rows.degraded_plan(seq, self.layers, own)
+        self._decode_rows(self.degraded, rows, own, plan, report)
+        self.prefixes.complete()
+        return context.logits_address(self._last_in_batch)
 
     def _decode_rows(
         self,
@@ -286,11 +309,9 @@ class PairedEngine:
         rows: PromptRows,
         first: int,
         new_plan: Callable[[slice], _core.Plan | None],
-        progress: Progress,
-        done: int,
-        total: int,
-    ) -> int:
-        """Decodes rows `first` and up into the branch; returns the new count of done rows."""
+        report: Callable[[int], None],
+    ) -> None:
+        """Decodes rows `first` and up into the branch. report: is told how many at a time."""
         for segment, part, position in rows.parts(first, branch.context.n_ubatch):
             plan = new_plan(part)
             if isinstance(segment, ImageSegment):
@@ -307,9 +328,7 @@ class PairedEngine:
                     plan=plan,
                 )
                 self._last_in_batch = n - 1
-            done += part.stop - part.start
-            progress(done, total)
-        return done
+            report(part.stop - part.start)
 
     def _choose_layers(self, rows: PromptRows, guidance: Guidance) -> tuple[int, ...]:
         policy = guidance.layers
@@ -324,26 +343,47 @@ class PairedEngine:
             return layers_by_cosine(policy.share, self.original.context.patch.cosines)
         return rows.observe_layers
 
-    def _new_stepper(self, rows: PromptRows, guidance: Guidance, degraded: int) -> Stepper:
-        """What decodes the answer. degraded: address of l_d of the prompt's last row."""
+    def _new_stepper(
+        self, rows: PromptRows, guidance: Guidance, own: int, report: Callable[[int], None]
+    ) -> Stepper:
+        """What decodes the answer; own: first row that the degraded branch decodes itself."""
+        how, branches = self.stepping, (self.original, self.degraded)
         masking = Masking(
             layers=self.layers,
             policy=rows.policy,
             n_image_tokens=rows.n_image_tokens,
             observed=guidance.refresh == "step",
         )
-        how, branches = self.stepping, (self.original, self.degraded)
-        forking = Forking(self.original.context, masking, how.fork and self.paired)
-        if not how.lazy or guidance.beta == 0:  # without a cut, every step needs both
+        forking = Forking(self.original.context, self.layers, wanted=self._forks)
+        if not self._is_lazy(guidance):
+            degraded = self._decode_degraded(rows, own, report)
+            self.selections.keep_last()
             addresses = self._prompt_logits.ctypes.data, degraded
-            return Together(*branches, masking, addresses, forking)
-        self.selections.grow(self.degraded.context.n_ubatch)
-        put_off = (*branches, masking, self._prompt_logits, degraded, forking)
+            return Together(*branches, masking, forking, addresses)
+        end = PromptEnd(
+            self._prompt_logits,
+            lambda: self._decode_degraded(rows, own, lambda n: None),
+            slot=rows.n_slots - 1,
+            n_slots=max(rows.n_slots, rows.n - own),
+        )
+        self.selections.grow(end.n_slots + self.degraded.context.n_ubatch)
         if how.approximate and self.paired:
-            return LazyApproximate(*put_off)
+            return LazyApproximate(*branches, masking, forking, end)
         if how.pair_above < 1 and self.paired:
-            return Adaptive(*put_off, pair_above=how.pair_above)
-        return Lazy(*put_off)
+            return Adaptive(*branches, masking, forking, end, pair_above=how.pair_above)
+        return Lazy(*branches, masking, forking, end)
+
+
+def _counted(progress: Progress, total: int) -> Callable[[int], None]:
+    """Turns rows at a time into rows so far, of a total."""
+    done = 0
+
+    def report(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, total)
+
+    return report
 
 
 def _view(address: int, n: int) -> FloatArray:

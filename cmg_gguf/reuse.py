@@ -10,8 +10,9 @@ What may be reused of it, exactly:
                        but the rows before them and the same settings (`PromptRows.variant`); then
                        no common row need be observed
 
-An answer's rows in the degraded branch are not kept: they may be left out below a fork, or not have
-been decoded at all (`cmg_gguf.stepping`).
+An answer's rows in the degraded branch are not kept: they may not have been decoded at all, and
+neither may the prompt's (`cmg_gguf.lazy`). Rows that were left out below a fork are of use to those
+that are left out there too (`cmg_gguf.forking`).
 
 Kept prefixes give way: the one that was not used for longest first, when the cells that may be kept
 are full, or when the request itself needs room. Of those whose images a new prompt begins with, the
@@ -58,7 +59,8 @@ class Start:
 class _Request:
     """What the working sequences hold. original, degraded: cells that a prefix holds as well.
 
-    n_prompt: rows of the prompt; the degraded branch is only known to be whole as far as that.
+    n_prompt: rows of the prompt; the degraded branch is only known to be whole as far as that, once
+    `is_complete`.
     """
 
     items: list[Item]
@@ -67,6 +69,12 @@ class _Request:
     first_own: int
     original: Cells
     degraded: Cells
+    is_complete: bool = False
+
+    @property
+    def kept_variant(self) -> Hashable:
+        """What the degraded rows that can be kept depend on; None = there are none."""
+        return self.variant if self.is_complete else None
 
 
 class PrefixReuse:
@@ -146,9 +154,14 @@ class PrefixReuse:
         if self._request is not None:
             self._request.items.append(token)
 
+    def complete(self) -> None:
+        """Notes that the degraded branch has decoded the prompt: before, nothing of it is kept."""
+        if self._request is not None:
+            self._request.is_complete = True
+
     def keep(self) -> None:
-        """Keeps what the request has decoded. It must be whole: every row of every layer, but for
-        the answer's rows in the degraded branch."""
+        """Keeps what the request has decoded. The original branch must be whole: every row of every
+        layer."""
         if self._request is None or not self.keeps or not self._is_whole():
             return
         items, original, degraded = self._fitting(self._request)
@@ -168,7 +181,7 @@ class PrefixReuse:
         if len(degraded):
             shared = head(items, len(degraded))
             self._move(self._degraded, self._degraded.seq, self._slots[slot][1], shared)
-        self._store.add(Prefix(slot, items, original, degraded, self._request.variant))
+        self._store.add(Prefix(slot, items, original, degraded, self._request.kept_variant))
         self._unsettled.discard(slot)
 
     def drop(self) -> None:
@@ -217,7 +230,7 @@ class PrefixReuse:
 
     def _is_whole(self) -> bool:
         branches = (self._original, self._degraded) if self._paired else (self._original,)
-        used = branches if self._request and self._request.variant is not None else branches[:1]
+        used = branches if self._request and self._request.kept_variant else branches[:1]
         return all(branch.context.is_whole(branch.seq) for branch in used)
 
     def _share(self, prefix: Prefix, start: Start) -> None:
@@ -238,7 +251,7 @@ class PrefixReuse:
         items = tuple(request.items)
         original = self._named(request.original, n_rows(items))
         degraded = NO_CELLS
-        if request.variant is not None:
+        if request.kept_variant is not None:
             known = request.degraded
             if not len(known):
                 known = original[: request.first_own]

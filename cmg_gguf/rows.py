@@ -57,9 +57,8 @@ class PromptRows:
 
     n: rows. n_pos: positions. is_image, masked: (n,) bool. image_token, slot, observed: (n,) int32,
     `NONE` where there is none. n_slots: slots that the prompt's selections take. first_masked,
-    first_observed: the first such row, n if there is none. variant: all that the degraded branch's
-    rows depend on besides the prompt before them; None where they depend on more, such as which row
-    is the prompt's last.
+    first_observed: the first such row, n if there is none. layers: masked ones; None where they are
+    only known behind the prompt. fork_layer: where the degraded branch's rows enter, see `fork_at`.
     """
 
     def __init__(self, prompt: Prompt, guidance: Guidance, n_layer: int, *, guided: bool) -> None:
@@ -82,18 +81,30 @@ class PromptRows:
             self.observed = np.full(self.n, NONE, np.int32)
             self.observed[-1] = self.slot[-1]
         self.n_slots = int(self.slot.max()) + 1
-        layers_known = isinstance(guidance.layers, LayerSet | LayerRange)
-        self.observe_layers = (
+        self.layers = (
             static_layers(guidance.layers, n_layer)
             if isinstance(guidance.layers, LayerSet | LayerRange)
-            else tuple(range(n_layer))
+            else None
         )
+        self.observe_layers = tuple(range(n_layer)) if self.layers is None else self.layers
         self.first_masked = int(self.masked.argmax()) if guided else self.n
         observed = self.observed != NONE
         self.first_observed = int(observed.argmax()) if observed.any() else self.n
-        self.variant: Hashable = None
-        if guided and layers_known and guidance.refresh == "step" and guidance.scope != "decode":
-            self.variant = (guidance.scope, guidance.tokens, self.observe_layers)
+        self.fork_layer = 0
+        self._variant: Hashable = None
+        if guided and self.layers and guidance.refresh == "step" and guidance.scope != "decode":
+            self._variant = (guidance.scope, guidance.tokens, self.layers)
+
+    @property
+    def variant(self) -> Hashable:
+        """All that the degraded branch's rows depend on besides the prompt before them; None where
+        they depend on more, such as which row is the prompt's last."""
+        return None if self._variant is None else (self._variant, self.fork_layer)
+
+    def fork_at(self, layer: int) -> None:
+        """Lets the degraded branch's rows enter at this layer; 0 = at none. Images never do: where
+        one is among these rows, none does."""
+        self.fork_layer = 0 if self.is_image[self.first_masked :].any() else layer
 
     def position(self, row: int) -> int:
         """Position of a row that is text or the first of an image."""
@@ -121,11 +132,12 @@ class PromptRows:
             position += segment.n_pos
 
     def original_plan(
-        self, seq: int, *, note_images: bool = False
+        self, seq: int, first_own: int, *, note_images: bool = False
     ) -> Callable[[slice], _core.Plan | None]:
         """The original branch notes where images lie and observes the masked rows' attention.
 
-        note_images: note them without guidance too.
+        first_own: first row that the degraded branch decodes itself. note_images: note them without
+        guidance too.
         """
 
         def plan(part: slice) -> _core.Plan | None:
@@ -141,12 +153,13 @@ class PromptRows:
                 n_image_tokens=self.n_image_tokens,
                 keep_influence=is_last and isinstance(self._layer_policy, AttentionMass),
                 read_residual=is_last and isinstance(self._layer_policy, LowestCosine),
+                fork=self._fork(part, first_own, entering=False),
             )
 
         return plan
 
     def degraded_plan(
-        self, seq: int, layers: tuple[int, ...]
+        self, seq: int, layers: tuple[int, ...], first_own: int
     ) -> Callable[[slice], _core.Plan | None]:
         """The degraded branch notes its own images and hides each masked row's selection."""
         return lambda part: _core.Plan(
@@ -156,7 +169,17 @@ class PromptRows:
             mask_layers=list(layers),
             policy=self.policy,
             n_image_tokens=self.n_image_tokens,
+            fork=self._fork(part, first_own, entering=True),
         )
+
+    def _fork(self, part: slice, first_own: int, *, entering: bool) -> _core.ForkPlan | None:
+        """Residuals of rows from `first_own` on are noted by one branch, for the other to enter
+        with."""
+        if self.fork_layer == 0 or part.stop <= first_own:
+            return None
+        slots = [max(row - first_own, NONE) for row in range(part.start, part.stop)]
+        n_below = 0 if entering else len(slots)
+        return _core.ForkPlan(layer=self.fork_layer, n_below=n_below, slots=slots)
 
     def _table(
         self,

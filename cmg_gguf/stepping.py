@@ -4,31 +4,22 @@
     Together  both branches at every step
     Lazy      the original branch; the degraded one when it is asked for: `cmg_gguf.lazy`
 
-Not all of the degraded branch is needed. Below the first masked layer a row of it is what the
-original's is: same token, same position, and all it attends to is the same in turn. A fork computes
-it from there on only; its cells in the layers below stay unwritten, for only rows of its own branch
-would read them, and those are left out there as well. Once a row of an answer is, all later ones
-must be.
+Not all of the degraded branch is needed, see `cmg_gguf.forking`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from cmg_gguf import _core
-from cmg_gguf.errors import BackendError
+from cmg_gguf.forking import Forking
 from cmg_gguf.rows import NONE
-from cmg_gguf.runtime.protocol import Context
 
 if TYPE_CHECKING:
     from cmg_gguf.engine import Branch
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,57 +90,6 @@ class Masking:
         )
 
 
-class Forking:
-    """Where the decodes of one answer fork, if they can."""
-
-    def __init__(self, context: Context, masking: Masking, wanted: bool) -> None:
-        self._context = context
-        self._layer = masking.layers[0] if wanted and masking.layers else 0
-        self._left_out = False
-
-    @property
-    def possible(self) -> bool:
-        """Whether nothing has spoken against it yet."""
-        return self._layer > 0
-
-    def can_pair(self, whole_pair: Callable[[_core.ForkPlan], None]) -> bool:
-        """Whether both branches may be decoded together without computing a row that others left.
-
-        whole_pair: decodes both as this plan says, and takes it back; called once a context, for
-        the survey. Always True where nothing is left out at all.
-        """
-        if self._layer == 0:
-            return True
-        if self._obstacle(2, 1) is None:
-            whole_pair(_core.ForkPlan(layer=self._layer, n_below=2, slots=[0, 0], survey=True))
-        return self._obstacle(2, 1) == ""
-
-    def plan(self, slots: Sequence[int], n_below: int) -> _core.ForkPlan | None:
-        """The fork of a batch, or None. slots: the residual of each row; see csrc/fork.hpp.
-
-        The first single row is surveyed on the way, with all that it needs to be entered later.
-        """
-        if self._layer == 0:
-            return None
-        n_rows, layer = len(slots), self._layer
-        obstacle = self._obstacle(n_rows, n_below)
-        if obstacle:
-            if self._left_out:
-                raise BackendError(f"rows were left out below layer {layer} and no longer can be")
-            _log.debug("no fork at layer %d: %s", layer, obstacle)
-            self._layer = 0
-            return None
-        self._left_out = self._left_out or n_below < n_rows
-        return _core.ForkPlan(
-            layer=layer, n_below=n_below, slots=list(slots), survey=obstacle is None
-        )
-
-    def _obstacle(self, n_rows: int, n_below: int) -> str | None:
-        """Why such a decode cannot be; "" = it can, None = its graph was not surveyed yet."""
-        patch = self._context.patch
-        return patch.fork_obstacle(self._layer, n_rows=n_rows, n_below=n_below)
-
-
 class Plain:
     """The original branch alone."""
 
@@ -176,9 +116,10 @@ class Together:
         original: Branch,
         degraded: Branch,
         masking: Masking,
-        addresses: tuple[int, int],
         forking: Forking,
+        addresses: tuple[int, int],
     ) -> None:
+        """addresses: of l_o and l_d of the prompt's last row."""
         self._original, self._degraded = original, degraded
         self._masking = masking
         self._paired = original.context is degraded.context
@@ -190,32 +131,16 @@ class Together:
 
     def step(self, token: int, position: int) -> None:
         original, degraded = self._original, self._degraded
+        plan, n_layer = self._masking.plan, original.context.n_layer
         if self._paired:
-            self.possible(token, position)
-            self._decode_pair(token, position, self._forking.plan((0, 0), n_below=1))
+            both = plan(n_layer, self._watch, self._hide, fork=self._forking.pair)
+            seqs = original.seq, degraded.seq
+            self._batches[0].decode(original, token, position, both, seqs=seqs)
         else:
-            plan, n_layer = self._masking.plan, original.context.n_layer
             self._batches[0].decode(original, token, position, plan(n_layer, self._watch))
             self._batches[1].decode(degraded, token, position, plan(n_layer, self._hide))
         self.original_address = original.context.logits_address(0)
         self.degraded_address = degraded.context.logits_address(1 if self._paired else 0)
-
-    def possible(self, token: int, position: int) -> bool:
-        """See `Forking.can_pair`; surveys with this step, if that has to be, and takes it back."""
-
-        def whole_pair(survey: _core.ForkPlan) -> None:
-            self._decode_pair(token, position, survey)
-            for branch in (self._original, self._degraded):
-                branch.context.truncate(branch.seq, position)
-
-        return self._forking.can_pair(whole_pair)
-
-    def _decode_pair(self, token: int, position: int, fork: _core.ForkPlan | None) -> None:
-        plan = self._masking.plan(
-            self._original.context.n_layer, self._watch, self._hide, fork=fork
-        )
-        seqs = self._original.seq, self._degraded.seq
-        self._batches[0].decode(self._original, token, position, plan, seqs=seqs)
 
 
 class StepBatch:

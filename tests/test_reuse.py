@@ -22,6 +22,7 @@ from cmg_gguf.guidance import (
     TopRatio,
 )
 from cmg_gguf.runtime.protocol import Prompt, TextSegment
+from cmg_gguf.stepping import Stepping
 
 SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
@@ -160,6 +161,46 @@ def test_any_guidance_may_follow_any_other(llama: Tiny, seed: int) -> None:
             rig.engine.prefill(prompt, PLAIN)
             expected = llama.verdict(prompt, Guidance()).steps[0].original
             assert np.abs(rig.engine.original_logits - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_way_of_stepping_may_follow_any_other_and_l_d_be_asked_for_or_not(
+    tiny: Tiny, seed: int
+) -> None:
+    """Degraded rows that were never decoded are not kept; those left out below a fork are used by
+    rows that fork there too, and by no others."""
+    rng = np.random.default_rng(seed)
+    prompts = [tiny.prompt(text, PICTURE) for text in QUESTIONS]
+    layers = (LayerSet((2, 3)), LayerSet((2, 4)), LayerSet((4,)), LayerSet((0, 2)))
+    rig = Rig(tiny, n_slots=2)
+    for _ in range(25):
+        prompt = prompts[int(rng.integers(3))]
+        guidance = Guidance(layers=layers[int(rng.integers(4))])
+        asked = frozenset(np.flatnonzero(rng.random(8) < rng.choice([0.0, 0.2, 1.0])).tolist())
+        rig.engine.stepping = Stepping(
+            lazy=bool(rng.integers(4)),
+            fork=bool(rng.integers(4)),
+            pair_above=float(rng.choice([0.2, 1.0])),
+        )
+        verdict = tiny.verdict(prompt, guidance)
+        errors = rig.follow(prompt, guidance, verdict, asked.__contains__)
+        assert errors.max() <= TOLERANCE, errors.max(axis=0)
+    assert rig.contexts[0].patch.n_left_out > 100
+
+
+def test_what_the_degraded_branch_never_decoded_is_not_kept(llama: Tiny) -> None:
+    prompt, guidance = llama.prompt(QUESTIONS[0], PICTURE), Guidance()
+    more = longer(prompt, 300, 301)
+    rig = Rig(llama, n_slots=2, stepping=Stepping(lazy=True, fork=True))
+    image = int(prompt.is_image.argmax())
+    for asked, n_reused in ((False, image + 16), (True, prompt.n_tokens)):
+        rig.engine.prefill(prompt, guidance)
+        if asked:
+            assert rig.engine.degraded_address
+        agree(rig, more, guidance)
+        assert rig.engine.n_reused == n_reused
+        rig.engine.reset()
+        rig.engine.prefixes.forget()
 
 
 @pytest.mark.parametrize("refresh", REFRESHES)

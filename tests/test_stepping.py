@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from fakes import PROMPT
+from fakes import PROMPT, filled
 from fakes import Rig as FakeRig
 from reference import F64
 from support import EXACT, PICTURE, PICTURES, TOLERANCE, Rig, Tiny, Unhooked, Verdict
@@ -30,6 +30,7 @@ from cmg_gguf.guidance import (
     Scope,
     TopRatio,
 )
+from cmg_gguf.rows import masked_rows
 from cmg_gguf.runtime.context import ContextOptions, LlamaContext
 from cmg_gguf.runtime.protocol import Prompt
 from cmg_gguf.stepping import Stepping
@@ -80,7 +81,9 @@ def n_left_out(rig: Rig) -> int:
     return sum(context.patch.n_left_out for context in {id(c): c for c in rig.contexts}.values())
 
 
-def check_left_out(rig: Rig, asked: frozenset[int], n_steps: int = 8) -> None:
+def check_left_out(
+    rig: Rig, prompt: Prompt, guidance: Guidance, asked: frozenset[int], n_steps: int = 8
+) -> None:
     """Asserts that rows were left out where they could be. Those that were never asked for are not
     decoded at all, unless both branches are decoded together."""
     way = rig.engine.stepping
@@ -91,7 +94,16 @@ def check_left_out(rig: Rig, asked: frozenset[int], n_steps: int = 8) -> None:
         BOTH: (last, last),
         ADAPTIVE: (last, whole),
     }[way]
-    assert low <= n_left_out(rig) <= high
+    of_prompt = n_forked_rows(prompt, guidance) if way.fork else 0
+    assert low <= n_left_out(rig) - of_prompt <= high
+
+
+def n_forked_rows(prompt: Prompt, guidance: Guidance) -> int:
+    """Rows of the prompt that the degraded branch need not compute below its first masked layer:
+    its own, if all of them are text and the layer is known before them."""
+    own = prompt.is_image[int(masked_rows(prompt.is_image, guidance.scope).argmax()) :]
+    known = not isinstance(guidance.layers, AttentionMass | LowestCosine)
+    return len(own) if known and not own.any() else 0
 
 
 # --- against the judge -------------------------------------------------------------------------
@@ -104,11 +116,12 @@ def check_left_out(rig: Rig, asked: frozenset[int], n_steps: int = 8) -> None:
 def test_every_way_is_the_judges(
     tiny: Tiny, scope: Scope, refresh: Refresh, way: Stepping, asked: frozenset[int]
 ) -> None:
-    rig = Rig(tiny, stepping=way)
+    rig, prompt = Rig(tiny, stepping=way), tiny.prompt(ONE_IMAGE, PICTURE)
     guidance = Guidance(scope=scope, refresh=refresh)
-    verdict = agree(rig, tiny.prompt(ONE_IMAGE, PICTURE), guidance, asked)
+    verdict = agree(rig, prompt, guidance, asked)
     assert verdict.gaps.min() > 1.0
-    check_left_out(rig, asked)
+    assert (n_forked_rows(prompt, guidance) > 0) == (scope != "all")
+    check_left_out(rig, prompt, guidance, asked)
 
 
 @every_way
@@ -133,9 +146,10 @@ def test_a_fork_begins_at_the_first_masked_layer_whatever_it_is(
     tiny: Tiny, layers: LayerPolicy, way: Stepping
 ) -> None:
     rig, guidance = Rig(tiny, stepping=way), Guidance(layers=layers, scope="decode")
-    agree(rig, tiny.prompt(ONE_IMAGE, PICTURE), guidance, SOME)
+    prompt = tiny.prompt(ONE_IMAGE, PICTURE)
+    agree(rig, prompt, guidance, SOME)
     if rig.engine.layers[0] > 0:
-        check_left_out(rig, SOME)
+        check_left_out(rig, prompt, guidance, SOME)
     else:
         assert n_left_out(rig) == 0
 
@@ -167,11 +181,11 @@ def test_no_count_of_heads_is_taken_for_the_rows(
         return
     config = TinyConfig(arch=arch, n_head=n_head, n_head_kv=n_head_kv, n_embd=16 * n_head)
     tiny = open_tiny(config)
-    tokens = TopRatio(1.0 if flash else 0.5)
+    guidance = Guidance(tokens=TopRatio(1.0 if flash else 0.5))
     rig = Rig(tiny, replace(EXACT, flash_attn=flash), stepping=way)
     prompt = tiny.prompt(ONE_IMAGE, PICTURE)
-    agree(rig, prompt, Guidance(tokens=tokens), SOME, tolerance=0.15 if flash else TOLERANCE)
-    check_left_out(rig, SOME)
+    agree(rig, prompt, guidance, SOME, tolerance=0.15 if flash else TOLERANCE)
+    check_left_out(rig, prompt, guidance, SOME)
 
 
 @every_way
@@ -181,10 +195,10 @@ def test_half_floats_and_flash_attention_are_the_judges(
     tiny: Tiny, scope: Scope, refresh: Refresh, way: Stepping
 ) -> None:
     guidance = Guidance(scope=scope, refresh=refresh, tokens=TopRatio(1.0))
-    rig = Rig(tiny, HALF_FLASH, stepping=way)
-    verdict = agree(rig, tiny.prompt(ONE_IMAGE, PICTURE), guidance, SOME, tolerance=0.1)
+    rig, prompt = Rig(tiny, HALF_FLASH, stepping=way), tiny.prompt(ONE_IMAGE, PICTURE)
+    verdict = agree(rig, prompt, guidance, SOME, tolerance=0.1)
     assert verdict.gaps.min() > 1.0
-    check_left_out(rig, SOME)
+    check_left_out(rig, prompt, guidance, SOME)
 
 
 @every_way
@@ -195,8 +209,9 @@ def test_eight_bit_caches_are_the_judges(
     tiny = open_tiny(replace(WIDE, arch=arch))
     options = replace(EXACT, flash_attn=True, type_k="q8_0", type_v="q8_0")
     rig, guidance = Rig(tiny, options, stepping=way), Guidance(tokens=TopRatio(1.0))
-    agree(rig, tiny.prompt(ONE_IMAGE, seed), guidance, SOME, tolerance=tolerance)
-    check_left_out(rig, SOME)
+    prompt = tiny.prompt(ONE_IMAGE, seed)
+    agree(rig, prompt, guidance, SOME, tolerance=tolerance)
+    check_left_out(rig, prompt, guidance, SOME)
 
 
 @every_lazy_way
@@ -290,7 +305,7 @@ def test_an_adaptive_answer_changes_over_and_back(
     assert {"0", "01"} <= set(steps)
     assert max(len(shape) for shape in steps if shape == "1" * len(shape)) > 5
     assert steps[-1] == "01"
-    assert n_left_out(rig) == len(tokens)
+    assert n_left_out(rig) == n_forked_rows(prompt, guidance) + len(tokens)
 
 
 @every_refresh
@@ -326,6 +341,7 @@ def test_a_lazy_engine_decodes_the_degraded_rows_when_asked_and_together() -> No
     rig = FakeRig()
     rig.engine.stepping = LAZY
     rig.asked(PROMPT, Guidance())
+    assert rig.engine.degraded_address
     rig.forget()
     for token in (5, 6, 7):
         rig.engine.step(token)
@@ -336,6 +352,40 @@ def test_a_lazy_engine_decodes_the_degraded_rows_when_asked_and_together() -> No
         assert rig.calls == [("decode", [5, 6, 7], [9, 10, 11], [1, 1, 1])]
     rig.engine.step(2)
     assert rig.engine.n_cells == rig.contexts[0].n_used + 1 == 9 + 2 + 2 * 4
+
+
+@pytest.mark.parametrize("pairing", ["pair", "contexts"])
+def test_the_prompts_degraded_rows_wait_as_well(pairing: Any) -> None:
+    rig = FakeRig(pairing)
+    rig.engine.stepping = LAZY
+    degraded = rig.contexts[1]
+    reported: list[tuple[int, int]] = []
+    calls = rig.asked(PROMPT, Guidance(), lambda done, total: reported.append((done, total)))
+    seq = rig.engine.degraded.seq
+    share = [("share", 0, 1, 7)] if pairing == "pair" else []
+    assert [call for call in calls if call[0] == "share" or call in degraded.calls[-1:]] == share
+    assert reported == [(3, 9), (7, 9), (9, 9)]
+    rig.engine.step(5)
+    rig.forget()
+    assert rig.engine.degraded_address
+    own = ("decode", [3, 4], [7, 8], [seq, seq])
+    decoded = [call for call in degraded.calls if call[0] == "decode"]
+    assert decoded[-2:] == [own, ("decode", [5], [9], [seq])]
+
+
+@pytest.mark.parametrize("n_before", range(2))
+def test_a_prompt_that_waited_can_be_tried_again(n_before: int) -> None:
+    """n_before: decodes that succeed before the one that fails."""
+    rig = FakeRig("contexts")
+    rig.engine.stepping = LAZY
+    rig.asked(PROMPT, Guidance())
+    rig.engine.step(5)
+    rig.fuse.left = n_before
+    with pytest.raises(BackendError):
+        _ = rig.engine.degraded_address
+    rig.fuse.left = None
+    assert filled(rig.engine.degraded_address) == 1009
+    assert rig.engine.n_past == 10
 
 
 def test_nothing_is_caught_up_with_at_the_end() -> None:
@@ -354,6 +404,7 @@ def test_an_approximate_engine_decodes_one_degraded_row_and_shares_the_others() 
     rig = FakeRig()
     rig.engine.stepping = APPROXIMATE
     rig.asked(PROMPT, Guidance())
+    assert rig.engine.degraded_address
     for token in (5, 6, 7):
         rig.engine.step(token)
     rig.forget()
@@ -602,7 +653,7 @@ def test_steps_are_skipped_where_one_token_is_plausible_and_only_there(
     """Else the test of equal answers would say nothing about skipping."""
     vlm = vlms["lazy"]
     engine, context = vlm.engine, vlm.engine.original.context
-    caught_up: list[int] = []
+    caught_up: list[int] = []  # the prompt's rows first
     whole = context.decode
 
     def decode(tokens: Any, positions: Any, seqs: Any, **settings: Any) -> None:
@@ -617,13 +668,14 @@ def test_steps_are_skipped_where_one_token_is_plausible_and_only_there(
     )
     assert len(reply.tokens) == 40
     assert 5 < len(caught_up) < 35
-    assert max(caught_up) > 1
-    assert context.patch.n_left_out - before == sum(caught_up) <= 39
+    assert max(caught_up[1:]) > 1
+    assert context.patch.n_left_out - before == sum(caught_up)
+    assert sum(caught_up[1:]) <= 39
 
 
 @pytest.mark.parametrize("strategy", ["fork", "lazy", "adaptive"])
 def test_the_first_answer_is_the_second_to_the_bit(pair: TinyPair, strategy: Any) -> None:
-    """Though the graph is surveyed in the first."""
+    """Though graphs are surveyed before the first."""
     with GuidedVLM(pair.llm, pair.mmproj, strategy=strategy, n_threads=1, n_gpu_layers=0) as vlm:
         ask: Any = {"max_tokens": 30, "top_logprobs": 2, "guidance": Guidance(beta=0.4)}
         first, second = (vlm.generate("Is it?", [picture_of(1)], **ask).tokens for _ in range(2))
@@ -652,7 +704,7 @@ def test_experts_are_not_left_out_of_a_pair_but_of_rows_that_waited(
     """Which experts a row takes is no matter of shapes."""
     pair = write_pair(tmp_path, TinyConfig(n_expert=4))
     answers, left_out = {}, {}
-    with caplog.at_level(logging.DEBUG, "cmg_gguf.stepping"):
+    with caplog.at_level(logging.DEBUG, "cmg_gguf.forking"):
         for strategy in ("eager", "fork", "lazy"):
             with GuidedVLM(
                 pair.llm, pair.mmproj, strategy=strategy, n_threads=1, n_gpu_layers=0, type_k="f32"
