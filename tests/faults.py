@@ -254,7 +254,7 @@ def _unfinished(vlm: GuidedVLM) -> None:
 UNDER_WAY = (
     _under_way("interrupt while encoding", _interrupt_in("encode", 1), KeyboardInterrupt),
     _under_way("interrupt between images", _interrupt_in("prefill", 20), KeyboardInterrupt),
-    _under_way("interrupt in mid-prompt", _interrupt_in("prefill", 40), KeyboardInterrupt),
+    _under_way("interrupt in mid-prompt", _interrupt_in("prefill", 24), KeyboardInterrupt),
     _under_way("interrupt at once", _fail_after(0, KeyboardInterrupt), KeyboardInterrupt),
     _under_way("interrupt later", _fail_after(7, KeyboardInterrupt), KeyboardInterrupt),
     _under_way("processor fails", _fail_after(3, ZeroDivisionError), ZeroDivisionError),

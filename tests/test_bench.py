@@ -96,7 +96,7 @@ def test_the_table_says_what_it_was_measured_on(ran: subprocess.CompletedProcess
     table = ran.stdout.splitlines()[:-1]
     assert "RANDOM weights" in ran.stdout
     assert all(any(row.name in line for line in table) for row in ROWS)
-    assert ("synthetic" in ran.stdout) == load_schedule().synthetic
+    assert any("synthetic" in line for line in table) == load_schedule().synthetic
     assert "about" in ran.stderr
     assert "decoding" in ran.stderr
 
