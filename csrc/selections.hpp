@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace cmg {
@@ -23,27 +24,35 @@ class Selections {
 
     // n_slots empty slots.
     void resize(int32_t n_slots) {
-        slots_.clear();
+        size_ = 0;
         grow(n_slots);
     }
 
     // Adds empty slots behind those there are, up to n_slots.
     void grow(int32_t n_slots) {
         const auto n = static_cast<size_t>(n_layer_);
-        while (size() < n_slots) {
-            slots_.push_back(
-                {std::vector<std::vector<int32_t>>(n), std::vector<std::vector<float>>(n)});
+        for (; size_ < n_slots; size_++) {
+            const auto i = static_cast<size_t>(size_);
+            if (i == slots_.size()) {
+                slots_.push_back(
+                    {std::vector<std::vector<int32_t>>(n), std::vector<std::vector<float>>(n)});
+            }
+            for (size_t il = 0; il < n; il++) {
+                slots_[i].tokens[il].clear();
+                slots_[i].influence[il].clear();
+            }
         }
     }
 
     // Drops all slots but the last, which becomes slot 0.
     void keep_last() {
-        if (slots_.size() > 1) {
-            slots_.erase(slots_.begin(), slots_.end() - 1);
+        if (size_ > 1) {
+            std::swap(slots_.front(), slots_[static_cast<size_t>(size_ - 1)]);
+            size_ = 1;
         }
     }
 
-    int32_t size() const { return static_cast<int32_t>(slots_.size()); }
+    int32_t size() const { return size_; }
     int32_t n_layer() const { return n_layer_; }
 
     Slot & at(int32_t slot) {
@@ -56,7 +65,8 @@ class Selections {
 
   private:
     int32_t n_layer_;
-    std::vector<Slot> slots_;
+    int32_t size_ = 0;
+    std::vector<Slot> slots_; // the first `size_` count; the others keep their memory
 };
 
 } // namespace cmg

@@ -74,7 +74,7 @@ def main() -> None:
     model = trained(options.work, options.size)
     tokenizer = Tokenizer(options.work / "tokenizer.model")
     prompt = CAPTION_PROMPTS["plain"]
-    scenes = [make_scene("tune", i, "typical") for i in range(options.n)]
+    scenes = [make_scene("test", i, "typical") for i in range(options.n)]
     pictures = np.stack([draw(scene) for scene in scenes])
     ours: list[tuple[int, ...]] = []
     for start in range(0, options.n, 100):
