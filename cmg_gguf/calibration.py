@@ -201,7 +201,7 @@ class _Trial:
         logits = np.empty(context.n_vocab, np.float32)
         addresses = logits.ctypes.data, logits.ctypes.data
         self._plain = Plain(original, addresses[0])
-        whole, fork = (Forking(context, layers, wanted=wanted) for wanted in (False, True))
+        whole, fork = Forking(context, ()), Forking(context, layers)
         self._forks = fork.pairs, fork.layer > 0
         self._pair = Together(original, degraded, masking, whole, addresses)
         self._fork = Together(original, degraded, masking, fork, addresses)

@@ -25,15 +25,11 @@ import numpy as np
 
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError, ContextLengthError, PromptError, UnsupportedError
-from cmg_gguf.forking import Forking, survey
+from cmg_gguf.forking import Forking, is_surveyed, survey
 from cmg_gguf.guidance import (
-    AttentionMass,
     Guidance,
     LayerRange,
     LayerSet,
-    LowestCosine,
-    layers_by_cosine,
-    layers_by_mass,
     static_layers,
 )
 from cmg_gguf.lazy import Adaptive, Lazy, LazyApproximate, PromptEnd
@@ -138,6 +134,7 @@ class PairedEngine:
     def prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress | None = None) -> None:
         """Decodes the prompt in both branches; the logits of its last row are then there.
 
+        With lazy stepping, the degraded branch's own rows wait until l_d is asked for.
         The answer before is released. progress(done, total) counts rows that are decoded. Raises
         PromptError, ContextLengthError, GuidanceError before computing, BackendError after; the
         engine is empty then.
@@ -152,7 +149,10 @@ class PairedEngine:
         self._is_whole = True
 
     def first_decoded_row(self, prompt: Prompt, guidance: Guidance) -> int:
-        """First row that `prefill` would decode now: images before it need not be encoded."""
+        """First row that `prefill` would decode now: images before it need not be encoded.
+
+        The engine is released or empty.
+        """
         rows = self._rows_of(prompt, guidance)
         start = self.prefixes.start(prompt, rows)
         if not self._contrasts(prompt, guidance):
@@ -208,8 +208,8 @@ class PairedEngine:
     def degraded_logits(self) -> FloatArray | None:
         """l_d: (n_vocab,) float32, a view like `original_logits`; None without guidance.
 
-        With lazy stepping it is computed when it is first asked for after a step, which raises what
-        a step raises.
+        With lazy stepping it is computed when it is first asked for, which raises what a step
+        raises.
         """
         return self._view(self.degraded_address) if self._guided else None
 
@@ -236,43 +236,52 @@ class PairedEngine:
     def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
         guided = self._contrasts(prompt, guidance)
         rows = PromptRows(prompt, guidance, self.original.context.n_layer, guided=guided)
-        if guided and self._forks:
-            forking = Forking(self.original.context, rows.layers or (), wanted=True)
+        if guided:
+            forking = self._forking(rows.layers or ())
             if forking.pairs or self._is_lazy(guidance):
                 rows.fork_at(forking.layer)
         return rows
 
-    @property
-    def _forks(self) -> bool:
-        return self.stepping.fork and self.paired
+    def _forking(self, layers: tuple[int, ...]) -> Forking:
+        context = self.original.context
+        if not self.stepping.fork or not self.paired:
+            return Forking(context, ())
+        if not is_surveyed(context):
+            self.prefixes.make_room(2)
+            survey(self.original, self.degraded)
+        return Forking(context, layers)
 
     def _is_lazy(self, guidance: Guidance) -> bool:
         return self.stepping.lazy and guidance.beta > 0  # without a cut, every step needs both
 
     def _prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress) -> None:
         self._guided = self._contrasts(prompt, guidance)
-        if self._guided and self._forks:
-            self.prefixes.make_room(self._cells_per_step(guided=True))
-            survey(self.original, self.degraded)
         rows = self._rows_of(prompt, guidance)
         needed = self.cells_needed(prompt, guidance)
         start = self.prefixes.resume(prompt, rows)
         self.prefixes.make_room(needed + self._cells_per_step(self._guided))
         self.n_reused = start.original
         own = start.degraded or self._first_own_row(rows)
-        if start.original > own:
+        if start.original > own:  # only where no degraded rows are kept, see `PromptRows.variant`
             rows.fork_at(0)  # nothing notes the residuals of what is not decoded
-        waits = not self._guided or self._is_lazy(guidance)
-        report = _counted(progress, rows.n - start.original + (0 if waits else rows.n - own))
+        eager = self._guided and not self._is_lazy(guidance)
+        report = _counted(progress, rows.n - start.original + (rows.n - own if eager else 0))
         self.selections.resize(rows.n_slots)
+        shares = self._guided and self.paired and not start.degraded
+        if shares and start.original > 0:
+            self._share_prefix(rows, min(start.original, own))
+
+        def decoded(part: slice) -> None:
+            if shares and part.start < own:
+                self._share_prefix(rows, min(part.stop, own))
+            report(part.stop - part.start)
+
         plan = rows.original_plan(self.original.seq, own, note_images=self.prefixes.keeps)
-        self._decode_rows(self.original, rows, start.original, plan, report)
+        self._decode_rows(self.original, rows, start.original, plan, decoded)
         address = self.original.context.logits_address(self._last_in_batch)
         np.copyto(self._prompt_logits, _view(address, len(self._prompt_logits)))
         if self._guided:
-            self.layers = self._choose_layers(rows, guidance)
-            if self.paired and not start.degraded:
-                self._share_prefix(rows, own)
+            self.layers = rows.chosen_layers(self.selections, self.original.context.patch)
             self._stepper = self._new_stepper(rows, guidance, own, report)
         else:
             self._stepper = Plain(self.original, self._prompt_logits.ctypes.data)
@@ -283,11 +292,12 @@ class PairedEngine:
         """First row that the degraded branch does not share with the original one."""
         return rows.first_masked if self.paired else 0
 
-    def _share_prefix(self, rows: PromptRows, own: int) -> None:
-        """Gives the degraded branch the rows before its own."""
+    def _share_prefix(self, rows: PromptRows, n: int) -> None:
+        """Gives the degraded branch the first n rows, as soon as they are there: behind a sliding
+        window, llama.cpp gives cells that one sequence alone holds to later rows."""
         context = self.degraded.context
-        context.share(self.original.seq, self.degraded.seq, rows.position(own))
-        shared = int(rows.is_image[:own].sum())
+        context.share(self.original.seq, self.degraded.seq, rows.position(n))
+        shared = int(rows.is_image[:n].sum())
         context.patch.copy_image_tokens(self.original.seq, self.degraded.seq, shared)
 
     def _decode_degraded(self, rows: PromptRows, own: int, report: Callable[[int], None]) -> int:
@@ -296,10 +306,12 @@ class PairedEngine:
         Can be called again where it failed.
         """
         context, seq = self.degraded.context, self.degraded.seq
+        if own > 0 and not context.is_whole(seq):
+            raise BackendError("llama.cpp gave cells of the image away while it was still needed")
         context.truncate(seq, rows.position(own))
         context.patch.truncate_image_tokens(seq, int(rows.is_image[:own].sum()))
         plan = rows.degraded_plan(seq, self.layers, own)
-        self._decode_rows(self.degraded, rows, own, plan, report)
+        self._decode_rows(self.degraded, rows, own, plan, lambda p: report(p.stop - p.start))
         self.prefixes.complete()
         return context.logits_address(self._last_in_batch)
 
@@ -309,9 +321,9 @@ class PairedEngine:
         rows: PromptRows,
         first: int,
         new_plan: Callable[[slice], _core.Plan | None],
-        report: Callable[[int], None],
+        decoded: Callable[[slice], None],
     ) -> None:
-        """Decodes rows `first` and up into the branch. report: is told how many at a time."""
+        """Decodes rows `first` and up into the branch. decoded: is told which, part by part."""
         for segment, part, position in rows.parts(first, branch.context.n_ubatch):
             plan = new_plan(part)
             if isinstance(segment, ImageSegment):
@@ -328,20 +340,7 @@ class PairedEngine:
                     plan=plan,
                 )
                 self._last_in_batch = n - 1
-            report(part.stop - part.start)
-
-    def _choose_layers(self, rows: PromptRows, guidance: Guidance) -> tuple[int, ...]:
-        policy = guidance.layers
-        if isinstance(policy, AttentionMass):
-            last = rows.n_slots - 1
-            mass = [
-                float(self.selections.influence(last, il).sum(dtype=np.float64))
-                for il in range(self.original.context.n_layer)
-            ]
-            return layers_by_mass(policy.share, np.array(mass))
-        if isinstance(policy, LowestCosine):
-            return layers_by_cosine(policy.share, self.original.context.patch.cosines)
-        return rows.observe_layers
+            decoded(part)
 
     def _new_stepper(
         self, rows: PromptRows, guidance: Guidance, own: int, report: Callable[[int], None]
@@ -354,7 +353,7 @@ class PairedEngine:
             n_image_tokens=rows.n_image_tokens,
             observed=guidance.refresh == "step",
         )
-        forking = Forking(self.original.context, self.layers, wanted=self._forks)
+        forking = self._forking(self.layers)
         if not self._is_lazy(guidance):
             degraded = self._decode_degraded(rows, own, report)
             self.selections.keep_last()

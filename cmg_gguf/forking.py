@@ -31,9 +31,9 @@ class Forking:
     original's row as well, and not only in one of their own.
     """
 
-    def __init__(self, context: Context, layers: Sequence[int], *, wanted: bool) -> None:
+    def __init__(self, context: Context, layers: Sequence[int]) -> None:
         """layers: masked ones, ascending. The context was surveyed, see `survey`."""
-        self.layer = layers[0] if wanted and layers else 0
+        self.layer = layers[0] if layers else 0
         self.pairs = False
         if self.layer > 0:
             alone, paired = (
@@ -65,11 +65,14 @@ class Forking:
         return _core.ForkPlan(layer=self.layer, n_below=0, slots=list(slots))
 
 
+def is_surveyed(context: Context) -> bool:
+    """Whether `survey` was made."""
+    return context.patch.fork_obstacle(1, n_rows=2, n_below=1) is not None
+
+
 def survey(original: Branch, degraded: Branch) -> None:
-    """Learns what the graphs of a context allow, once for each; its branches must be empty."""
+    """Learns what the graphs of a context allow. Its branches are empty, and two cells free."""
     context = original.context
-    if context.patch.fork_obstacle(1, n_rows=2, n_below=1) is not None:
-        return
     for seqs in ((original.seq,), (original.seq, degraded.seq)):
         n = len(seqs)
         zeros = np.zeros(n, np.int32)

@@ -86,7 +86,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall-clock seconds of an answer's phases: image encoding, prompt, tokens."""
+    """Wall-clock seconds of an answer's phases: image encoding, prompt, tokens.
+
+    Rows of the prompt that wait for a token to need them (`cmg_gguf.lazy`) count as its.
+    """
 
     encode: float = 0.0
     prefill: float = 0.0
@@ -100,8 +103,8 @@ class Reply:
     text: without the stop string, and without spaces in front. tokens: all that were generated,
     without the end token.
     finish_reason: "stop" (end token or stop string), "length" (max_tokens, or the context is full).
-    layers: those that were masked; () where no degraded branch was needed. n_reused_tokens: prompt
-    tokens whose KV cells were there from an earlier prompt that began alike.
+    layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
+    prompt tokens whose KV cells were there from an earlier prompt that began alike.
     """
 
     text: str

@@ -92,7 +92,7 @@ class Lazy:
         return self._address
 
     @property
-    def waits(self) -> bool:
+    def _waits(self) -> bool:
         """Whether degraded rows wait."""
         return self._prompt_waits or bool(self._waiting)
 
@@ -117,6 +117,7 @@ class Lazy:
         """first_place: slot of the first row that waits."""
         context, seq, n = self._degraded.context, self._degraded.seq, len(self._waiting)
         tokens, positions = np.array(self._waiting, np.int32).T.copy()
+        context.truncate(seq, int(positions[0]))  # what is left of an attempt that broke off
         places = range(first_place, first_place + n)
         hide = [(seq, NONE, place if self._masking.observed else 0) for place in places]
         fork = self._forking.entering(places)
@@ -159,7 +160,7 @@ class Adaptive(Lazy):
     def step(self, token: int, position: int) -> None:
         self._share += _RATE * (self._asked - self._share)
         self._asked = False
-        if self._share > self._pair_above and not self.waits:
+        if self._share > self._pair_above and not self._waits:
             self._pair.step(token, position)
             self._keep_original(self._pair.original_address)
             self._address, self.newest = self._pair.degraded_address, self._pair.newest

@@ -6,9 +6,9 @@ metadata: no KV cell is copied, and a prefix holds nothing but cells that the re
 What may be reused of it, exactly:
 
     original branch    the common rows, but none that must be observed anew, and never the last row
-    degraded branch    the common rows of the kept request's own prompt, if they depend on nothing
-                       but the rows before them and the same settings (`PromptRows.variant`); then
-                       no common row need be observed
+    degraded branch    the common rows of the kept request's own prompt that it decoded, if they
+                       depend on nothing but the rows before them and the same settings
+                       (`PromptRows.variant`); then no common row need be observed
 
 An answer's rows in the degraded branch are not kept: they may not have been decoded at all, and
 neither may the prompt's (`cmg_gguf.lazy`). Rows that were left out below a fork are of use to those
@@ -72,9 +72,11 @@ class _Request:
     is_complete: bool = False
 
     @property
-    def kept_variant(self) -> Hashable:
-        """What the degraded rows that can be kept depend on; None = there are none."""
-        return self.variant if self.is_complete else None
+    def n_degraded(self) -> int:
+        """Rows that the degraded branch holds and that can be kept."""
+        if self.variant is None:
+            return 0
+        return self.n_prompt if self.is_complete else len(self.degraded)
 
 
 class PrefixReuse:
@@ -155,7 +157,8 @@ class PrefixReuse:
             self._request.items.append(token)
 
     def complete(self) -> None:
-        """Notes that the degraded branch has decoded the prompt: before, nothing of it is kept."""
+        """Notes that the degraded branch has decoded the prompt: before, no more of it is kept than
+        it began with."""
         if self._request is not None:
             self._request.is_complete = True
 
@@ -181,7 +184,7 @@ class PrefixReuse:
         if len(degraded):
             shared = head(items, len(degraded))
             self._move(self._degraded, self._degraded.seq, self._slots[slot][1], shared)
-        self._store.add(Prefix(slot, items, original, degraded, self._request.kept_variant))
+        self._store.add(Prefix(slot, items, original, degraded, self._request.variant))
         self._unsettled.discard(slot)
 
     def drop(self) -> None:
@@ -230,7 +233,7 @@ class PrefixReuse:
 
     def _is_whole(self) -> bool:
         branches = (self._original, self._degraded) if self._paired else (self._original,)
-        used = branches if self._request and self._request.kept_variant else branches[:1]
+        used = branches if self._request and self._request.n_degraded else branches[:1]
         return all(branch.context.is_whole(branch.seq) for branch in used)
 
     def _share(self, prefix: Prefix, start: Start) -> None:
@@ -251,11 +254,11 @@ class PrefixReuse:
         items = tuple(request.items)
         original = self._named(request.original, n_rows(items))
         degraded = NO_CELLS
-        if request.kept_variant is not None:
+        if request.n_degraded > 0:
             known = request.degraded
             if not len(known):
                 known = original[: request.first_own]
-            degraded = self._named(known, request.n_prompt)
+            degraded = self._named(known, request.n_degraded)
             if len(np.union1d(original, degraded)) > self._max_cells:
                 degraded = NO_CELLS
         if not len(degraded):

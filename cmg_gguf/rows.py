@@ -22,6 +22,8 @@ from cmg_gguf.guidance import (
     MeanStd,
     TokenPolicy,
     TopRatio,
+    layers_by_cosine,
+    layers_by_mass,
     static_layers,
 )
 from cmg_gguf.runtime.protocol import ImageSegment, IntArray, Prompt, Segment, TextSegment
@@ -106,6 +108,22 @@ class PromptRows:
         one is among these rows, none does."""
         self.fork_layer = 0 if self.is_image[self.first_masked :].any() else layer
 
+    def chosen_layers(
+        self, selections: _core.Selections, patch: _core.GraphPatch
+    ) -> tuple[int, ...]:
+        """The masked layers, once the original branch has decoded the prompt as planned."""
+        if self.layers is not None:
+            return self.layers
+        if isinstance(self._layer_policy, LowestCosine):
+            return layers_by_cosine(self._layer_policy.share, patch.cosines)
+        assert isinstance(self._layer_policy, AttentionMass)
+        last = self.n_slots - 1
+        mass = [
+            float(selections.influence(last, il).sum(dtype=np.float64))
+            for il in range(self._n_layer)
+        ]
+        return layers_by_mass(self._layer_policy.share, np.array(mass))
+
     def position(self, row: int) -> int:
         """Position of a row that is text or the first of an image."""
         rows = positions = 0
@@ -177,7 +195,8 @@ class PromptRows:
         with."""
         if self.fork_layer == 0 or part.stop <= first_own:
             return None
-        slots = [max(row - first_own, NONE) for row in range(part.start, part.stop)]
+        rows = range(part.start, part.stop)
+        slots = [row - first_own if row >= first_own else NONE for row in rows]
         n_below = 0 if entering else len(slots)
         return _core.ForkPlan(layer=self.fork_layer, n_below=n_below, slots=slots)
 

@@ -56,9 +56,9 @@ class GuidedVLM:
     pixels, same tokens) goes on from there; None = half of n_ctx, 0 = none. An answer that needs
     them takes them. image_cache_bytes: memory for encoded images whose cells are gone; 0 = none.
     strategy: when the degraded branch is decoded: "eager" = at every step; "fork" = the same, but
-    only from its first masked layer on; "lazy" = only for steps at which more than one token is
-    plausible, with the rows in between, and forked; "adaptive" = "lazy" or "fork", by how often
-    that is; all with the same tokens, but for rounding. "auto" = the fastest of them: what
+    only from its first masked layer on; "lazy" = only where more than one token is plausible, with
+    the rows of prompt and answer that waited, and forked; "adaptive" = "lazy" or "fork", by how
+    often that is; all with the same tokens, but for rounding. "auto" = the fastest of them: what
     `calibrate` measured for this model before; else "adaptive" on a CPU, and on an accelerator what
     a second of measuring at the first guided request says. "lazy-approximate" = as "lazy", but rows
     that waited in vain are never decoded: other tokens, see `cmg_gguf.lazy`.

@@ -20,7 +20,7 @@ const std::string * Fork::obstacle(int32_t layer, int64_t n_rows, int64_t n_belo
 }
 
 void Fork::begin(ForkPlan plan, int64_t n_rows) {
-    const bool shrinks = plan.n_below > 0 && plan.n_below < n_rows && !plan.survey;
+    const bool shrinks = plan.n_below > 0 && plan.n_below < n_rows;
     const bool surveyed = !shrinks || (n_rows == 2 && pair_ != nullptr);
     if (plan.layer > 0 && (plan.slots.size() != static_cast<size_t>(n_rows) || !surveyed)) {
         throw std::invalid_argument("a fork of " + std::to_string(plan.slots.size()) +
@@ -125,7 +125,7 @@ void Fork::enter(ggml_tensor * residual) {
 }
 
 void Fork::end() {
-    const bool missed = plan_.layer > 0 && !entered_ && !plan_.survey;
+    const bool missed = plan_.layer > 0 && !entered_;
     if (plan_.survey && n_rows_ <= 2) {
         (n_rows_ == 1 ? single_ : pair_) = std::make_unique<ForkSurvey>(asked_, n_layer_, n_rows_);
     }

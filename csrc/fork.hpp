@@ -33,7 +33,7 @@ struct ForkPlan {
     int32_t n_below = 0;        // rows computed below it: the first of the batch
     std::vector<int32_t> slots; // [n_rows] the residual slot that a row below writes to (-1 =
                                 // none), and that each other row reads from
-    bool survey = false;        // learn the graph; all rows are computed, a fork may be impossible
+    bool survey = false;        // learn the graph of a decode without a fork
 };
 
 class Fork {

@@ -156,7 +156,9 @@ def show(results: list[Figures], console: Console) -> None:
 
 
 def _median_ms(replies: list[Reply]) -> float:
-    return statistics.median(r.seconds.encode + r.seconds.prefill for r in replies) * 1e3
+    """Until the first token is drawn, for which rows of the prompt may have waited."""
+    times = (r.seconds.encode + r.seconds.prefill + r.seconds.decode for r in replies)
+    return statistics.median(times) * 1e3
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -76,7 +76,6 @@ class Graph:
         callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(
             patch.callback
         )
-        slots = [0] * self.n_rows
         plan = _core.Plan(
             np.full((self.n_rows, 4), -1, np.int32),
             n_layer=N_LAYER,
@@ -84,7 +83,7 @@ class Graph:
             mask_layers=[],
             policy=ALL,
             n_image_tokens=0,
-            fork=_core.ForkPlan(layer=1, n_below=self.n_rows, slots=slots, survey=True),
+            fork=_core.ForkPlan(layer=0, n_below=self.n_rows, slots=[], survey=True),
         )
         patch.begin(plan)
         for node in self.nodes:

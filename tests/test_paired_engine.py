@@ -26,13 +26,14 @@ PLAIN = Guidance(alpha=0.0, beta=0.0)
 # --- order and sequences -----------------------------------------------------------------------
 
 
-def test_the_original_branch_is_decoded_first_and_the_prefix_is_shared() -> None:
+def test_the_original_branch_is_decoded_first_and_the_prefix_is_shared_as_it_grows() -> None:
     rig = Rig()
     assert rig.asked(PROMPT, Guidance(scope="text")) == [
         ("decode", [0, 1, 2], [0, 1, 2], [0, 0, 0]),
+        ("share", 0, 1, 3),
         ("decode_image", 4, 3, 0),
-        ("decode", [3, 4], [7, 8], [0, 0]),
         ("share", 0, 1, 7),
+        ("decode", [3, 4], [7, 8], [0, 0]),
         ("decode", [3, 4], [7, 8], [1, 1]),
     ]
     rig.forget()
@@ -43,27 +44,25 @@ def test_the_original_branch_is_decoded_first_and_the_prefix_is_shared() -> None
 @pytest.mark.parametrize(
     ("scope", "own"),
     [
-        ("decode", [("share", 0, 1, 8), ("decode", [4], [8], [1])]),
-        ("text", [("share", 0, 1, 7), ("decode", [3, 4], [7, 8], [1, 1])]),
-        (
-            "all",
-            [
-                ("share", 0, 1, 3),
-                ("decode_image", 4, 3, 1),
-                ("decode", [3, 4], [7, 8], [1, 1]),
-            ],
-        ),
+        ("decode", [("decode", [4], [8], [1])]),
+        ("text", [("decode", [3, 4], [7, 8], [1, 1])]),
+        ("all", [("decode_image", 4, 3, 1), ("decode", [3, 4], [7, 8], [1, 1])]),
     ],
 )
 def test_the_degraded_branch_computes_from_its_first_masked_row(
     scope: Scope, own: list[Call]
 ) -> None:
-    assert Rig().asked(PROMPT, Guidance(scope=scope))[3:] == own
+    calls = Rig().asked(PROMPT, Guidance(scope=scope))
+    n_own = sum(len(call[1]) if call[0] == "decode" else call[1] for call in own)
+    assert calls[-len(own) :] == own
+    last_share = [call for call in calls if call[0] == "share"][-1]
+    assert last_share == ("share", 0, 1, 9 - n_own)
 
 
 def test_text_before_the_first_masked_row_is_shared_even_behind_other_images() -> None:
     asked = Rig().asked(prompt(1, -2, 3, -2, 2), Guidance(scope="decode"))
     assert asked[-2:] == [("share", 0, 1, 9), ("decode", [5], [9], [1])]
+    assert asked[-3] == ("decode", [4, 5], [8, 9], [0, 0])
 
 
 @pytest.mark.parametrize("refresh", REFRESHES)
@@ -132,7 +131,7 @@ def test_text_is_cut_to_micro_batches_and_only_the_last_row_has_logits() -> None
 def test_positions_go_on_behind_an_image_that_takes_fewer_of_them() -> None:
     rig = Rig()
     asked = rig.asked(prompt(3, -6, 2, n_pos=2), Guidance())
-    assert asked[2] == ("decode", [3, 4], [5, 6], [0, 0])
+    assert asked[-2] == ("decode", [3, 4], [5, 6], [0, 0])
     assert rig.engine.n_past == 7
     assert rig.engine.n_cells == rig.contexts[0].n_used == 3 + 6 + 2 + 2
 

@@ -170,12 +170,16 @@ def test_any_way_of_stepping_may_follow_any_other_and_l_d_be_asked_for_or_not(
     """Degraded rows that were never decoded are not kept; those left out below a fork are used by
     rows that fork there too, and by no others."""
     rng = np.random.default_rng(seed)
-    prompts = [tiny.prompt(text, PICTURE) for text in QUESTIONS]
+    prompts = [tiny.prompt(text, PICTURE) for text in QUESTIONS] + [tiny.prompt(TWO, PICTURE, 1)]
     layers = (LayerSet((2, 3)), LayerSet((2, 4)), LayerSet((4,)), LayerSet((0, 2)))
     rig = Rig(tiny, n_slots=2)
     for _ in range(25):
-        prompt = prompts[int(rng.integers(3))]
-        guidance = Guidance(layers=layers[int(rng.integers(4))])
+        prompt = prompts[min(3, int(rng.integers(5)))]
+        guidance = Guidance(
+            layers=layers[int(rng.integers(4))],
+            scope=SCOPES[int(rng.integers(3)) if seed % 2 else 1],
+            refresh=REFRESHES[int(rng.integers(2)) if seed % 2 else 1],
+        )
         asked = frozenset(np.flatnonzero(rng.random(8) < rng.choice([0.0, 0.2, 1.0])).tolist())
         rig.engine.stepping = Stepping(
             lazy=bool(rng.integers(4)),
@@ -185,7 +189,48 @@ def test_any_way_of_stepping_may_follow_any_other_and_l_d_be_asked_for_or_not(
         verdict = tiny.verdict(prompt, guidance)
         errors = rig.follow(prompt, guidance, verdict, asked.__contains__)
         assert errors.max() <= TOLERANCE, errors.max(axis=0)
-    assert rig.contexts[0].patch.n_left_out > 100
+    assert rig.contexts[0].patch.n_left_out > 30
+
+
+def test_degraded_rows_stay_kept_through_a_turn_that_did_not_need_them(llama: Tiny) -> None:
+    prompt, guidance = llama.prompt(QUESTIONS[0], PICTURE), Guidance()
+    rig = Rig(llama, n_slots=2, stepping=Stepping(lazy=True, fork=True))
+    held = 0
+    for asked in (True, False, False, True):
+        rig.engine.prefill(prompt, guidance)
+        assert rig.engine.n_reused == held
+        if asked:
+            assert rig.engine.degraded_address
+        if asked or not held:
+            held = prompt.n_tokens
+        prompt = longer(prompt, 300, 301)
+    agree(rig, prompt, guidance)
+    assert rig.engine.n_reused == held
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("seed", [6, 9])
+def test_behind_a_window_cells_of_the_degraded_branch_are_not_given_away(
+    gemma: Tiny, seed: int, lazy: bool
+) -> None:
+    """Prompts longer than the window, in a cache with holes: found by chance, hence the seeds."""
+    rng, options = np.random.default_rng(seed), replace(EXACT, n_ctx=256)
+    way = Stepping(lazy=lazy, fork=lazy)
+    rig = Rig(gemma, options, n_slots=3, max_cells=128, stepping=way)
+    for _ in range(8):
+        n = int(rng.integers(1, 4))
+        text = f"USER: {'<__media__> and ' * n}Is there a dog? ASSISTANT:"
+        prompt = gemma.prompt(text, *rng.integers(0, 3, n).tolist())
+        alone = Rig(gemma, options).engine
+        for engine in (rig.engine, alone):
+            engine.prefill(prompt, Guidance(tokens=TopRatio(1.0)))
+        kept, fresh = rig.engine.degraded_logits, alone.degraded_logits
+        assert kept is not None
+        assert fresh is not None
+        np.testing.assert_allclose(kept, fresh, rtol=0, atol=TOLERANCE)
+        for token in range(int(rng.integers(0, 30))):
+            if rig.engine.has_room:
+                rig.engine.step(300 + token)
 
 
 def test_what_the_degraded_branch_never_decoded_is_not_kept(llama: Tiny) -> None:

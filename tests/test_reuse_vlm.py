@@ -266,6 +266,20 @@ def test_prefix_cells_bound_what_is_kept(pair: TinyPair) -> None:
             assert expected / 2 < vlm.engine.prefixes.n_cells <= expected
 
 
+@pytest.mark.parametrize("strategy", ["eager", "fork", "lazy", "adaptive"])
+def test_a_cache_full_of_kept_prompts_serves_the_first_guided_question(
+    pair: TinyPair, strategy: Any
+) -> None:
+    """Graphs are surveyed then, which takes two cells."""
+    with open_vlm(pair, prefix_cells=256, strategy=strategy) as vlm:
+        ask(vlm, QUESTION, [picture(0)], guidance=PLAIN, max_tokens=None)
+        assert vlm.engine.prefixes.n_cells == vlm.n_ctx == 256
+        reply = ask(vlm, OTHER, [picture(0)], max_tokens=3)
+        assert len(reply.tokens) == 3
+        assert reply.n_reused_tokens > N_IMAGE_TOKENS or strategy != "eager"
+        assert ask(vlm, OTHER, [picture(0)], max_tokens=3).tokens == reply.tokens
+
+
 def test_without_prefix_cells_nothing_is_kept_nor_made_room_for(fresh: GuidedVLM) -> None:
     for _ in range(2):
         assert ask(fresh, QUESTION, [picture(0)]).n_reused_tokens == 0

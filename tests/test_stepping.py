@@ -349,7 +349,7 @@ def test_a_lazy_engine_decodes_the_degraded_rows_when_asked_and_together() -> No
     rig.forget()
     for _ in range(2):
         assert rig.engine.degraded_address
-        assert rig.calls == [("decode", [5, 6, 7], [9, 10, 11], [1, 1, 1])]
+        assert rig.calls == [("truncate", 1, 9), ("decode", [5, 6, 7], [9, 10, 11], [1, 1, 1])]
     rig.engine.step(2)
     assert rig.engine.n_cells == rig.contexts[0].n_used + 1 == 9 + 2 + 2 * 4
 
@@ -361,16 +361,15 @@ def test_the_prompts_degraded_rows_wait_as_well(pairing: Any) -> None:
     degraded = rig.contexts[1]
     reported: list[tuple[int, int]] = []
     calls = rig.asked(PROMPT, Guidance(), lambda done, total: reported.append((done, total)))
-    seq = rig.engine.degraded.seq
-    share = [("share", 0, 1, 7)] if pairing == "pair" else []
-    assert [call for call in calls if call[0] == "share" or call in degraded.calls[-1:]] == share
+    own = ("decode", [3, 4], [7, 8], [1, 1])
+    assert own not in calls
+    assert len(calls) == (3 if pairing == "contexts" else 5)
     assert reported == [(3, 9), (7, 9), (9, 9)]
     rig.engine.step(5)
     rig.forget()
     assert rig.engine.degraded_address
-    own = ("decode", [3, 4], [7, 8], [seq, seq])
     decoded = [call for call in degraded.calls if call[0] == "decode"]
-    assert decoded[-2:] == [own, ("decode", [5], [9], [seq])]
+    assert decoded[-2:] == [own, ("decode", [5], [9], [1])]
 
 
 @pytest.mark.parametrize("n_before", range(2))
@@ -409,7 +408,8 @@ def test_an_approximate_engine_decodes_one_degraded_row_and_shares_the_others() 
         rig.engine.step(token)
     rig.forget()
     assert rig.engine.degraded_address
-    assert rig.calls == [("share_more", 0, 1, 9, 11), ("decode", [7], [11], [1])]
+    share = ("share_more", 0, 1, 9, 11)
+    assert rig.calls == [share, ("truncate", 1, 11), ("decode", [7], [11], [1])]
 
 
 def test_without_a_cut_every_step_is_decoded_in_both_branches() -> None:
@@ -533,19 +533,24 @@ def test_an_answer_after_one_that_broke_off_is_right(
 
 
 @every_lazy_way
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("failing", range(4))
 def test_catching_up_can_be_tried_again(
-    llama: Tiny, way: Stepping, monkeypatch: pytest.MonkeyPatch
+    llama: Tiny, way: Stepping, failing: int, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig, prompt, guidance = Rig(llama, stepping=way), llama.prompt(ONE_IMAGE, PICTURE), Guidance()
+    """The prompt's rows take three decodes here, the answer's one."""
+    rig = Rig(llama, replace(EXACT, n_ubatch=8), stepping=way)
+    prompt, guidance = llama.prompt(THREE_AND_A_LONG_END, 4, 5, 6), Guidance(scope="text")
     expected = degraded_rows(Rig(llama), prompt, guidance, [300, 301, 302], EVERY)
     broken = Broken(rig.contexts[0], monkeypatch)
     rig.engine.prefill(prompt, guidance)
     for token in (300, 301, 302):
         rig.engine.step(token)
     original = rig.engine.original_logits.copy()
-    broken.left = 0
+    broken.left, broken.late = failing, late
     with pytest.raises(KeyboardInterrupt):
         _ = rig.engine.degraded_logits
+    broken.left = -1
     degraded = rig.engine.degraded_logits
     assert degraded is not None
     np.testing.assert_allclose(degraded, expected[3], rtol=0, atol=TOLERANCE)

@@ -104,6 +104,7 @@ class Guided:
         """See `Way`. Prompts are kept, so every answer but the first starts at once."""
         engine = self._vlm.engine
         engine.prefill(self.prompt, self._guidance)
+        _ = engine.degraded_address  # the prompt's rows, which may wait, are no token's
         drawer = Replayed(asked, self._vlm.model.n_vocab // 2)
         limits = Limits(max_tokens=len(asked))
         return generate(engine, drawer, Words(), self._guidance, limits, Answer())

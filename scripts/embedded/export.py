@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import gguf
 import numpy as np
@@ -16,9 +17,18 @@ from embedded.tokenizer import BOS, CHAT_TEMPLATE, EOS, UNK, Tokenizer
 NAME = "cmg-gguf tiny LLaVA"
 N_CTX = 1024
 
+Kind = Literal["f32", "f16", "q8_0"]
+FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
 
-def write_model(lm: LanguageModel, tokenizer: Tokenizer, size: Size, path: Path) -> None:
-    """The language model; matrices as Q8_0."""
+
+def write_model(
+    lm: LanguageModel, tokenizer: Tokenizer, size: Size, path: Path, matrices: Kind = "q8_0"
+) -> None:
+    """The language model. matrices: how these are stored."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name(NAME)
     writer.add_context_length(N_CTX)
@@ -30,18 +40,18 @@ def write_model(lm: LanguageModel, tokenizer: Tokenizer, size: Size, path: Path)
     writer.add_layer_norm_rms_eps(EPS)
     writer.add_rope_dimension_count(size.n_embd // size.n_head)
     writer.add_rope_freq_base(ROPE_BASE)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_file_type(FILE_TYPES[matrices])
     n_vocab = _add_tokenizer(writer, tokenizer)
-    _add(writer, "token_embd.weight", lm.embed.weight[:n_vocab], "q8_0")
+    _add(writer, "token_embd.weight", lm.embed.weight[:n_vocab], matrices)
     _add(writer, "output_norm.weight", lm.norm.weight)
-    _add(writer, "output.weight", lm.out.weight[:n_vocab], "q8_0")
+    _add(writer, "output.weight", lm.out.weight[:n_vocab], matrices)
     names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
     names |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
     for il, block in enumerate(lm.blocks):
         _add(writer, f"blk.{il}.attn_norm.weight", block.norm1.weight)
         _add(writer, f"blk.{il}.ffn_norm.weight", block.norm2.weight)
         for ours, theirs in names.items():
-            _add(writer, f"blk.{il}.{theirs}.weight", getattr(block, ours).weight, "q8_0")
+            _add(writer, f"blk.{il}.{theirs}.weight", getattr(block, ours).weight, matrices)
     _finish(writer)
 
 
@@ -131,7 +141,7 @@ def _add_norm(writer: gguf.GGUFWriter, name: str, norm: nn.LayerNorm) -> None:
     _add(writer, f"{name}.bias", norm.bias)
 
 
-def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: str = "f32") -> None:
+def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: Kind = "f32") -> None:
     array: NDArray[np.float32] = np.ascontiguousarray(tensor.detach().float().numpy())
     if kind == "f16":
         writer.add_tensor(name, array.astype(np.float16))
