@@ -1,7 +1,7 @@
 """Names for the ways of stepping, and how one is chosen by what each costs. Values only.
 
     STEPPING["lazy"]    # Stepping(lazy=True, fork=True)
-    costs.best()        # "fork"; for `costs` see `cmg_gguf.calibration`
+    costs.best()        # "adaptive"; for `costs` see `cmg_gguf.calibration`
 
 All but "lazy-approximate" give the same tokens, but for rounding; that one is never chosen here.
 """
@@ -81,9 +81,10 @@ class Costs:
         }
 
     def best(self) -> str:
-        """The exact strategy with the lowest expected cost, the simpler one of equals."""
+        """The exact strategy with the lowest expected cost: "adaptive", unless "eager" costs no
+        more. What "fork" or "lazy" would win, "adaptive" does."""
         costs = self.per_token()
-        return min(("eager", "adaptive", "fork"), key=lambda name: costs[name])
+        return min(("eager", "adaptive"), key=lambda name: costs[name])
 
     def stepping(self, name: str) -> Stepping:
         """The way of stepping of this name, with the share at which "adaptive" changes over."""
