@@ -24,7 +24,7 @@ namespace {
 constexpr float neg_inf = -std::numeric_limits<float>::infinity();
 constexpr size_t row_block = 32; // rows at once: bounds the scores of a long prompt
 constexpr size_t tile = 16;      // cells at once: their keys stay in the cache for all rows
-constexpr size_t worth_threads = size_t{1} << 18; // multiplications
+constexpr size_t worth_threads = size_t{1} << 20; // multiplications
 
 // out[i] = q . k[i] for n keys of dim floats, `stride` apart. Four at a time, so that the sums do
 // not wait for each other.

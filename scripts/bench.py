@@ -45,7 +45,7 @@ from cmg_gguf.runtime.log import set_verbose
 
 STDERR = Console(stderr=True)
 ROUNDS, QUICK_ROUNDS = 12, 3
-WIDTH = 160
+WIDTH = 180
 """Of the table where stdout is no terminal."""
 
 

@@ -186,10 +186,10 @@ def _told(scene: Scene, plain: Reply, guided: Reply) -> str:
             f"names {right} of the {len(scene.names)} objects and "
             f"{count(len(wrong), 'object')} that {'is' if len(wrong) == 1 else 'are'} not there"
         )
+    why = "it moved away from what the model says when its view of the image is masked"
+    changed = f"{count(guided.n_changed, 'token')}: {why}" if guided.n_changed else "nothing here"
     return (
-        f"Plain decoding {tallies[0]}; guided, the model {tallies[1]}.\n"
-        f"Guidance changed {count(guided.n_changed, 'token')}: it moved away from what the model "
-        "says when its view of the image is masked."
+        f"Plain decoding {tallies[0]}; guided, the model {tallies[1]}.\nGuidance changed {changed}."
     )
 
 
