@@ -10,19 +10,18 @@ same footing.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cmg_gguf.engine import Branch, PairedEngine, Progress
+from cmg_gguf.engine import PairedEngine, Progress, counted, decode_rows, logits_view
 from cmg_gguf.errors import BackendError, ContextLengthError
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.images import ImageSource
 from cmg_gguf.rows import PromptRows
-from cmg_gguf.runtime.protocol import FloatArray, ImageSegment, Prompt, Segment, TextSegment
+from cmg_gguf.runtime.protocol import FloatArray, Prompt, Segment, TextSegment
 
 _PLAIN = Guidance(alpha=0.0, beta=0.0)
 
@@ -53,7 +52,6 @@ class ContrastEngine:
         self._n_vocab = engine.original.context.n_vocab
         self._rows: tuple[FloatArray, FloatArray] | None = None
         self._addresses = (0, 0)
-        self._last_address = 0
         self._n_past = np.zeros(2, np.int32)
         self._n_cells = 0
 
@@ -135,12 +133,12 @@ class ContrastEngine:
     @property
     def original_logits(self) -> FloatArray:
         """l_o: (n_vocab,) float32, a view that is valid until the next step."""
-        return _view(self._addresses[0], self._n_vocab)
+        return logits_view(self._addresses[0], self._n_vocab)
 
     @property
     def degraded_logits(self) -> FloatArray | None:
         """l_d: (n_vocab,) float32, a view like `original_logits`."""
-        return _view(self._addresses[1], self._n_vocab)
+        return logits_view(self._addresses[1], self._n_vocab)
 
     @property
     def _n_ctx(self) -> int:
@@ -151,42 +149,20 @@ class ContrastEngine:
         layout = [PromptRows(p, _PLAIN, 1, guided=False) for p in prompts]
         shared = shared_rows(original, degraded) if self._engine.paired else 0
         total = original.n_tokens + degraded.n_tokens - shared
-        done = 0
+        report = counted(progress, total)
         logits = []
         for i, (branch, rows) in enumerate(zip(self._branches, layout, strict=True)):
             first = shared if i else 0
             if first:
                 position = rows.position(first)
                 branch.context.share(self._branches[0].seq, branch.seq, position)
-            for n_rows in self._decoded(branch, rows, first):
-                done += n_rows
-                progress(done, total)
+            address = decode_rows(branch, rows, first, lambda p: report(p.stop - p.start))
             # A copy, for the next decode of the same context takes its row away.
-            logits.append(_view(self._last_address, self._n_vocab).copy())
+            logits.append(logits_view(address, self._n_vocab).copy())
         self._rows = logits[0], logits[1]
         self._addresses = logits[0].ctypes.data, logits[1].ctypes.data
         self._n_past[:] = [rows.n_pos for rows in layout]
         self._n_cells = total
-
-    def _decoded(self, branch: Branch, rows: PromptRows, first: int) -> Iterator[int]:
-        """Decodes rows `first` and up, batch by batch; yields how many each had."""
-        for segment, part, position in rows.parts(first, branch.context.n_ubatch):
-            if isinstance(segment, ImageSegment):
-                branch.context.decode_image(segment, position, branch.seq, None)
-            else:
-                n = segment.n_tokens
-                outputs = np.zeros(n, bool)
-                outputs[-1] = part.stop == rows.n
-                branch.context.decode(
-                    segment.tokens,
-                    np.arange(position, position + n, dtype=np.int32),
-                    np.full(n, branch.seq, np.int32),
-                    outputs=outputs,
-                    plan=None,
-                )
-                if outputs[-1]:
-                    self._last_address = branch.context.logits_address(n - 1)
-            yield part.stop - part.start
 
 
 def shared_rows(first: Prompt, second: Prompt) -> int:
@@ -211,9 +187,3 @@ def _same_rows(a: Segment, b: Segment) -> int:
     if isinstance(a, TextSegment) or isinstance(b, TextSegment) or a.embd is None:
         return 0
     return a.n_tokens if b.embd is not None and np.array_equal(a.embd, b.embd) else 0
-
-
-def _view(address: int, n: int) -> FloatArray:
-    if address == 0:
-        raise BackendError("there are no logits yet: call prefill first")
-    return np.ctypeslib.as_array((ctypes.c_float * n).from_address(address))

@@ -94,7 +94,6 @@ class PairedEngine:
         self.layers: tuple[int, ...] = ()
         self._guided = False
         self._stepper: Stepper | None = None
-        self._last_in_batch = 0
         for branch in (self.original, self.degraded):
             branch.context.truncate(branch.seq, 0)
             branch.context.patch.truncate_image_tokens(branch.seq, 0)
@@ -202,7 +201,7 @@ class PairedEngine:
 
         Raises BackendError before `prefill`.
         """
-        return self._view(self.original_address)
+        return logits_view(self.original_address, len(self._prompt_logits))
 
     @property
     def degraded_logits(self) -> FloatArray | None:
@@ -211,12 +210,9 @@ class PairedEngine:
         With lazy stepping it is computed when it is first asked for, which raises what a step
         raises.
         """
-        return self._view(self.degraded_address) if self._guided else None
-
-    def _view(self, address: int) -> FloatArray:
-        if address == 0:
-            raise BackendError("there are no logits yet: call prefill first")
-        return _view(address, len(self._prompt_logits))
+        if not self._guided:
+            return None
+        return logits_view(self.degraded_address, len(self._prompt_logits))
 
     @property
     def attended(self) -> tuple[IntArray, ...]:
@@ -265,7 +261,7 @@ class PairedEngine:
         if start.original > own:  # only where no degraded rows are kept, see `PromptRows.variant`
             rows.fork_at(0)  # nothing notes the residuals of what is not decoded
         eager = self._guided and not self._is_lazy(guidance)
-        report = _counted(progress, rows.n - start.original + (rows.n - own if eager else 0))
+        report = counted(progress, rows.n - start.original + (rows.n - own if eager else 0))
         self.selections.resize(rows.n_slots)
         shares = self._guided and self.paired and not start.degraded
         if shares and start.original > 0:
@@ -277,9 +273,8 @@ class PairedEngine:
             report(part.stop - part.start)
 
         plan = rows.original_plan(self.original.seq, own, note_images=self.prefixes.keeps)
-        self._decode_rows(self.original, rows, start.original, plan, decoded)
-        address = self.original.context.logits_address(self._last_in_batch)
-        np.copyto(self._prompt_logits, _view(address, len(self._prompt_logits)))
+        address = decode_rows(self.original, rows, start.original, decoded, plan)
+        np.copyto(self._prompt_logits, logits_view(address, len(self._prompt_logits)))
         if self._guided:
             self.layers = rows.chosen_layers(self.selections, self.original.context.patch)
             self._stepper = self._new_stepper(rows, guidance, own, report)
@@ -311,36 +306,11 @@ class PairedEngine:
         context.truncate(seq, rows.position(own))
         context.patch.truncate_image_tokens(seq, int(rows.is_image[:own].sum()))
         plan = rows.degraded_plan(seq, self.layers, own)
-        self._decode_rows(self.degraded, rows, own, plan, lambda p: report(p.stop - p.start))
+        address = decode_rows(
+            self.degraded, rows, own, lambda part: report(part.stop - part.start), plan
+        )
         self.prefixes.complete()
-        return context.logits_address(self._last_in_batch)
-
-    def _decode_rows(
-        self,
-        branch: Branch,
-        rows: PromptRows,
-        first: int,
-        new_plan: Callable[[slice], _core.Plan | None],
-        decoded: Callable[[slice], None],
-    ) -> None:
-        """Decodes rows `first` and up into the branch. decoded: is told which, part by part."""
-        for segment, part, position in rows.parts(first, branch.context.n_ubatch):
-            plan = new_plan(part)
-            if isinstance(segment, ImageSegment):
-                branch.context.decode_image(segment, position, branch.seq, plan)
-            else:
-                n = len(segment.tokens)
-                outputs = np.zeros(n, bool)
-                outputs[-1] = part.stop == rows.n
-                branch.context.decode(
-                    segment.tokens,
-                    np.arange(position, position + n, dtype=np.int32),
-                    np.full(n, branch.seq, np.int32),
-                    outputs=outputs,
-                    plan=plan,
-                )
-                self._last_in_batch = n - 1
-            decoded(part)
+        return address
 
     def _new_stepper(
         self, rows: PromptRows, guidance: Guidance, own: int, report: Callable[[int], None]
@@ -373,7 +343,39 @@ class PairedEngine:
         return Lazy(*branches, masking, forking, end)
 
 
-def _counted(progress: Progress, total: int) -> Callable[[int], None]:
+def decode_rows(
+    branch: Branch,
+    rows: PromptRows,
+    first: int,
+    decoded: Callable[[slice], None],
+    new_plan: Callable[[slice], _core.Plan | None] = lambda part: None,
+) -> int:
+    """Decodes rows `first` and up into the branch; returns the address of the last row's logits.
+
+    decoded: is told which rows, part by part. new_plan: what the patch does with a part.
+    """
+    context, last_in_batch = branch.context, 0
+    for segment, part, position in rows.parts(first, context.n_ubatch):
+        plan = new_plan(part)
+        if isinstance(segment, ImageSegment):
+            context.decode_image(segment, position, branch.seq, plan)
+        else:
+            n = len(segment.tokens)
+            outputs = np.zeros(n, bool)
+            outputs[-1] = part.stop == rows.n
+            context.decode(
+                segment.tokens,
+                np.arange(position, position + n, dtype=np.int32),
+                np.full(n, branch.seq, np.int32),
+                outputs=outputs,
+                plan=plan,
+            )
+            last_in_batch = n - 1
+        decoded(part)
+    return context.logits_address(last_in_batch)
+
+
+def counted(progress: Progress, total: int) -> Callable[[int], None]:
     """Turns rows at a time into rows so far, of a total."""
     done = 0
 
@@ -385,5 +387,8 @@ def _counted(progress: Progress, total: int) -> Callable[[int], None]:
     return report
 
 
-def _view(address: int, n: int) -> FloatArray:
+def logits_view(address: int, n: int) -> FloatArray:
+    """(n,) float32 at an address; not a copy. Raises BackendError for address 0: none yet."""
+    if address == 0:
+        raise BackendError("there are no logits yet: call prefill first")
     return np.ctypeslib.as_array((ctypes.c_float * n).from_address(address))
