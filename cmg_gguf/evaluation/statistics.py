@@ -80,9 +80,14 @@ def _counts(task: Task, answered: Sequence[tuple[Item, str]]) -> Counts:
         return task.cluster_counts(answered)
     total: dict[str, float] = {}
     for item, answer in answered:
-        for name, count in task.counts(item, answer).items():
-            total[name] = total.get(name, 0.0) + count
+        add_counts(total, task.counts(item, answer))
     return total
+
+
+def add_counts(total: dict[str, float], counts: Mapping[str, float]) -> None:
+    """Adds counts to a total, name by name."""
+    for name, count in counts.items():
+        total[name] = total.get(name, 0.0) + count
 
 
 def sums(counts: CountTable) -> dict[str, Floats]:

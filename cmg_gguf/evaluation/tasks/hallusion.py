@@ -28,7 +28,7 @@ from cmg_gguf.errors import shown
 from cmg_gguf.evaluation import files
 from cmg_gguf.evaluation.answers import NAMED, YesNoRule
 from cmg_gguf.evaluation.confusion import confusion_counts, confusion_figures
-from cmg_gguf.evaluation.statistics import Floats, column, percent
+from cmg_gguf.evaluation.statistics import Floats, add_counts, column, percent
 from cmg_gguf.evaluation.task import BadItem, Item, Sums
 
 _LABELS = {"0": "no", "1": "yes"}
@@ -85,8 +85,7 @@ class Hallusion:
         questions: dict[tuple[str, str], list[bool]] = {}
         for item, answer in answered:
             said = self.rule(answer)
-            for name, count in confusion_counts(item.truth["label"], said).items():
-                total[name] = total.get(name, 0.0) + count
+            add_counts(total, confusion_counts(item.truth["label"], said))
             unsure = said is None and bool(answer.strip())
             right = said == item.truth["label"] or (unsure and _is_bare_supplement(item))
             total["right_or_unsure"] = total.get("right_or_unsure", 0.0) + right

@@ -29,7 +29,7 @@ from cmg_gguf.errors import EvaluationError, shown
 from cmg_gguf.evaluation import files
 from cmg_gguf.evaluation.answers import MME, YesNoRule
 from cmg_gguf.evaluation.confusion import confusion_counts, confusion_figures
-from cmg_gguf.evaluation.statistics import Floats, column, percent
+from cmg_gguf.evaluation.statistics import Floats, add_counts, column, percent
 from cmg_gguf.evaluation.task import BadItem, Item, Sums
 
 PERCEPTION = (
@@ -80,14 +80,16 @@ class Mme:
         images: dict[tuple[str, str], list[bool]] = {}
         for item, answer in answered:
             found = confusion_counts(item.truth["label"], self.rule(answer))
-            _add(total, found)
-            _add(total, {f"{item.part}.{name}": found[name] for name in ("questions", "right")})
+            add_counts(total, found)
+            add_counts(
+                total, {f"{item.part}.{name}": found[name] for name in ("questions", "right")}
+            )
             images.setdefault((item.part, item.cluster), []).append(found["right"] == 1)
         for (part, _), rights in images.items():
             whole = len(rights) > 1  # one question alone cannot show that both are right
             counts = {"images": float(whole), "images_right": float(whole and all(rights))}
-            _add(total, counts)
-            _add(total, {f"{part}.{name}": count for name, count in counts.items()})
+            add_counts(total, counts)
+            add_counts(total, {f"{part}.{name}": count for name, count in counts.items()})
         return total
 
     def figures(self, sums: Sums) -> dict[str, Floats]:
@@ -114,11 +116,6 @@ def _score(sums: Sums, subtasks: Iterable[str]) -> Floats:
         )
         total = total + percent(right, questions) + percent(images_right, images)
     return total
-
-
-def _add(total: dict[str, float], counts: dict[str, float]) -> None:
-    for name, count in counts.items():
-        total[name] = total.get(name, 0.0) + count
 
 
 def _texts(subtask: Path) -> list[Path]:
