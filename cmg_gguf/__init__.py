@@ -13,7 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmg_gguf.contrast import Contrast
+    from cmg_gguf.answer.generate import Piece, Reply, Seconds, Token
+    from cmg_gguf.answer.stream import Stream
+    from cmg_gguf.engine.contrast import Contrast
     from cmg_gguf.errors import (
         BackendError,
         CMGError,
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
         SamplingError,
         UnsupportedError,
     )
-    from cmg_gguf.generation import Piece, Reply, Seconds, Token
     from cmg_gguf.guidance import (
         AttentionMass,
         CumulativeMass,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     )
     from cmg_gguf.handler import CMGChatHandler
     from cmg_gguf.sampling import Sampling
-    from cmg_gguf.stream import Stream
     from cmg_gguf.vlm import GuidedVLM
 
 __version__ = "0.1.0"
@@ -78,7 +78,16 @@ __all__ = [
 ]
 
 # What is imported on first use, llama.cpp with it: `cmg-gguf --help` needs none. Light ones first.
-_MODULES = ("errors", "guidance", "sampling", "generation", "contrast", "stream", "vlm", "handler")
+_MODULES = (
+    "errors",
+    "guidance",
+    "sampling",
+    "answer.generate",
+    "engine.contrast",
+    "answer.stream",
+    "vlm",
+    "handler",
+)
 
 
 def __getattr__(name: str) -> Any:

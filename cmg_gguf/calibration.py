@@ -27,17 +27,18 @@ import llama_cpp
 import numpy as np
 
 from cmg_gguf import _core
-from cmg_gguf.engine import Branch, PairedEngine
+from cmg_gguf.engine.context import Branch
+from cmg_gguf.engine.engine import PairedEngine
+from cmg_gguf.engine.fork import Forking, survey
+from cmg_gguf.engine.lazy import Lazy, PromptEnd
+from cmg_gguf.engine.rows import core_policy
+from cmg_gguf.engine.steps import Masking, Plain, Together
+from cmg_gguf.engine.strategy import CAUGHT_UP, STEPPING, Costs
 from cmg_gguf.errors import CMGError, ContextLengthError, UnsupportedError
-from cmg_gguf.forking import Forking, survey
 from cmg_gguf.guidance import LayerRange, TopRatio, static_layers
-from cmg_gguf.lazy import Lazy, PromptEnd
-from cmg_gguf.rows import core_policy
-from cmg_gguf.runtime.about import devices
-from cmg_gguf.runtime.context import ContextOptions, LlamaContext
-from cmg_gguf.runtime.model import Model
-from cmg_gguf.stepping import Masking, Plain, Together
-from cmg_gguf.strategy import CAUGHT_UP, STEPPING, Costs
+from cmg_gguf.llama.about import devices
+from cmg_gguf.llama.context import ContextOptions, LlamaContext
+from cmg_gguf.llama.model import Model
 
 N_CELLS = 64
 """KV cells that measuring takes, at most."""

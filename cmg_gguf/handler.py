@@ -12,8 +12,8 @@ from typing import Any
 
 import llama_cpp
 
+from cmg_gguf.chat.completion import create_chat_completion
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.openai import create_chat_completion
 from cmg_gguf.vlm import GuidedVLM, Pairing
 
 

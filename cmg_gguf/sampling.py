@@ -1,6 +1,6 @@
 """How a token is drawn from guided logits. Values; llama.cpp's own samplers do the work.
 
-The order of the chain, as built by `cmg_gguf.runtime.sampler`:
+The order of the chain, as built by `cmg_gguf.llama.sampler`:
 
     logit bias, grammar        what may be said at all
     guidance                   score = l_o + alpha * (l_o - l_d) over the plausible tokens
@@ -21,8 +21,8 @@ from typing import Any
 
 from llama_cpp import llama_grammar
 
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import SamplingError, shown
-from cmg_gguf.runtime.protocol import FloatArray, IntArray
 
 LogitsProcessor = Callable[[IntArray, FloatArray], FloatArray]
 """(tokens so far (n,) int32, logits (n_vocab,) float32) -> logits (n_vocab,) float32."""

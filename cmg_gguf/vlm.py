@@ -11,24 +11,25 @@ from typing import Any, Literal
 import llama_cpp
 
 from cmg_gguf import _core
+from cmg_gguf.answer.generate import Limits, Reply, Watch
+from cmg_gguf.answer.stream import Progress, Run, Stream
 from cmg_gguf.calibration import Choice, cost_key
-from cmg_gguf.contrast import Contrast, ContrastEngine
-from cmg_gguf.engine import Branch, PairedEngine
+from cmg_gguf.chat.completion import create_chat_completion
+from cmg_gguf.engine.context import Branch
+from cmg_gguf.engine.contrast import Contrast, ContrastEngine
+from cmg_gguf.engine.engine import PairedEngine
+from cmg_gguf.engine.kept import PrefixReuse
+from cmg_gguf.engine.strategy import Costs, Strategy, check_strategy
 from cmg_gguf.errors import ModelError, PromptError, UnsupportedError
-from cmg_gguf.generation import Limits, Reply, Watch
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.images import ImageSource, image_id, load_image
-from cmg_gguf.openai import create_chat_completion
-from cmg_gguf.prompts import ChatTemplate, render_messages
-from cmg_gguf.reuse import PrefixReuse
-from cmg_gguf.runtime.context import ContextOptions, LlamaContext, usable_threads
-from cmg_gguf.runtime.log import set_verbose
-from cmg_gguf.runtime.model import Model
-from cmg_gguf.runtime.projector import Projector
-from cmg_gguf.runtime.protocol import Prompt
+from cmg_gguf.llama.context import ContextOptions, LlamaContext, usable_threads
+from cmg_gguf.llama.log import set_verbose
+from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.projector import Projector
+from cmg_gguf.prompt.images import ImageSource, image_id, load_image
+from cmg_gguf.prompt.segments import Prompt
+from cmg_gguf.prompt.templates import ChatTemplate, render_messages
 from cmg_gguf.sampling import Sampling
-from cmg_gguf.strategy import Costs, Strategy, check_strategy
-from cmg_gguf.stream import Progress, Run, Stream
 
 Pairing = Literal["auto", "pair", "contexts"]
 
@@ -61,7 +62,7 @@ class GuidedVLM:
     often that is; all with the same tokens, but for rounding. "auto" = the fastest of them: what
     `calibrate` measured for this model before; else "adaptive" on a CPU, and on an accelerator what
     a second of measuring at the first guided request says. "lazy-approximate" = as "lazy", but rows
-    that waited in vain are never decoded: other tokens, see `cmg_gguf.lazy`.
+    that waited in vain are never decoded: other tokens, see `cmg_gguf.engine.lazy`.
     verbose: llama.cpp's log on stderr. The others: see `ContextOptions`.
 
     One request at a time: a new one ends a stream that is still open, whose next use raises

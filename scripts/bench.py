@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import cmg_gguf
-from cmg_gguf.runtime.context import usable_threads
-from cmg_gguf.runtime.log import set_verbose
+from cmg_gguf.llama.context import usable_threads
+from cmg_gguf.llama.log import set_verbose
 
 STDERR = Console(stderr=True)
 ROUNDS, QUICK_ROUNDS = 12, 3
@@ -93,7 +93,7 @@ def _record() -> int:
     if subject is None:
         STDERR.print("there is no model to record from: its files are not part of this checkout")
         return 1
-    guidance = importlib.import_module("cmg_gguf.embedded").embedded_guidance()
+    guidance = importlib.import_module("cmg_gguf.tiny.pair").embedded_guidance()
     with _progress() as progress:
         task = progress.add_task("captions", total=N_RECORDED)
         schedule = record_schedule(subject, guidance, lambda: progress.advance(task))

@@ -38,12 +38,12 @@ from rich.progress import track
 from rich.table import Table
 
 from cmg_gguf import Guidance, GuidedVLM
-from cmg_gguf.embedded import embedded_guidance, embedded_pair, settings_file
 from cmg_gguf.evaluation import Item, Method, ModelFiles, chosen
 from cmg_gguf.evaluation.answering import Answerer, Job, Work
 from cmg_gguf.evaluation.items import groups
 from cmg_gguf.evaluation.tasks.scenes import ScenePope
-from cmg_gguf.prompts import render_messages
+from cmg_gguf.prompt.templates import render_messages
+from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair, settings_file
 
 GREEDY, CMG, HANDLER = "greedy", "cmg", "chat handler"
 N_QUESTIONS = 6

@@ -19,8 +19,8 @@ from typing import Any, cast
 import numpy as np
 
 from cmg_gguf import Sampling
-from cmg_gguf.runtime.model import Model
-from cmg_gguf.runtime.sampler import Sampler
+from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.sampler import Sampler
 
 KINDS = {
     "greedy": Sampling(),

@@ -13,7 +13,7 @@ import pytest
 from support import Tiny
 from tiny_llava import TinyConfig, TinyPair, write_pair
 
-from cmg_gguf.runtime.log import set_verbose
+from cmg_gguf.llama.log import set_verbose
 
 
 @pytest.fixture(scope="session", autouse=True)

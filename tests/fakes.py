@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cmg_gguf import _core
-from cmg_gguf.engine import Branch, PairedEngine
+from cmg_gguf.arrays import IntArray
+from cmg_gguf.engine.context import Branch, Context
+from cmg_gguf.engine.engine import PairedEngine
+from cmg_gguf.engine.kept import PrefixReuse
 from cmg_gguf.errors import BackendError
-from cmg_gguf.reuse import PrefixReuse
-from cmg_gguf.runtime.protocol import Context, ImageSegment, IntArray, Prompt, TextSegment
+from cmg_gguf.prompt.segments import ImageSegment, Prompt, TextSegment
 
 N_LAYER, N_VOCAB = 4, 6
 Call = tuple[Any, ...]

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from cmg_gguf.engine import PairedEngine
-from cmg_gguf.generation import Answer, Limits, Piece, generate
+from cmg_gguf.answer.generate import Answer, Limits, Piece, generate
+from cmg_gguf.arrays import FloatArray
+from cmg_gguf.engine.engine import PairedEngine
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.runtime.protocol import FloatArray
 
 N_VOCAB = 40
 END = N_VOCAB - 1

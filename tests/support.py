@@ -26,7 +26,11 @@ from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import _core
-from cmg_gguf.engine import Branch, PairedEngine
+from cmg_gguf.arrays import IntArray
+from cmg_gguf.engine.context import Branch
+from cmg_gguf.engine.engine import PairedEngine
+from cmg_gguf.engine.kept import PrefixReuse
+from cmg_gguf.engine.steps import EAGER, Stepping
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -36,12 +40,10 @@ from cmg_gguf.guidance import (
     MeanStd,
     TopRatio,
 )
-from cmg_gguf.reuse import PrefixReuse
-from cmg_gguf.runtime.context import CACHE_TYPES, ContextOptions, LlamaContext
-from cmg_gguf.runtime.model import Model
-from cmg_gguf.runtime.projector import Projector
-from cmg_gguf.runtime.protocol import ImageSegment, IntArray, Prompt
-from cmg_gguf.stepping import EAGER, Stepping
+from cmg_gguf.llama.context import CACHE_TYPES, ContextOptions, LlamaContext
+from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.projector import Projector
+from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 F32 = NDArray[np.float32]
 Pairing = Literal["pair", "contexts"]

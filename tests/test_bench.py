@@ -34,10 +34,10 @@ from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import Guidance, Sampling
-from cmg_gguf.generation import Answer, Limits, generate
-from cmg_gguf.runtime.protocol import Prompt
-from cmg_gguf.runtime.sampler import Sampler
-from cmg_gguf.strategy import STEPPING
+from cmg_gguf.answer.generate import Answer, Limits, generate
+from cmg_gguf.engine.strategy import STEPPING
+from cmg_gguf.llama.sampler import Sampler
+from cmg_gguf.prompt.segments import Prompt
 
 QUANTS = ("q4_0", "q4_k_m")
 SCRIPT = Path(bench.__file__)

@@ -16,8 +16,8 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import BackendError, ContextLengthError, GuidedVLM, UnsupportedError, calibration
 from cmg_gguf.calibration import Choice, cost_folder, cost_key, measure, remember, remembered
+from cmg_gguf.engine.strategy import STEPPING, Costs
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.strategy import STEPPING, Costs
 
 COSTS = Costs(
     plain=10.0, pair=16.0, fork=15.0, lazy=10.5, catch_up=(7.0, 12.0, 20.0), forks=(True, True)

@@ -40,6 +40,7 @@ from cmg_gguf.cli.options import (
     split_images,
 )
 from cmg_gguf.cli.sampling_flags import SamplingFlags
+from cmg_gguf.engine.strategy import Strategy
 from cmg_gguf.errors import GuidanceError
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -53,9 +54,8 @@ from cmg_gguf.guidance import (
     TokenPolicy,
     TopRatio,
 )
-from cmg_gguf.runtime.context import CACHE_TYPES
+from cmg_gguf.llama.context import CACHE_TYPES
 from cmg_gguf.sampling import Sampling
-from cmg_gguf.strategy import Strategy
 from cmg_gguf.vlm import GuidedVLM
 
 QUESTION = "What is there?"

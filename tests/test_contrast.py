@@ -13,10 +13,10 @@ from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import ContextLengthError, Contrast, Guidance, GuidedVLM, Reply
-from cmg_gguf.contrast import ContrastEngine, shared_rows
+from cmg_gguf.answer.logits import combine
+from cmg_gguf.arrays import FloatArray, IntArray
+from cmg_gguf.engine.contrast import ContrastEngine, shared_rows
 from cmg_gguf.errors import BackendError
-from cmg_gguf.logits import combine
-from cmg_gguf.runtime.protocol import FloatArray, IntArray
 
 N = 8
 OTHER = "Describe the picture."

@@ -13,12 +13,13 @@ from gguf import GGMLQuantizationType, GGUFReader
 from PIL import Image
 from test_cli import environment, flat, invoke
 
-from cmg_gguf import Guidance, GuidedVLM, ModelError, embedded
+from cmg_gguf import Guidance, GuidedVLM, ModelError
 from cmg_gguf.cli.demo import PROMPT, _marked, _named, _truth
-from cmg_gguf.embedded import embedded_guidance, embedded_pair
-from cmg_gguf.heat import overlay
-from cmg_gguf.scenes import draw, make_scene
-from cmg_gguf.scenes.texts import CAPTION_PROMPTS, existence_question
+from cmg_gguf.cli.heat import overlay
+from cmg_gguf.tiny import pair as embedded
+from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair
+from cmg_gguf.tiny.scenes import draw, make_scene
+from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS, existence_question
 
 MEGABYTE = 1_000_000
 
@@ -46,7 +47,7 @@ def test_a_missing_pair_is_said_to_be_missing(
 
 
 def test_importing_the_package_does_not_touch_the_model() -> None:
-    code = "import sys, cmg_gguf; print([m for m in sys.modules if 'embedded' in m])"
+    code = "import sys, cmg_gguf; print([m for m in sys.modules if 'tiny' in m])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
     )

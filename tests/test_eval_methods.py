@@ -17,6 +17,7 @@ from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import GuidedVLM, Reply, Sampling
+from cmg_gguf.answer.logits import combine
 from cmg_gguf.evaluation.method import Method, Question, Request
 from cmg_gguf.evaluation.methods import METHODS, chosen
 from cmg_gguf.evaluation.records import Record
@@ -25,7 +26,6 @@ from cmg_gguf.evaluation.run import Run
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.yes_bias import fitted, fitted_bias
 from cmg_gguf.evaluation.yes_no import YesNoTokens
-from cmg_gguf.logits import combine
 
 N = 6
 PROMPT = "Is there a dog?"

@@ -11,9 +11,9 @@ from evaluated import check_figures_are_sound, figures, good, labels
 from cmg_gguf.errors import EvaluationError
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.tasks.scenes import SceneCaptions, SceneColours, ScenePope
-from cmg_gguf.scenes import Scene, SceneKind, draw, make_scene
-from cmg_gguf.scenes.catalogue import KINDS, OBJECTS, PLACES
-from cmg_gguf.scenes.texts import CAPTION_PROMPTS, caption, existence_question
+from cmg_gguf.tiny.scenes import Scene, SceneKind, draw, make_scene
+from cmg_gguf.tiny.scenes.catalogue import KINDS, OBJECTS, PLACES
+from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS, caption, existence_question
 
 KINDS_OF_SCENE: tuple[SceneKind, ...] = ("typical", "counter")
 N = 60

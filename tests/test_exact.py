@@ -37,8 +37,8 @@ from cmg_gguf.guidance import (
     TokenPolicy,
     TopRatio,
 )
-from cmg_gguf.runtime.context import ContextOptions
-from cmg_gguf.runtime.protocol import Prompt
+from cmg_gguf.llama.context import ContextOptions
+from cmg_gguf.prompt.segments import Prompt
 
 SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scripted import N_VOCAB, FakeEngine, Run, told
 
+from cmg_gguf.answer.generate import Limits, Token
+from cmg_gguf.answer.logits import combine, log_softmax
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import SamplingError
-from cmg_gguf.generation import Limits, Token
-from cmg_gguf.logits import combine, log_softmax
-from cmg_gguf.runtime.protocol import FloatArray, IntArray
 
 # --- what ends an answer -----------------------------------------------------------------------
 

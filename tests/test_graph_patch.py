@@ -26,8 +26,8 @@ from tiny_llava import TinyConfig
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import AttentionMass, Guidance, LowestCosine, Scope
-from cmg_gguf.runtime.context import LlamaContext
-from cmg_gguf.runtime.protocol import Prompt
+from cmg_gguf.llama.context import LlamaContext
+from cmg_gguf.prompt.segments import Prompt
 
 N_LAYER = TinyConfig().n_layer
 N_IMAGE = TinyConfig().n_image_tokens

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from cmg_gguf.errors import CMGError, ImageError
-from cmg_gguf.images import image_id, load_image
+from cmg_gguf.prompt.images import image_id, load_image
 
 Pixels = NDArray[np.uint8]
 

@@ -15,8 +15,8 @@ from test_reference import TWO_IMAGES
 from tiny_llava import TinyConfig
 
 from cmg_gguf import _core
-from cmg_gguf.runtime.context import ContextOptions
-from cmg_gguf.runtime.protocol import Prompt
+from cmg_gguf.llama.context import ContextOptions
+from cmg_gguf.prompt.segments import Prompt
 
 WIDE = TinyConfig(n_embd=128)  # heads of 32, as a Q8_0 cache needs
 

@@ -15,7 +15,7 @@ from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import ModelError
-from cmg_gguf.runtime.log import captured_errors, set_verbose
+from cmg_gguf.llama.log import captured_errors, set_verbose
 
 
 @pytest.fixture

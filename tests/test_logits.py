@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from cmg_gguf.answer.logits import combine, log_softmax
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import GuidanceError
-from cmg_gguf.logits import combine, log_softmax
-from cmg_gguf.runtime.protocol import FloatArray
 
 ALPHAS = (0.0, 0.5, 1.0, 7.0, 100.0)
 BETAS = (0.0, 1e-9, 0.1, 0.5, 1.0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from fakes import PROMPT, PROMPTS, Call, Pairing, Rig, filled, prompt
 
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import (
     BackendError,
     CMGError,
@@ -15,7 +16,7 @@ from cmg_gguf.errors import (
     UnsupportedError,
 )
 from cmg_gguf.guidance import Guidance, LayerRange, Refresh, Scope
-from cmg_gguf.runtime.protocol import FloatArray, ImageSegment, Prompt
+from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")

@@ -14,6 +14,7 @@ import reference
 from reference import LayerEvidence
 
 from cmg_gguf import _core
+from cmg_gguf.engine.rows import core_policy
 from cmg_gguf.errors import CMGError, GuidanceError
 from cmg_gguf.guidance import (
     MAX_ALPHA,
@@ -29,7 +30,6 @@ from cmg_gguf.guidance import (
     layers_by_mass,
     static_layers,
 )
-from cmg_gguf.rows import core_policy
 
 TOKEN_POLICIES: list[tuple[Any, Callable[..., reference.Mask]]] = [
     *(

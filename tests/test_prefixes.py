@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from fakes import Pairing, Rig
 
-from cmg_gguf.errors import BackendError
-from cmg_gguf.guidance import AttentionMass, Guidance, Refresh, Scope, TopRatio
-from cmg_gguf.prefixes import (
+from cmg_gguf.engine.prefixes import (
     NO_CELLS,
     ImageItem,
     Item,
@@ -24,8 +22,10 @@ from cmg_gguf.prefixes import (
     n_positions,
     n_rows,
 )
-from cmg_gguf.rows import PromptRows
-from cmg_gguf.runtime.protocol import ImageSegment, Prompt, Segment, TextSegment
+from cmg_gguf.engine.rows import PromptRows
+from cmg_gguf.errors import BackendError
+from cmg_gguf.guidance import AttentionMass, Guidance, Refresh, Scope, TopRatio
+from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 SCOPES: tuple[Scope, ...] = ("decode", "text", "all")

@@ -11,6 +11,7 @@ import pytest
 from guided import PLAIN
 from support import EXACT, PICTURE, TOLERANCE, Pairing, Rig, Tiny
 
+from cmg_gguf.engine.steps import Stepping
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -21,8 +22,7 @@ from cmg_gguf.guidance import (
     Scope,
     TopRatio,
 )
-from cmg_gguf.runtime.protocol import Prompt, TextSegment
-from cmg_gguf.stepping import Stepping
+from cmg_gguf.prompt.segments import Prompt, TextSegment
 
 SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")

@@ -23,7 +23,7 @@ from cmg_gguf import (
     TopRatio,
     UnsupportedError,
 )
-from cmg_gguf.runtime.embeddings import Embeddings
+from cmg_gguf.llama.embeddings import Embeddings
 
 STRONG = Guidance(alpha=3.0, tokens=TopRatio(1.0))
 OTHER = "How many people are there?"

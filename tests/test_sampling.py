@@ -14,12 +14,12 @@ import pytest
 from support import Rig, Tiny
 from tiny_llava import EOS_TOKEN
 
+from cmg_gguf.answer.logits import combine, log_softmax
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import BackendError, SamplingError
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.logits import combine, log_softmax
-from cmg_gguf.runtime.model import Model
-from cmg_gguf.runtime.protocol import FloatArray
-from cmg_gguf.runtime.sampler import Sampler
+from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.sampler import Sampler
 from cmg_gguf.sampling import Sampling
 
 Rows = list[tuple[FloatArray, FloatArray]]

@@ -8,10 +8,10 @@ import re
 import numpy as np
 import pytest
 
-from cmg_gguf.scenes import IMAGE_SIZE, Scene, SceneKind, Split, draw, make_scene
-from cmg_gguf.scenes.catalogue import COLOURS, KINDS, OBJECTS, PLACES, SIDES
-from cmg_gguf.scenes.icons import ICONS, draw_icon
-from cmg_gguf.scenes.texts import (
+from cmg_gguf.tiny.scenes import IMAGE_SIZE, Scene, SceneKind, Split, draw, make_scene
+from cmg_gguf.tiny.scenes.catalogue import COLOURS, KINDS, OBJECTS, PLACES, SIDES
+from cmg_gguf.tiny.scenes.icons import ICONS, draw_icon
+from cmg_gguf.tiny.scenes.texts import (
     CAPTION_PROMPTS,
     NUMBERS,
     ask_colour,

@@ -20,6 +20,8 @@ from test_reference import ONE_IMAGE, TWO_IMAGES
 from tiny_llava import TinyConfig, TinyPair, write_pair
 
 from cmg_gguf import BackendError, GuidedVLM, Sampling
+from cmg_gguf.engine.rows import masked_rows
+from cmg_gguf.engine.steps import Stepping
 from cmg_gguf.guidance import (
     AttentionMass,
     Guidance,
@@ -30,10 +32,8 @@ from cmg_gguf.guidance import (
     Scope,
     TopRatio,
 )
-from cmg_gguf.rows import masked_rows
-from cmg_gguf.runtime.context import ContextOptions, LlamaContext
-from cmg_gguf.runtime.protocol import Prompt
-from cmg_gguf.stepping import Stepping
+from cmg_gguf.llama.context import ContextOptions, LlamaContext
+from cmg_gguf.prompt.segments import Prompt
 
 FORK = Stepping(fork=True)
 LAZY = Stepping(lazy=True)
@@ -709,7 +709,7 @@ def test_experts_are_not_left_out_of_a_pair_but_of_rows_that_waited(
     """Which experts a row takes is no matter of shapes."""
     pair = write_pair(tmp_path, TinyConfig(n_expert=4))
     answers, left_out = {}, {}
-    with caplog.at_level(logging.DEBUG, "cmg_gguf.forking"):
+    with caplog.at_level(logging.DEBUG, "cmg_gguf.engine.fork"):
         for strategy in ("eager", "fork", "lazy"):
             with GuidedVLM(
                 pair.llm, pair.mmproj, strategy=strategy, n_threads=1, n_gpu_layers=0, type_k="f32"

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from cmg_gguf.answer.text import StopStrings, Utf8Stream
 from cmg_gguf.errors import CMGError, SamplingError
-from cmg_gguf.text import StopStrings, Utf8Stream
 
 Cut = TypeVar("Cut", str, bytes)
 

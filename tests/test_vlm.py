@@ -24,7 +24,7 @@ from cmg_gguf import (
     Token,
     TopRatio,
 )
-from cmg_gguf.runtime.protocol import ImageSegment, Prompt, Segment
+from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment
 
 SYSTEM = {"role": "system", "content": "A curious human."}
 RAW = f"USER: <__media__>\n{QUESTION} ASSISTANT:"

@@ -111,7 +111,7 @@ class Chat:
         return True
 
     def _obey(self, command: str, rest: str = "") -> bool:
-        from cmg_gguf.images import load_image
+        from cmg_gguf.prompt.images import load_image
 
         screen = self._asker.screen
         if command == "/quit":

@@ -17,14 +17,14 @@ from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.output import write_rendered
 from cmg_gguf.cli.screen import Screen, count
 from cmg_gguf.guidance import Guidance, LayerRange, TopRatio
-from cmg_gguf.scenes import Scene, draw, make_scene
-from cmg_gguf.scenes.catalogue import OBJECTS, article
-from cmg_gguf.scenes.texts import CAPTION_PROMPTS
+from cmg_gguf.tiny.scenes import Scene, draw, make_scene
+from cmg_gguf.tiny.scenes.catalogue import OBJECTS, article
+from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cmg_gguf.generation import Reply
+    from cmg_gguf.answer.generate import Reply
     from cmg_gguf.vlm import GuidedVLM
 
 Kind = Literal["typical", "counter"]
@@ -87,7 +87,7 @@ def demo(
     in the picture is followed by (not there).
     """
     load_library()
-    from cmg_gguf.embedded import embedded_guidance, embedded_pair
+    from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair
     from cmg_gguf.vlm import GuidedVLM
 
     err, guidance = Screen(), embedded_guidance()
@@ -198,8 +198,8 @@ def _write_pictures(
 ) -> tuple[Path, Path]:
     from PIL import Image
 
+    from cmg_gguf.cli.heat import overlay
     from cmg_gguf.errors import ImageError
-    from cmg_gguf.heat import overlay
 
     files = folder / "scene.png", folder / "looked.png"
     try:

@@ -20,7 +20,7 @@ from cmg_gguf.cli.output import write_json, write_rendered
 from cmg_gguf.guidance import LayerRange, LayerSet, static_layers
 
 if TYPE_CHECKING:
-    from cmg_gguf.runtime.model import Model
+    from cmg_gguf.llama.model import Model
 
 EXAMPLES = """\
 Examples:
@@ -79,7 +79,7 @@ def system_facts() -> dict[str, Any]:
     import llama_cpp
 
     from cmg_gguf import __version__
-    from cmg_gguf.runtime.about import devices, features
+    from cmg_gguf.llama.about import devices, features
 
     return {
         "cmg_gguf": __version__,
@@ -92,8 +92,8 @@ def system_facts() -> dict[str, Any]:
 
 def pair_facts(path: Path, mmproj: Path | None, layers: str) -> dict[str, Any]:
     """What the files hold, JSON-ready. Raises ModelError, ProjectorError, GuidanceError."""
-    from cmg_gguf.runtime.log import set_verbose
-    from cmg_gguf.runtime.model import Model
+    from cmg_gguf.llama.log import set_verbose
+    from cmg_gguf.llama.model import Model
     from cmg_gguf.vlm import DEFAULT_TEMPLATE
 
     set_verbose(False)
@@ -122,8 +122,8 @@ def pair_facts(path: Path, mmproj: Path | None, layers: str) -> dict[str, Any]:
 
 def projector_block(path: Path, model: Model) -> dict[str, Any]:
     """What an mmproj file holds, and the tokens it makes of a square image."""
-    from cmg_gguf.runtime.header import projector_facts
-    from cmg_gguf.runtime.projector import Projector
+    from cmg_gguf.llama.header import projector_facts
+    from cmg_gguf.llama.projector import Projector
 
     projector = Projector(path, model, use_gpu=False)
     facts = projector_facts(path)
@@ -140,9 +140,9 @@ def projector_block(path: Path, model: Model) -> dict[str, Any]:
 def cost_facts(path: Path, n_gpu_layers: int, threads: int) -> dict[str, Any]:
     """Milliseconds of each way of stepping, JSON-ready. Raises ModelError, BackendError."""
     from cmg_gguf.calibration import calibrated
-    from cmg_gguf.lazy import SHARE_ASKED
-    from cmg_gguf.runtime.context import ContextOptions, usable_threads
-    from cmg_gguf.strategy import CAUGHT_UP
+    from cmg_gguf.engine.lazy import SHARE_ASKED
+    from cmg_gguf.engine.strategy import CAUGHT_UP
+    from cmg_gguf.llama.context import ContextOptions, usable_threads
 
     options = ContextOptions(n_ctx=512, n_threads=threads or usable_threads())
     costs = calibrated(path, options, n_gpu_layers)

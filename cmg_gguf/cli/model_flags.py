@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 if TYPE_CHECKING:
-    from cmg_gguf.stream import Progress
+    from cmg_gguf.answer.stream import Progress
     from cmg_gguf.vlm import GuidedVLM
 
 FlashAttention = Literal["on", "off", "auto"]
@@ -180,7 +180,7 @@ class ModelFlags:
     @property
     def own_settings(self) -> Path | None:
         """File of the guidance settings that the model comes with."""
-        from cmg_gguf.embedded import settings_file
+        from cmg_gguf.tiny.pair import settings_file
 
         return settings_file() if self.built_in else None
 
@@ -189,7 +189,7 @@ class ModelFlags:
 
         Raises BadParameter where only one is named; ModelError.
         """
-        from cmg_gguf.embedded import embedded_pair
+        from cmg_gguf.tiny.pair import embedded_pair
 
         if self.built_in:
             return embedded_pair()

@@ -56,7 +56,7 @@ class QuestionFlags:
 
         Raises ImageError.
         """
-        from cmg_gguf.images import load_image
+        from cmg_gguf.prompt.images import load_image
 
         return [load_image(source) for source in self.images]
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmg_gguf.generation import Reply
+    from cmg_gguf.answer.generate import Reply
     from cmg_gguf.vlm import GuidedVLM
 
 
 def reply_block(reply: Reply, vlm: GuidedVLM) -> dict[str, Any]:
     """Text, tokens and account of an answer. `plain` of a token: the one plain decoding draws."""
-    from cmg_gguf.openai import cmg_block, usage
+    from cmg_gguf.chat.completion import cmg_block, usage
 
     return {
         "text": reply.text,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import BackendError, ImageError, PromptError
 from cmg_gguf.evaluation.items import seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles
@@ -17,12 +18,11 @@ from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.task import Item, Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
-from cmg_gguf.images import image_id, load_image
-from cmg_gguf.runtime.header import projector_facts
-from cmg_gguf.runtime.protocol import FloatArray, IntArray
+from cmg_gguf.llama.header import projector_facts
+from cmg_gguf.prompt.images import image_id, load_image
 
 if TYPE_CHECKING:
-    from cmg_gguf.generation import Reply
+    from cmg_gguf.answer.generate import Reply
     from cmg_gguf.vlm import GuidedVLM
 
 Pixels = npt.NDArray[np.uint8]

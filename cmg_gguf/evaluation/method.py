@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from cmg_gguf.contrast import Contrast
+from cmg_gguf.engine.contrast import Contrast
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.yes_no import YesNoTokens
 from cmg_gguf.guidance import Guidance

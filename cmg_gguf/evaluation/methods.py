@@ -22,13 +22,13 @@ from typing import ClassVar
 
 import numpy as np
 
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import EvaluationError
 from cmg_gguf.evaluation.method import Method, Question, Request
 from cmg_gguf.evaluation.relatives import Icd, M3id, NoImage, Vcd
 from cmg_gguf.evaluation.task import Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.runtime.protocol import FloatArray, IntArray
 from cmg_gguf.sampling import Sampling
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cmg_gguf.contrast import Contrast
+from cmg_gguf.engine.contrast import Contrast
 from cmg_gguf.evaluation.method import Method, Question, Request
 from cmg_gguf.guidance import Guidance
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from cmg_gguf.images import ImageSource
+from cmg_gguf.prompt.images import ImageSource
 
 Counts = Mapping[str, float]
 Sums = Mapping[str, npt.NDArray[np.float64]]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cmg_gguf.runtime.model import Model
-from cmg_gguf.runtime.protocol import FloatArray, IntArray
+from cmg_gguf.arrays import FloatArray, IntArray
+from cmg_gguf.llama.model import Model
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """What a token costs: every way of stepping through the same answers, in turns.
 
 A round replays one recorded answer in every way, a few tokens of one and then of the next. Every
-way has a context of its own on the same weights and goes through `cmg_gguf.generation`, with a
+way has a context of its own on the same weights and goes through `cmg_gguf.answer.generate`, with a
 drawer that asks for the degraded row where the record says so.
 """
 
@@ -18,10 +18,10 @@ from benchmarks.ratios import Times, milliseconds, rotated
 from benchmarks.schedule import Asked, Schedule
 from benchmarks.subjects import Subject
 from cmg_gguf import Guidance, GuidedVLM, LayerRange
-from cmg_gguf.generation import Answer, Limits, generate
-from cmg_gguf.images import image_id, load_image
-from cmg_gguf.prompts import render_messages
-from cmg_gguf.runtime.protocol import Prompt
+from cmg_gguf.answer.generate import Answer, Limits, generate
+from cmg_gguf.prompt.images import image_id, load_image
+from cmg_gguf.prompt.segments import Prompt
+from cmg_gguf.prompt.templates import render_messages
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 HALF = Guidance(layers=LayerRange(0.5, 1.0))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ratios import Middle, milliseconds
-from cmg_gguf.runtime.sampler import Sampler
+from cmg_gguf.llama.sampler import Sampler
 from cmg_gguf.sampling import Sampling
 
 N_VOCAB = 152_000

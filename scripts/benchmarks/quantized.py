@@ -11,7 +11,7 @@ import llama_cpp
 from benchmark_model import Pair, Quant, benchmark_pair
 from rich.console import Console
 
-from cmg_gguf.runtime.log import captured_errors
+from cmg_gguf.llama.log import captured_errors
 
 BenchQuant = Literal["q4_0", "q8_0", "q4_k_m"]
 

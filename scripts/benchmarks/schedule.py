@@ -21,9 +21,9 @@ import numpy as np
 
 from benchmarks.subjects import Subject
 from cmg_gguf import Guidance, GuidedVLM, Reply
-from cmg_gguf.runtime.protocol import FloatArray, IntArray
-from cmg_gguf.scenes import SceneKind, draw, make_scene
-from cmg_gguf.scenes.texts import CAPTION_PROMPTS
+from cmg_gguf.arrays import FloatArray, IntArray
+from cmg_gguf.tiny.scenes import SceneKind, draw, make_scene
+from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 
 FILE = Path(__file__).with_name("schedule.json")
 COMMAND = "python scripts/bench.py --record"

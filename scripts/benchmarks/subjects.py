@@ -16,9 +16,9 @@ from PIL import Image
 
 from benchmarks.quantized import BenchQuant, quantized_pair
 from cmg_gguf.errors import ModelError
-from cmg_gguf.scenes import draw, make_scene
-from cmg_gguf.scenes.catalogue import OBJECTS
-from cmg_gguf.scenes.texts import CAPTION_PROMPTS, existence_question
+from cmg_gguf.tiny.scenes import draw, make_scene
+from cmg_gguf.tiny.scenes.catalogue import OBJECTS
+from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS, existence_question
 
 N_QUESTIONS = 6
 EMBEDDED = "embedded"
@@ -61,7 +61,7 @@ def random_subject(folder: Path, quant: BenchQuant) -> Subject:
 def embedded_subject() -> Subject | None:
     """The model that comes with the package, and a scene; None where it did not come along."""
     try:
-        pair = Pair(*importlib.import_module("cmg_gguf.embedded").embedded_pair())
+        pair = Pair(*importlib.import_module("cmg_gguf.tiny.pair").embedded_pair())
     except (ImportError, ModelError):
         return None
     asked = [existence_question(name) for name in OBJECTS[: N_QUESTIONS - 1]]

@@ -1,6 +1,6 @@
 """Whether llama.cpp computes from the exported files what torch trained: greedy captions, compared.
 
-    python -m embedded.agree --work DIR --models cmg_gguf/models
+    python -m embedded.agree --work DIR --models cmg_gguf/tiny/models
 
 With the files of the package, and with the same language model in F16: the first is what users
 get, the second tells quantisation from mistakes in the files or the graph. Where a caption differs,
@@ -22,8 +22,8 @@ from rich.progress import track
 from torch import Tensor
 
 from cmg_gguf import Guidance, GuidedVLM
-from cmg_gguf.scenes import draw, make_scene
-from cmg_gguf.scenes.texts import CAPTION_PROMPTS
+from cmg_gguf.tiny.scenes import draw, make_scene
+from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 from embedded.export import write_model
 from embedded.model import Llava
 from embedded.sizes import N_PATCHES, SIZES

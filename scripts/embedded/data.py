@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cmg_gguf.scenes import Scene, SceneKind, draw, make_scene
-from cmg_gguf.scenes.catalogue import COLOURS, OBJECTS, SIDES
-from cmg_gguf.scenes.texts import conversations
+from cmg_gguf.tiny.scenes import Scene, SceneKind, draw, make_scene
+from cmg_gguf.tiny.scenes.catalogue import COLOURS, OBJECTS, SIDES
+from cmg_gguf.tiny.scenes.texts import conversations
 from embedded.sizes import IMAGE, N_PATCHES, PATCH, Size
 from embedded.tokenizer import BOS, Tokenizer
 

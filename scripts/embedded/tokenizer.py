@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from cmg_gguf.scenes import make_scene
-from cmg_gguf.scenes.texts import Turn, conversations, vocabulary_lines
+from cmg_gguf.tiny.scenes import make_scene
+from cmg_gguf.tiny.scenes.texts import Turn, conversations, vocabulary_lines
 
 UNK, BOS, EOS = 0, 1, 2
 CHAT_TEMPLATE = (

@@ -1,6 +1,6 @@
 """Trains the model pair that ships with cmg-gguf, from nothing, and writes its GGUF files.
 
-    scripts/train_embedded --work DIR --out cmg_gguf/models
+    scripts/train_embedded --work DIR --out cmg_gguf/tiny/models
 
 Stages, each resumed where it stopped:
 
@@ -34,9 +34,9 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cmg_gguf.scenes import SceneKind, draw, make_scene
-from cmg_gguf.scenes.catalogue import PLACES
-from cmg_gguf.scenes.texts import NUMBERS
+from cmg_gguf.tiny.scenes import SceneKind, draw, make_scene
+from cmg_gguf.tiny.scenes.catalogue import PLACES
+from cmg_gguf.tiny.scenes.texts import NUMBERS
 from embedded import data
 from embedded.data import LABELS, NOTHING, Texts, prefix_ids
 from embedded.export import write_model, write_projector

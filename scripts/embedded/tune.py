@@ -1,6 +1,6 @@
 """Chooses the embedded model's guidance on the tune split: scenes that nobody reports on.
 
-    python -m embedded.tune --models cmg_gguf/models --out cmg_gguf/models/tiny-llava.settings.json
+    python -m embedded.tune --models MODELS --out MODELS/tiny-llava.settings.json
 
 Coordinate search: from the library's defaults on, one setting is varied at a time, twice round. The
 best is the one with the lowest CHAIR_i in captions of counter scenes, among those that
@@ -33,8 +33,8 @@ from cmg_gguf.evaluation.statistics import Floats, bootstrap_auc, sums, table
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.tasks.scenes import SceneCaptions, ScenePope
 from cmg_gguf.evaluation.yes_no import YesNoTokens
-from cmg_gguf.scenes import SceneKind
 from cmg_gguf.settings import Settings, guidance_to_json, save_settings
+from cmg_gguf.tiny.scenes import SceneKind
 
 TYPICAL_SLACK = 2.0
 KINDS: tuple[SceneKind, SceneKind] = ("counter", "typical")

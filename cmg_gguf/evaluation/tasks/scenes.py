@@ -1,4 +1,4 @@
-"""The drawn world of `cmg_gguf.scenes` as a benchmark: captions, POPE's questions, and colours.
+"""The drawn world of `cmg_gguf.tiny.scenes` as a benchmark: captions, POPE's questions, colours.
 
     ScenePope("test", "counter", n=200)  # 200 pictures, up to 6 questions a picture and part
     SceneCaptions("test", "counter", n=200, style="plain")
@@ -26,9 +26,9 @@ from cmg_gguf.evaluation.mentions import caption_counts, caption_figures
 from cmg_gguf.evaluation.statistics import Floats, column, percent
 from cmg_gguf.evaluation.task import Item, Sums
 from cmg_gguf.evaluation.words import Lexicon
-from cmg_gguf.scenes import Pixels, Scene, SceneKind, Split, draw, make_scene
-from cmg_gguf.scenes.catalogue import COLOURS, KINDS, OBJECTS, PLACES
-from cmg_gguf.scenes.texts import (
+from cmg_gguf.tiny.scenes import Pixels, Scene, SceneKind, Split, draw, make_scene
+from cmg_gguf.tiny.scenes.catalogue import COLOURS, KINDS, OBJECTS, PLACES
+from cmg_gguf.tiny.scenes.texts import (
     CAPTION_PROMPTS,
     CaptionStyle,
     colour_question,

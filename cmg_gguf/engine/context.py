@@ -1,0 +1,74 @@
+"""Where the branches of an answer live: the one seam between the engine and llama.cpp.
+
+`Context` is implemented over llama.cpp by `cmg_gguf.llama.context`, and by fakes in tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cmg_gguf import _core
+from cmg_gguf.arrays import IntArray
+from cmg_gguf.prompt.segments import ImageSegment
+
+
+class Context(Protocol):
+    """A KV cache with several sequences, and the graph patch on its decodes."""
+
+    n_ctx: int
+    """KV cells, shared by all sequences."""
+    n_ubatch: int
+    """Most rows of one decode."""
+    n_layer: int
+    n_vocab: int
+    patch: _core.GraphPatch
+
+    def decode(
+        self,
+        tokens: IntArray,
+        positions: IntArray,
+        seqs: IntArray,
+        *,
+        outputs: npt.NDArray[np.bool_],
+        plan: _core.Plan | None,
+    ) -> None:
+        """Decodes up to n_ubatch rows in one micro-batch; all arrays (n_rows,)."""
+        ...
+
+    def decode_image(
+        self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
+    ) -> None:
+        """Decodes an encoded image into `seq` from `position` on."""
+        ...
+
+    def logits_address(self, row: int) -> int:
+        """Address of the (n_vocab,) float32 logits of batch row `row`, until the next decode."""
+        ...
+
+    def share(self, source: int, target: int, n_pos: int) -> None:
+        """Makes `target` share the first n_pos positions of `source`, and nothing else."""
+        ...
+
+    def share_more(self, source: int, target: int, start: int, stop: int) -> None:
+        """Makes `target` share positions start to stop - 1 of `source` too."""
+        ...
+
+    def truncate(self, seq: int, n_pos: int) -> None:
+        """Drops positions n_pos and up of `seq`."""
+        ...
+
+    def is_whole(self, seq: int) -> bool:
+        """Whether `seq` still holds all of its positions from 0 on: a window lets them go."""
+        ...
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a branch lives: a sequence of a context."""
+
+    context: Context
+    seq: int

@@ -1,0 +1,224 @@
+"""The rows of a prompt: which are images, which are masked, what the patch does with each.
+
+A row is a token of a prompt or batch. Rows, positions and image tokens are counted separately: an
+image row is a row, has a position (under M-RoPE shared with others) and an image token number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from cmg_gguf import _core
+from cmg_gguf.arrays import IntArray
+from cmg_gguf.guidance import (
+    AttentionMass,
+    CumulativeMass,
+    Guidance,
+    LayerRange,
+    LayerSet,
+    LowestCosine,
+    MeanStd,
+    TokenPolicy,
+    TopRatio,
+    layers_by_cosine,
+    layers_by_mass,
+    static_layers,
+)
+from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
+
+NONE = -1
+"""No image token, no slot."""
+
+
+def masked_rows(is_image: npt.NDArray[np.bool_], scope: str) -> npt.NDArray[np.bool_]:
+    """(n_rows,) bool: prompt rows of the degraded branch that are masked.
+
+    is_image: (n_rows,) bool with at least one image row. scope: as in `Guidance`.
+    """
+    rows = np.arange(len(is_image))
+    if scope == "decode":
+        return np.asarray(rows == len(is_image) - 1)
+    behind_image = rows >= int(is_image.argmax())
+    return np.asarray(behind_image if scope == "all" else behind_image & ~is_image)
+
+
+def core_policy(policy: TokenPolicy) -> _core.TokenPolicy:
+    """The token policy as the extension takes it."""
+    if isinstance(policy, TopRatio):
+        return _core.TokenPolicy(_core.TokenRule.top_ratio, policy.ratio)
+    if isinstance(policy, MeanStd):
+        return _core.TokenPolicy(_core.TokenRule.mean_std, policy.factor)
+    assert isinstance(policy, CumulativeMass)
+    return _core.TokenPolicy(_core.TokenRule.cumulative_mass, policy.mass)
+
+
+class PromptRows:
+    """What the two branches do with each row of a prompt.
+
+    n: rows. n_pos: positions. is_image, masked: (n,) bool. image_token, slot, observed: (n,) int32,
+    `NONE` where there is none. n_slots: slots that the prompt's selections take. first_masked,
+    first_observed: the first such row, n if there is none. layers: masked ones; None where they are
+    only known behind the prompt. fork_layer: where the degraded branch's rows enter, see `fork_at`.
+    """
+
+    def __init__(self, prompt: Prompt, guidance: Guidance, n_layer: int, *, guided: bool) -> None:
+        self._segments = prompt.segments
+        self._layer_policy = guidance.layers
+        self._n_layer = n_layer
+        self.policy = core_policy(guidance.tokens)
+        self.n = prompt.n_tokens
+        self.n_pos = sum(s.n_pos for s in prompt.segments)
+        self.is_image = prompt.is_image
+        self.n_image_tokens = prompt.n_image_tokens
+        self.image_token = _numbered(self.is_image)
+        self.masked = (
+            masked_rows(self.is_image, guidance.scope) if guided else np.zeros(self.n, bool)
+        )
+        if guidance.refresh == "step":
+            self.slot = self.observed = _numbered(self.masked)
+        else:
+            self.slot = np.where(self.masked, 0, NONE).astype(np.int32)
+            self.observed = np.full(self.n, NONE, np.int32)
+            self.observed[-1] = self.slot[-1]
+        self.n_slots = int(self.slot.max()) + 1
+        self.layers = (
+            static_layers(guidance.layers, n_layer)
+            if isinstance(guidance.layers, LayerSet | LayerRange)
+            else None
+        )
+        self.observe_layers = tuple(range(n_layer)) if self.layers is None else self.layers
+        self.first_masked = int(self.masked.argmax()) if guided else self.n
+        observed = self.observed != NONE
+        self.first_observed = int(observed.argmax()) if observed.any() else self.n
+        self.fork_layer = 0
+        self._variant: Hashable = None
+        if guided and self.layers and guidance.refresh == "step" and guidance.scope != "decode":
+            self._variant = (guidance.scope, guidance.tokens, self.layers)
+
+    @property
+    def variant(self) -> Hashable:
+        """All that the degraded branch's rows depend on besides the prompt before them; None where
+        they depend on more, such as which row is the prompt's last."""
+        return None if self._variant is None else (self._variant, self.fork_layer)
+
+    def fork_at(self, layer: int) -> None:
+        """Lets the degraded branch's rows enter at this layer; 0 = at none. Images never do: where
+        one is among these rows, none does."""
+        self.fork_layer = 0 if self.is_image[self.first_masked :].any() else layer
+
+    def chosen_layers(
+        self, selections: _core.Selections, patch: _core.GraphPatch
+    ) -> tuple[int, ...]:
+        """The masked layers, once the original branch has decoded the prompt as planned."""
+        if self.layers is not None:
+            return self.layers
+        if isinstance(self._layer_policy, LowestCosine):
+            return layers_by_cosine(self._layer_policy.share, patch.cosines)
+        assert isinstance(self._layer_policy, AttentionMass)
+        last = self.n_slots - 1
+        mass = [
+            float(selections.influence(last, il).sum(dtype=np.float64))
+            for il in range(self._n_layer)
+        ]
+        return layers_by_mass(self._layer_policy.share, np.array(mass))
+
+    def position(self, row: int) -> int:
+        """Position of a row that is text or the first of an image."""
+        rows = positions = 0
+        for segment in self._segments:
+            if row < rows + segment.n_tokens:
+                return positions + row - rows
+            rows += segment.n_tokens
+            positions += segment.n_pos
+        return positions
+
+    def parts(self, first: int, n_ubatch: int) -> Iterator[tuple[Segment, slice, int]]:
+        """(segment, its rows, its position) from row `first` on; text cut to n_ubatch rows."""
+        row = position = 0
+        for segment in self._segments:
+            if isinstance(segment, ImageSegment):
+                if row >= first:
+                    yield segment, slice(row, row + segment.n_tokens), position
+            else:
+                for start in range(max(0, first - row), segment.n_tokens, n_ubatch):
+                    tokens = segment.tokens[start : start + n_ubatch]
+                    part = slice(row + start, row + start + len(tokens))
+                    yield TextSegment(tokens), part, position + start
+            row += segment.n_tokens
+            position += segment.n_pos
+
+    def original_plan(
+        self, seq: int, first_own: int, *, note_images: bool = False
+    ) -> Callable[[slice], _core.Plan | None]:
+        """The original branch notes where images lie and observes the masked rows' attention.
+
+        first_own: first row that the degraded branch decodes itself. note_images: note them without
+        guidance too.
+        """
+
+        def plan(part: slice) -> _core.Plan | None:
+            if not self.masked.any() and not (note_images and self.is_image[part].any()):
+                return None
+            is_last = part.stop == self.n
+            return _core.Plan(
+                self._table(part, seq, observed=self.observed),
+                n_layer=self._n_layer,
+                observe_layers=list(self.observe_layers) if self.masked.any() else [],
+                mask_layers=[],
+                policy=self.policy,
+                n_image_tokens=self.n_image_tokens,
+                keep_influence=is_last and isinstance(self._layer_policy, AttentionMass),
+                read_residual=is_last and isinstance(self._layer_policy, LowestCosine),
+                fork=self._fork(part, first_own, entering=False),
+            )
+
+        return plan
+
+    def degraded_plan(
+        self, seq: int, layers: tuple[int, ...], first_own: int
+    ) -> Callable[[slice], _core.Plan | None]:
+        """The degraded branch notes its own images and hides each masked row's selection."""
+        return lambda part: _core.Plan(
+            self._table(part, seq, masked=self.slot),
+            n_layer=self._n_layer,
+            observe_layers=[],
+            mask_layers=list(layers),
+            policy=self.policy,
+            n_image_tokens=self.n_image_tokens,
+            fork=self._fork(part, first_own, entering=True),
+        )
+
+    def _fork(self, part: slice, first_own: int, *, entering: bool) -> _core.ForkPlan | None:
+        """Residuals of rows from `first_own` on are noted by one branch, for the other to enter
+        with."""
+        if self.fork_layer == 0 or part.stop <= first_own:
+            return None
+        rows = range(part.start, part.stop)
+        slots = [row - first_own if row >= first_own else NONE for row in rows]
+        n_below = 0 if entering else len(slots)
+        return _core.ForkPlan(layer=self.fork_layer, n_below=n_below, slots=slots)
+
+    def _table(
+        self,
+        part: slice,
+        seq: int,
+        *,
+        observed: IntArray | None = None,
+        masked: IntArray | None = None,
+    ) -> IntArray:
+        """(rows, 4) int32: sequence, image token, slot observed into, slot hidden."""
+        table = np.full((part.stop - part.start, 4), NONE, np.int32)
+        table[:, 0] = seq
+        table[:, 1] = self.image_token[part]
+        for column, slots in ((2, observed), (3, masked)):
+            if slots is not None:
+                table[:, column] = slots[part]
+        return table
+
+
+def _numbered(flags: npt.NDArray[np.bool_]) -> IntArray:
+    """0, 1, 2, ... where `flags`, else NONE."""
+    return np.where(flags, np.cumsum(flags) - 1, NONE).astype(np.int32)

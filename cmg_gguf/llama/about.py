@@ -1,0 +1,59 @@
+"""What llama.cpp tells about itself, and its devices. For people to read."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp.llama_cpp
+
+import cmg_gguf.llama.native  # noqa: F401  (loads the backends)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that llama.cpp can compute on. memory: bytes in all, 0 if it does not say."""
+
+    name: str
+    description: str
+    backend: str
+    memory: int
+
+
+def devices() -> list[Device]:
+    """The devices, in llama.cpp's order."""
+    count = _function("ggml_backend_dev_count", ctypes.c_size_t)
+    get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    return [_device(get(i)) for i in range(count())]
+
+
+def features() -> str:
+    """What its backends were compiled with, as llama.cpp puts it: "CPU : AVX2 = 1 | ..."."""
+    text: bytes = llama_cpp.llama_print_system_info()
+    return text.decode("utf-8", "replace").strip(" |")
+
+
+def _device(handle: int) -> Device:
+    def text(name: str, of: int) -> str:
+        value: bytes = _function(name, ctypes.c_char_p, ctypes.c_void_p)(of)
+        return value.decode("utf-8", "replace")
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    size_p = ctypes.POINTER(ctypes.c_size_t)
+    memory = _function("ggml_backend_dev_memory", None, ctypes.c_void_p, size_p, size_p)
+    memory(handle, ctypes.byref(free), ctypes.byref(total))
+    registry = _function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)(handle)
+    return Device(
+        name=text("ggml_backend_dev_name", handle),
+        description=text("ggml_backend_dev_description", handle),
+        backend=text("ggml_backend_reg_name", registry),
+        memory=total.value,
+    )
+
+
+def _function(name: str, result: Any, *arguments: Any) -> Any:
+    # libllama's own ggml: llama_cpp can have a second one loaded. A prototype of our own leaves
+    # the signatures that others have set as they are.
+    prototype = ctypes.CFUNCTYPE(result, *arguments)
+    return prototype((name, llama_cpp.llama_cpp._lib))

@@ -1,0 +1,301 @@
+"""A llama.cpp context with the graph patch in it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import mtmd_cpp
+
+from cmg_gguf import _core
+from cmg_gguf.arrays import IntArray
+from cmg_gguf.errors import BackendError, ContextLengthError, UnsupportedError
+from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.projector import Projector
+from cmg_gguf.prompt.segments import ImageSegment
+
+CACHE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "bf16": 30,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextOptions:
+    """How a context is made. Names and meanings are llama.cpp's.
+
+    n_ctx: KV cells; 0 = the model's training context. n_ubatch: rows of one decode, at most.
+    n_threads: 0 = llama.cpp's own default of 4. flash_attn: None = where the backend has it.
+    type_k, type_v: cache types, one of f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0. base: a
+    llama_context_params that everything not named here is taken from (RoPE scaling, ...).
+    """
+
+    n_ctx: int = 4096
+    n_ubatch: int = 512
+    n_threads: int = 0
+    flash_attn: bool | None = None
+    type_k: str = "f16"
+    type_v: str = "f16"
+    offload_kqv: bool = True
+    base: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("n_ctx", 0, 2**31 - 1), ("n_ubatch", 8, 65536)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UnsupportedError(f"{name}={value} is out of range: {low} to {high}")
+        for name in ("type_k", "type_v"):
+            if getattr(self, name) not in CACHE_TYPES:
+                raise UnsupportedError(
+                    f"{name}={getattr(self, name)!r} is no cache type: "
+                    f"one of {', '.join(CACHE_TYPES)}"
+                )
+
+    @classmethod
+    def from_params(cls, params: Any) -> ContextOptions:
+        """The same options as a `llama_context_params` has. Raises UnsupportedError."""
+        names = {number: name for name, number in CACHE_TYPES.items()}
+        if params.type_k not in names or params.type_v not in names:
+            raise UnsupportedError(
+                f"cache types {params.type_k} and {params.type_v} are not both known: "
+                f"one of {', '.join(CACHE_TYPES)}"
+            )
+        return cls(
+            n_ctx=params.n_ctx,
+            n_ubatch=params.n_ubatch,
+            n_threads=params.n_threads,
+            flash_attn={0: False, 1: True}.get(params.flash_attn_type),
+            type_k=names[params.type_k],
+            type_v=names[params.type_v],
+            offload_kqv=params.offload_kqv,
+            base=params,
+        )
+
+
+class LlamaContext:
+    """llama.cpp's context, behind `protocol.Context`."""
+
+    def __init__(
+        self,
+        model: Model,
+        projector: Projector | None,
+        selections: _core.Selections,
+        options: ContextOptions,
+        *,
+        n_seq_max: int,
+    ) -> None:
+        """Raises BackendError if llama.cpp refuses the options or has no memory for them."""
+        self.model = model
+        self.projector = projector
+        self.n_layer = model.n_layer
+        self.n_vocab = model.n_vocab
+        self.n_seq_max = n_seq_max
+        threads = options.n_threads or usable_threads()
+        self.patch = _core.GraphPatch(model.n_layer, selections, threads)
+        params = _context_params(options, n_seq_max)
+        params.cb_eval = ctypes.cast(
+            self.patch.callback, llama_cpp.ggml_backend_sched_eval_callback
+        )
+        params.cb_eval_user_data = self.patch.user_data
+        with captured_errors() as errors:
+            handle = llama_cpp.llama_init_from_model(model.handle, params)
+        if not handle:
+            reason = errors[0] if errors else "no reason given"
+            raise BackendError(f"llama.cpp cannot make a context with {options}: {reason}")
+        self.handle = handle
+        # The patch and the model must outlive the context: the finalizer holds them.
+        self._finalizer = weakref.finalize(self, _free, handle, self.patch, model.keepalive)
+        self.n_ctx: int = llama_cpp.llama_n_ctx(handle)
+        self.n_ubatch: int = llama_cpp.llama_n_ubatch(handle)
+        self._memory = llama_cpp.llama_get_memory(handle)
+        self._batch = _Batch(self.n_ubatch)
+
+    def close(self) -> None:
+        """Frees the KV cache and the compute buffers."""
+        self._finalizer()
+
+    def decode(
+        self,
+        tokens: IntArray,
+        positions: IntArray,
+        seqs: IntArray,
+        *,
+        outputs: npt.NDArray[np.bool_],
+        plan: _core.Plan | None,
+    ) -> None:
+        """See `protocol.Context.decode`. Raises BackendError; ContextLengthError if full."""
+        self._check_open()
+        self._batch.fill(tokens, positions, seqs, outputs)
+        with self._patched(plan):
+            code = llama_cpp.llama_decode(self.handle, self._batch.struct)
+            _check(code, f"{len(tokens)} rows", self.n_ctx)
+
+    def decode_image(
+        self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
+    ) -> None:
+        """See `protocol.Context.decode_image`."""
+        self._check_open()
+        if image.embd is None or self.projector is None:
+            raise BackendError("the image has not been encoded; call Projector.encode first")
+        if image.needs_ubatch > self.n_ubatch:
+            raise BackendError(f"an image of {image.n_tokens} tokens in {self.n_ubatch} rows")
+        after = llama_cpp.llama_pos(0)
+        with self._patched(plan), captured_errors():
+            code = mtmd_cpp.mtmd_helper_decode_image_chunk(
+                self.projector.handle,
+                self.handle,
+                image.chunk.handle,
+                image.embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+                llama_cpp.llama_pos(position),
+                llama_cpp.llama_seq_id(seq),
+                self.n_ubatch,
+                ctypes.byref(after),
+                mtmd_cpp.mtmd_helper_post_decode_callback(),
+                ctypes.c_void_p(0),
+            )
+            _check(code, f"an image of {image.n_tokens} tokens", self.n_ctx)
+
+    def logits_address(self, row: int) -> int:
+        """See `protocol.Context.logits_address`."""
+        self._check_open()
+        pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
+        address = ctypes.cast(pointer, ctypes.c_void_p).value
+        if not address:
+            raise BackendError(f"batch row {row} has no logits")
+        return address
+
+    def share(self, source: int, target: int, n_pos: int) -> None:
+        """See `protocol.Context.share`. Metadata only: no KV cell is copied."""
+        self._check_open()
+        llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
+        if n_pos > 0:
+            llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, n_pos)
+
+    def share_more(self, source: int, target: int, start: int, stop: int) -> None:
+        """See `protocol.Context.share_more`. Metadata only."""
+        self._check_open()
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, stop)
+
+    def truncate(self, seq: int, n_pos: int) -> None:
+        """See `protocol.Context.truncate`. Nothing is left to drop after `close`."""
+        if not self._finalizer.alive:
+            return
+        if not llama_cpp.llama_memory_seq_rm(self._memory, seq, n_pos if n_pos else -1, -1):
+            raise BackendError(f"sequence {seq} cannot be cut back to {n_pos} positions")
+
+    def is_whole(self, seq: int) -> bool:
+        """See `protocol.Context.is_whole`."""
+        self._check_open()
+        return bool(llama_cpp.llama_memory_seq_pos_min(self._memory, seq) == 0)
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise BackendError("this context is closed; make a new one")
+
+    @contextmanager
+    def _patched(self, plan: _core.Plan | None) -> Iterator[None]:
+        if plan is None:
+            yield
+            return
+        self.patch.begin(plan)
+        try:
+            yield
+        except BaseException:
+            self.patch.abandon()
+            raise
+        try:
+            self.patch.end()
+        except (RuntimeError, IndexError) as exc:
+            raise BackendError(f"the graph cannot be patched: {exc}") from exc
+
+
+def usable_threads() -> int:
+    """How many threads to compute with: all CPUs we may use up to 4, else half of them."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return usable if usable is not None and usable <= 4 else (usable or 2) // 2
+
+
+class _Batch:
+    """A llama_batch, allocated once and filled through NumPy views."""
+
+    def __init__(self, capacity: int) -> None:
+        self.struct = llama_cpp.llama_batch_init(capacity, 0, 1)
+        self._finalizer = weakref.finalize(self, llama_cpp.llama_batch_free, self.struct)
+        self._capacity = capacity
+        self._token = np.ctypeslib.as_array(self.struct.token, (capacity,))
+        self._pos = np.ctypeslib.as_array(self.struct.pos, (capacity,))
+        self._logits = np.ctypeslib.as_array(self.struct.logits, (capacity,))
+        np.ctypeslib.as_array(self.struct.n_seq_id, (capacity,))[:] = 1
+        self._seq = [self.struct.seq_id[i] for i in range(capacity)]
+
+    def fill(
+        self,
+        tokens: IntArray,
+        positions: IntArray,
+        seqs: IntArray,
+        outputs: npt.NDArray[np.bool_],
+    ) -> None:
+        n = len(tokens)
+        if not 0 < n <= self._capacity:
+            raise BackendError(
+                f"a batch of {n} rows: 1 to {self._capacity} (n_ubatch) are possible"
+            )
+        self.struct.n_tokens = n
+        self._token[:n] = tokens
+        self._pos[:n] = positions
+        self._logits[:n] = outputs
+        for pointer, seq in zip(self._seq, seqs.tolist(), strict=False):
+            pointer[0] = seq
+
+
+def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
+    params = llama_cpp.llama_context_default_params()
+    if options.base is not None:
+        params = llama_cpp.llama_context_params.from_buffer_copy(options.base)
+        params.embeddings = False
+        params.n_samplers, params.samplers = 0, None
+    params.n_ctx = options.n_ctx
+    # Every decode is one micro-batch, so a row of the batch is a row of the graph.
+    params.n_batch = params.n_ubatch = options.n_ubatch
+    params.n_seq_max = n_seq_max
+    # llama.cpp reserves an output for each sequence, and aborts where a batch holds fewer rows.
+    params.n_outputs_max = max(params.n_batch, n_seq_max)
+    params.kv_unified = True
+    # Without the full cache, image tokens behind the window lose their cells to later tokens, and
+    # a sequence cannot be cut back.
+    params.swa_full = True
+    if options.n_threads > 0:
+        params.n_threads = params.n_threads_batch = options.n_threads
+    flash: dict[bool | None, Literal[-1, 0, 1]] = {None: -1, False: 0, True: 1}
+    params.flash_attn_type = flash[options.flash_attn]
+    params.type_k = CACHE_TYPES[options.type_k]
+    params.type_v = CACHE_TYPES[options.type_v]
+    params.offload_kqv = options.offload_kqv
+    params.no_perf = True
+    return params
+
+
+def _free(handle: Any, patch: _core.GraphPatch, model: Model | None) -> None:
+    llama_cpp.llama_free(handle)
+
+
+def _check(code: int, what: str, n_ctx: int) -> None:
+    if code == 1:
+        raise ContextLengthError(f"no room for {what}: all {n_ctx} KV cells are taken; raise n_ctx")
+    if code != 0:
+        raise BackendError(f"llama.cpp could not decode {what}: code {code}")

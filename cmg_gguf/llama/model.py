@@ -1,0 +1,154 @@
+"""A loaded language model and its vocabulary."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+import cmg_gguf.llama.native  # noqa: F401  (binds _core before anything uses it)
+from cmg_gguf import _core
+from cmg_gguf.arrays import IntArray
+from cmg_gguf.errors import ModelError
+from cmg_gguf.llama.header import read_architecture
+from cmg_gguf.llama.log import captured_errors
+
+
+class Model:
+    """Weights and vocabulary, shared by any number of contexts.
+
+    handle: llama_model pointer. Everything made from a model keeps it alive.
+    """
+
+    def __init__(self, handle: Any, *, path: Path, owner: object = None) -> None:
+        """Wraps a loaded llama_model; frees it at the end unless `owner` (kept alive) does."""
+        self.handle = handle
+        self.path = path
+        self._owner = owner
+        if owner is None:
+            self._finalizer = weakref.finalize(self, llama_cpp.llama_model_free, handle)
+        self.vocab = llama_cpp.llama_model_get_vocab(handle)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.n_layer: int = llama_cpp.llama_model_n_layer(handle)
+        self.n_embd: int = llama_cpp.llama_model_n_embd_inp(handle)
+        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(handle)
+        self.size: int = llama_cpp.llama_model_size(handle)
+        self.has_recurrent_layers: bool = llama_cpp.llama_model_is_recurrent(
+            handle
+        ) or llama_cpp.llama_model_is_hybrid(handle)
+        self._token_bytes = functools.lru_cache(maxsize=65536)(
+            functools.partial(_piece, self.vocab)
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        n_gpu_layers: int = -1,
+        main_gpu: int = 0,
+        use_mmap: bool = True,
+        progress: Callable[[float], None] | None = None,
+    ) -> Model:
+        """Loads a GGUF language model. progress: called with 0 to 1; what it raises ends loading.
+
+        Raises ModelError for a missing, damaged or swapped file.
+        """
+        path = Path(path)
+        if read_architecture(path, "model") in ("clip", "mmproj"):
+            raise ModelError(
+                f"{path} is an image projector (mmproj), not a language model; are the two files "
+                "swapped?"
+            )
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.main_gpu = main_gpu
+        params.load_mode = (
+            llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
+        )
+        report = _core.LoadProgress(progress or (lambda share: None))
+        params.progress_callback = ctypes.cast(report.callback, llama_cpp.llama_progress_callback)
+        params.progress_callback_user_data = report.user_data
+        with captured_errors() as errors:
+            handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        model = cls(handle, path=path) if handle else None
+        report.rethrow()
+        if model is None:
+            reason = errors[0] if errors else "no reason given"
+            raise ModelError(f"llama.cpp cannot load model file {path}: {reason}")
+        return model
+
+    @property
+    def keepalive(self) -> Model | None:
+        """What a finalizer must hold so that it is run before the weights are freed.
+
+        None with an owner, which may hold what is made from its model and would never be freed.
+        """
+        return self if self._owner is None else None
+
+    def close(self) -> None:
+        """Frees the weights. Nothing made from this model may be used afterwards."""
+        if self._owner is None:
+            self._finalizer()
+
+    def describe(self) -> str:
+        """llama.cpp's one-line description, e.g. "llama 7B Q4_K - Medium"."""
+        buffer = ctypes.create_string_buffer(256)
+        llama_cpp.llama_model_desc(self.handle, buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
+
+    def metadata(self, key: str) -> str | None:
+        """A metadata value as text, or None."""
+        buffer = ctypes.create_string_buffer(1)
+        name = key.encode()
+        size = llama_cpp.llama_model_meta_val_str(self.handle, name, buffer, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        llama_cpp.llama_model_meta_val_str(self.handle, name, buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
+
+    def chat_template(self) -> str | None:
+        """The Jinja chat template in the file, or None."""
+        template = llama_cpp.llama_model_chat_template(self.handle, None)
+        return template.decode("utf-8", "replace") if template else None
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends an answer (end of sequence, of turn, ...)."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    def special_text(self, which: str) -> str:
+        """Text of the "bos" or "eos" token; "" if the vocabulary has none."""
+        token: int = getattr(llama_cpp, f"llama_vocab_{which}")(self.vocab)
+        return (
+            "" if token < 0 else _piece(self.vocab, token, special=True).decode("utf-8", "replace")
+        )
+
+    def tokenize(self, text: str, *, special: bool = False, add_bos: bool = False) -> IntArray:
+        """(n,) int32 tokens of `text`. special: whether "</s>" in it means the special token."""
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 8
+        tokens = (llama_cpp.llama_token * room)()
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), tokens, room, add_bos, special)
+        return np.array(tokens[: max(n, 0)], dtype=np.int32)
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of a token, possibly part of a character; b"" for control tokens."""
+        return self._token_bytes(token)
+
+
+def _piece(vocab: Any, token: int, *, special: bool = False) -> bytes:
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n

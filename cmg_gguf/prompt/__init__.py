@@ -1,0 +1,1 @@
+"""Prompts: from messages and pictures to segments."""

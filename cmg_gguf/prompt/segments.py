@@ -1,0 +1,74 @@
+"""A tokenised prompt: runs of text tokens and images, in order. Values only."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmg_gguf.arrays import FloatArray, IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class TextSegment:
+    """A run of text tokens of a prompt. tokens: (n,) int32."""
+
+    tokens: IntArray
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_pos(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSegment:
+    """One image (or one tile of it) of a prompt.
+
+    n_tokens: image tokens. n_pos: positions they take (fewer under M-RoPE). non_causal: the model
+    lets image tokens see later ones, so they must be decoded in one micro-batch. embd: (n_tokens,
+    n_embd) float32 once encoded. chunk: llama.cpp's own description of the image. key: stands for
+    all that enters its rows, so that equal keys mean equal images; None = not known.
+    """
+
+    n_tokens: int
+    n_pos: int
+    non_causal: bool
+    chunk: Any
+    embd: FloatArray | None = None
+    key: Hashable = None
+
+    @property
+    def needs_ubatch(self) -> int:
+        """Rows that one micro-batch must have room for."""
+        return self.n_tokens if self.non_causal else 1
+
+
+Segment = TextSegment | ImageSegment
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A tokenised prompt: text and image segments in order."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(s.n_tokens for s in self.segments)
+
+    @property
+    def n_image_tokens(self) -> int:
+        return sum(s.n_tokens for s in self.segments if isinstance(s, ImageSegment))
+
+    @property
+    def is_image(self) -> npt.NDArray[np.bool_]:
+        """(n_tokens,) bool: which rows are image tokens."""
+        runs = [np.full(s.n_tokens, isinstance(s, ImageSegment)) for s in self.segments]
+        return np.concatenate(runs) if runs else np.zeros(0, bool)
