@@ -27,8 +27,9 @@ from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.prompt.images import ImageSource, image_id, load_image
+from cmg_gguf.prompt.messages import render_messages
 from cmg_gguf.prompt.segments import Prompt
-from cmg_gguf.prompt.templates import ChatTemplate, render_messages
+from cmg_gguf.prompt.templates import ChatTemplate
 from cmg_gguf.sampling import Sampling
 
 Pairing = Literal["auto", "pair", "contexts"]

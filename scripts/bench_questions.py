@@ -42,7 +42,7 @@ from cmg_gguf.evaluation import Item, Method, ModelFiles, chosen
 from cmg_gguf.evaluation.answering import Answerer, Job, Work
 from cmg_gguf.evaluation.items import groups
 from cmg_gguf.evaluation.tasks.scenes import ScenePope
-from cmg_gguf.prompt.templates import render_messages
+from cmg_gguf.prompt.messages import render_messages
 from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair, settings_file
 
 GREEDY, CMG, HANDLER = "greedy", "cmg", "chat handler"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cmg_gguf.errors import CMGError, PromptError
-from cmg_gguf.prompt.templates import ChatTemplate, Rendered, render_messages
+from cmg_gguf.prompt.messages import Rendered, render_messages
+from cmg_gguf.prompt.templates import ChatTemplate
 
 M = "<image-5f0c>"
 CONTENT_ONLY = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"

@@ -1,19 +1,16 @@
-"""From messages to one prompt text with a marker for each image, and the images in order.
+"""Jinja chat templates: the built-in ones, and those that models bring along.
 
     template = ChatTemplate.named("vicuna")
-    prompt = render_messages(messages, template, marker="<image-5f0c...>")
-    prompt.text      # "... USER: <image-5f0c...>\\nWhat is this?\\nASSISTANT: "
-    prompt.images    # one source for each marker
+    template.render([{"role": "user", "content": "What is this?"}])
 
-Text never becomes an image: the marker is the caller's secret, and images are told apart while
-the template runs, so one that drops, repeats or swaps them is found out.
+How images and what the user wrote pass through one: `cmg_gguf.prompt.messages`.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.resources
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -26,20 +23,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cmg_gguf.errors import PromptError, shown
-from cmg_gguf.prompt.images import ImageSource
 
 Message = Mapping[str, Any]
 """`{"role": ..., "content": ...}`, as in OpenAI's chat API; other keys go to the template as is."""
 
-ROLES = ("system", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A prompt: its text with one marker an image, and the image sources in that order."""
-
-    text: str
-    images: list[ImageSource]
+NAMES = ("chatml", "mistral", "vicuna")
+"""The built-in templates, each a file in the folder `jinja`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         _compile(self.source)
-        typed = not self._writes("cmgprobe") and self._writes([_text_part("cmgprobe")])
+        typed = not self._writes("cmgprobe") and self._writes([text_part("cmgprobe")])
         object.__setattr__(self, "typed_content", typed)
 
     @classmethod
@@ -80,12 +69,12 @@ class ChatTemplate:
         Raises:
             PromptError: no template has this name.
         """
-        if name not in _NAMED:
+        if name not in NAMES:
             raise PromptError(
                 f"no chat template is named {shown(name)}: "
-                f"use one of {', '.join(sorted(_NAMED))}, or ChatTemplate.from_jinja"
+                f"use one of {', '.join(NAMES)}, or ChatTemplate.from_jinja"
             )
-        return cls(_NAMED[name], bos=bos, eos=eos)
+        return cls(_named_source(name), bos=bos, eos=eos)
 
     @classmethod
     def from_jinja(cls, source: str, *, bos: str = "", eos: str = "") -> ChatTemplate:
@@ -109,7 +98,7 @@ class ChatTemplate:
             PromptError: the template fails or calls `raise_exception`.
         """
         if self.typed_content:
-            messages = [{**m, "content": [_text_part(m.get("content") or "")]} for m in messages]
+            messages = [{**m, "content": [text_part(m.get("content") or "")]} for m in messages]
         return self._run(messages, add_generation_prompt, tools)
 
     def _writes(self, content: object) -> bool:
@@ -144,146 +133,8 @@ class ChatTemplate:
             ) from exc
 
 
-def render_messages(
-    messages: Sequence[Message],
-    template: ChatTemplate,
-    *,
-    marker: str,
-    add_generation_prompt: bool = True,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-) -> Rendered:
-    """Return the prompt of `messages`: their text with `marker` where each image stands.
-
-    A content is a string, or a list of parts that are joined without anything between, except
-    that an image is followed by a newline if more follows:
-
-        {"type": "text", "text": str}
-        {"type": "image_url", "image_url": str | {"url": str}}
-        {"type": "image", "image": any ImageSource}
-
-    Args:
-        marker: a random string, so that no text can contain it.
-
-    Raises:
-        PromptError: there is no message, a message has another form or role, a text contains the
-            marker, the template fails, writes nothing, or does not write each image exactly once
-            and in order.
-    """
-    if not marker:
-        raise PromptError("the image marker is empty: give a random string")
-    if not messages:
-        raise PromptError("there are 0 messages: give at least 1")
-    images: list[ImageSource] = []
-    flat = [_flat(message, i, marker, images) for i, message in enumerate(messages)]
-    text = template.render(flat, add_generation_prompt, tools=tools)
-    if not text.strip():
-        raise PromptError(
-            f"the chat template made an empty prompt of {len(flat)} messages: give messages with "
-            "text, or another template"
-        )
-    return Rendered(_with_markers(text, marker, len(images)), images)
-
-
-def _flat(message: Message, i: int, marker: str, images: list[ImageSource]) -> dict[str, Any]:
-    """Return the message with its content as a string, and append its images to `images`."""
-    if not isinstance(message, Mapping):
-        raise PromptError(f'message {i} is {shown(message)}: it must be {{"role":, "content":}}')
-    role = message.get("role")
-    if role not in ROLES:
-        raise PromptError(
-            f"message {i} has the role {shown(role)}: it must be one of {', '.join(ROLES)}"
-        )
-    content = message.get("content")
-    if content is None and role == "assistant":
-        content = ""  # a turn that only calls tools
-    if isinstance(content, str):
-        content = [_text_part(content)]
-    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray, memoryview)):
-        raise PromptError(
-            f"message {i} has the content {shown(content)}: it must be a string or a list of parts"
-        )
-    before = len(images)
-    pieces = [_piece(part, f"message {i}, part {j}", images) for j, part in enumerate(content)]
-    text = "".join(piece for piece in pieces if piece is not None)
-    if marker in text:
-        raise PromptError(
-            f"message {i} contains the image marker {shown(marker)}: draw another random marker"
-        )
-    return {**message, "content": _joined(pieces, marker, before)}
-
-
-def _piece(part: object, where: str, images: list[ImageSource]) -> str | None:
-    """Return the text of a part; None for an image, which is appended to `images`."""
-    if not isinstance(part, Mapping):
-        raise PromptError(f'{where} is {shown(part)}: it must be {{"type": ...}}')
-    kind = part.get("type")
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise PromptError(f"{where} has the text {shown(part.get('text'))}: give a string")
-        return str(part["text"])
-    if kind == "image_url":
-        url = part.get("image_url")
-        if isinstance(url, Mapping):
-            url = url.get("url")
-        if not isinstance(url, str) or not url:
-            raise PromptError(
-                f"{where} has the image_url {shown(part.get('image_url'))}: give a string or "
-                '{"url": string}'
-            )
-        images.append(url)
-        return None
-    if kind == "image":
-        if part.get("image") is None:
-            raise PromptError(f"{where} has no image: give a path, bytes, a PIL image or an array")
-        images.append(part["image"])
-        return None
-    raise PromptError(
-        f"{where} has the type {shown(kind)}: it must be one of text, image_url, image"
-    )
-
-
-def _joined(pieces: Sequence[str | None], marker: str, i_image: int) -> str:
-    """Return the pieces as one text; each None becomes the next image's own mark."""
-    text = ""
-    after_image = False
-    for piece in pieces:
-        if piece == "":
-            continue
-        if after_image:
-            text += "\n"
-        after_image = piece is None
-        if piece is None:
-            piece = _mark(marker, i_image)
-            i_image += 1
-        text += piece
-    return text
-
-
-def _mark(marker: str, i_image: int | str) -> str:
-    return f"{marker}#{i_image}#"
-
-
-def _with_markers(text: str, marker: str, n_images: int) -> str:
-    """Return `text` with the plain marker for each image's own mark, once all are in place."""
-    pieces = re.split(_mark(re.escape(marker), r"(\d+)"), text)
-    found = [int(i) for i in pieces[1::2]]
-    if found != list(range(n_images)):
-        raise PromptError(
-            f"the chat template wrote the images {found} instead of {list(range(n_images))}: use "
-            "one that writes the content of each message exactly once and in order"
-        )
-    between = pieces[0::2]
-    marked = marker.join(between)
-    # A marker can also arise elsewhere: in a message's name, or across the edge of two texts.
-    if marked.split(marker) != between:
-        raise PromptError(
-            f"the prompt contains the image marker {shown(marker)} outside of its {n_images} "
-            "images: draw another random marker"
-        )
-    return marked
-
-
-def _text_part(text: str) -> dict[str, str]:
+def text_part(text: str) -> dict[str, str]:
+    """The part of a content that is this text."""
     return {"type": "text", "text": text}
 
 
@@ -329,47 +180,8 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-# The text of llama-cpp-python's Llava15ChatHandler.CHAT_FORMAT as that is written, plus eos: the
-# handler itself loses the newlines before USER and ASSISTANT to trim_blocks.
-_VICUNA = """\
-{{ bos_token -}}
-{% set asked = messages | selectattr('role', 'equalto', 'system') | list %}
-{% if not (asked and asked[0].content) %}
-{{ 'A chat between a curious human and an artificial intelligence assistant. ' -}}
-{{ "The assistant gives helpful, detailed, and polite answers to the human's questions." -}}
-{% endif %}
-{% for message in messages %}
-{% if message.role == 'system' %}{{ message.content }}
-{%- elif message.role == 'user' %}{{ '\\nUSER: ' + message.content }}
-{%- elif message.role == 'assistant' %}{{ '\\nASSISTANT: ' + message.content + eos_token }}
-{%- else %}{{ raise_exception('vicuna has no turns of the role ' + message.role) }}
-{%- endif %}
-{% endfor %}
-{% if add_generation_prompt %}{{ '\\nASSISTANT: ' }}{% endif %}"""
-
-_MISTRAL = """\
-{{ bos_token -}}
-{% set turn = namespace(is_open=false) %}
-{% for message in messages %}
-{% if message.role in ('system', 'user') %}
-{{ '' if turn.is_open else '[INST] ' }}{{ message.content -}}
-{% set turn.is_open = message.role == 'system' %}
-{{ '\\n\\n' if turn.is_open else ' [/INST]' -}}
-{% elif message.role == 'assistant' %}
-{% if turn.is_open %}{{ raise_exception('mistral has a system message only before a user turn') }}
-{%- endif %}
-{{ ' ' + message.content + eos_token -}}
-{% else %}{{ raise_exception('mistral has no turns of the role ' + message.role) }}
-{%- endif %}
-{% endfor %}
-{% if turn.is_open %}{{ raise_exception('mistral has a system message only before a user turn') }}
-{%- endif %}"""
-
-_CHATML = """\
-{{ bos_token -}}
-{% for message in messages %}
-{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-
-_NAMED = {"vicuna": _VICUNA, "mistral": _MISTRAL, "chatml": _CHATML}
+def _named_source(name: str) -> str:
+    # vicuna.jinja is llama-cpp-python's Llava15ChatHandler.CHAT_FORMAT as that is written, plus
+    # eos: the handler itself loses the newlines before USER and ASSISTANT to trim_blocks.
+    folder = importlib.resources.files("cmg_gguf.prompt") / "jinja"
+    return (folder / f"{name}.jinja").read_bytes().decode()

@@ -20,8 +20,8 @@ from benchmarks.subjects import Subject
 from cmg_gguf import Guidance, GuidedVLM, LayerRange
 from cmg_gguf.answer.generate import Answer, Limits, generate
 from cmg_gguf.prompt.images import image_id, load_image
+from cmg_gguf.prompt.messages import render_messages
 from cmg_gguf.prompt.segments import Prompt
-from cmg_gguf.prompt.templates import render_messages
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 HALF = Guidance(layers=LayerRange(0.5, 1.0))
