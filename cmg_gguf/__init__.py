@@ -13,9 +13,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmg_gguf.answer.generate import Piece, Reply, Seconds, Token
-    from cmg_gguf.answer.stream import Stream
-    from cmg_gguf.engine.contrast import Contrast
     from cmg_gguf.errors import (
         BackendError,
         CMGError,
@@ -40,7 +37,10 @@ if TYPE_CHECKING:
         TopRatio,
     )
     from cmg_gguf.handler import CMGChatHandler
+    from cmg_gguf.reply import Piece, Reply, Seconds, Token
+    from cmg_gguf.request import Contrast, Request
     from cmg_gguf.sampling import Sampling
+    from cmg_gguf.stream import Stream
     from cmg_gguf.vlm import GuidedVLM
 
 __version__ = "0.1.0"
@@ -67,6 +67,7 @@ __all__ = [
     "ProjectorError",
     "PromptError",
     "Reply",
+    "Request",
     "Sampling",
     "SamplingError",
     "Seconds",
@@ -78,16 +79,7 @@ __all__ = [
 ]
 
 # What is imported on first use, llama.cpp with it: `cmg-gguf --help` needs none. Light ones first.
-_MODULES = (
-    "errors",
-    "guidance",
-    "sampling",
-    "answer.generate",
-    "engine.contrast",
-    "answer.stream",
-    "vlm",
-    "handler",
-)
+_MODULES = ("errors", "guidance", "sampling", "reply", "request", "stream", "vlm", "handler")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 
 import llama_cpp
 
-from cmg_gguf.chat.completion import create_chat_completion
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.vlm import GuidedVLM, Pairing
+from cmg_gguf.opening import Pairing
+from cmg_gguf.vlm import GuidedVLM
 
 
 class CMGChatHandler:
@@ -62,4 +62,4 @@ class CMGChatHandler:
 
     def __call__(self, *, llama: llama_cpp.Llama, messages: Any, **settings: Any) -> Any:
         settings.setdefault("guidance", self.guidance)
-        return create_chat_completion(self.vlm(llama), messages, **settings)
+        return self.vlm(llama).create_chat_completion(messages, **settings)

@@ -11,7 +11,6 @@ The order of the chain, as built by `cmg_gguf.llama.sampler`:
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,13 +18,15 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from llama_cpp import llama_grammar
-
 from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import SamplingError, shown
 
 LogitsProcessor = Callable[[IntArray, FloatArray], FloatArray]
 """(tokens so far (n,) int32, logits (n_vocab,) float32) -> logits (n_vocab,) float32."""
+
+Watch = Callable[[IntArray, Callable[[], FloatArray]], None]
+"""(tokens so far (n,) int32, score). score() computes (n_vocab,) float32: the logits under guidance
+before the plausibility cut and all samplers; only for as long as the call lasts."""
 
 MAX_SEED = 2**32 - 2
 
@@ -62,6 +63,9 @@ class Sampling:
     frequency_penalty, presence_penalty: 0 = off. penalty_last_n: tokens of the answer that
     penalties look back on; -1 = all, 0 = none. mirostat_mode: 0 = off, 1 or 2.
     logit_bias: token -> added to its logit. grammar: GBNF text, its root rule named `root`.
+    response_format: OpenAI's, for an answer in JSON: {"type": "text"}, {"type": "json_object"},
+    {"type": "json_object", "schema": {...}} or {"type": "json_schema", "json_schema": {"schema":
+    {...}}}; not together with a grammar.
     seed: 0 to 2**32 - 2; None = a new one each time, reported in the result.
 
     Raises SamplingError for anything out of range.
@@ -81,6 +85,7 @@ class Sampling:
     mirostat_eta: float = 0.1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: str | None = None
+    response_format: Mapping[str, Any] | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -107,7 +112,11 @@ class Sampling:
                     f"{MAX_BIAS:g} either way, or -inf to forbid the token"
                 )
         if self.grammar is not None:
-            _check_grammar(self.grammar)
+            check_grammar(self.grammar)
+        if self.response_format is not None:
+            schema_of(self.response_format)
+            if self.grammar is not None and self.response_format.get("type") != "text":
+                raise SamplingError("give either a grammar or a response_format, not both")
 
     @property
     def penalizes(self) -> bool:
@@ -121,34 +130,22 @@ class Sampling:
         return self.temperature == 0 and not self.penalizes
 
 
-def grammar_for(response_format: Mapping[str, Any] | None) -> str | None:
-    """GBNF grammar of an OpenAI `response_format`, or None for free text.
+def schema_of(response_format: Mapping[str, Any]) -> Any:
+    """The JSON schema of an OpenAI `response_format`; None = it names none.
 
-    {"type": "text"}, {"type": "json_object"}, {"type": "json_object", "schema": {...}} and
-    {"type": "json_schema", "json_schema": {"schema": {...}}} are known; anything else, or a schema
-    that cannot be turned into a grammar, raises SamplingError.
+    Raises SamplingError for a type that is unknown, or a schema that repeats too often.
     """
-    if response_format is None or response_format.get("type") == "text":
-        return None
-    kind = response_format.get("type")
-    schema = response_format.get("schema")
+    kind, schema = response_format.get("type"), response_format.get("schema")
     if kind == "json_schema":
         schema = (response_format.get("json_schema") or {}).get("schema")
         if schema is None:
             raise SamplingError("response_format json_schema has no json_schema.schema; give one")
-    elif kind != "json_object":
+    elif kind not in ("json_object", "text"):
         raise SamplingError(
             f"response_format type {kind!r} is unknown: text, json_object or json_schema"
         )
-    if schema is None:
-        return str(llama_grammar.JSON_GBNF)
-    try:
-        _check_repeats(schema)
-        return str(llama_grammar.json_schema_to_gbnf(json.dumps(schema)))
-    except SamplingError:
-        raise
-    except Exception as exc:
-        raise SamplingError(f"the JSON schema cannot be turned into a grammar: {exc!r}") from exc
+    _check_repeats(schema)
+    return schema
 
 
 def _is_number(value: object, *, whole: bool) -> bool:
@@ -177,7 +174,8 @@ def _check_repeats(schema: object) -> None:
 _LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
 
 
-def _check_grammar(grammar: object) -> None:
+def check_grammar(grammar: object) -> None:
+    """Raises SamplingError for what llama.cpp's parser must not be given."""
     if not isinstance(grammar, str) or "\0" in grammar:
         raise SamplingError(f"the grammar is {shown(grammar)}: give GBNF text without NUL")
     if len(grammar) > MAX_GRAMMAR:

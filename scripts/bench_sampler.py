@@ -40,7 +40,7 @@ def measure(sampling: Sampling, n_vocab: int, beta: float, n: int) -> float:
     times = []
     for _ in range(n):
         started = time.perf_counter()
-        drawer.sample(original.ctypes.data, original.ctypes.data, lambda: degraded.ctypes.data)
+        drawer.sample(original, original, lambda: degraded)
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times)
 

@@ -12,12 +12,12 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
+from stepped import PairedEngine
 
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
-from cmg_gguf.engine.context import Branch, Context
-from cmg_gguf.engine.engine import PairedEngine
-from cmg_gguf.engine.kept import PrefixReuse
+from cmg_gguf.engine.context import Branch, Branches, Context
+from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.errors import BackendError
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, TextSegment
 
@@ -157,7 +157,7 @@ class Rig:
             Branch(cast(Context, c), s) for c, s in zip(self.contexts, seqs, strict=True)
         )
         slots = [(10 + i, 20 + i) for i in range(n_slots)]
-        prefixes = PrefixReuse(original, degraded, slots, max_cells)
+        prefixes = PrefixCache(Branches(original, degraded), slots, max_cells)
         self.engine = PairedEngine(original, degraded, _core.Selections(N_LAYER), prefixes=prefixes)
         self.forget()
 

@@ -206,6 +206,7 @@ def _interrupt_in(phase: str, at: int) -> Happening:
             if now == phase and done >= at:
                 raise KeyboardInterrupt
 
+        vlm.forget()  # what is kept is not decoded again, and has no progress
         vlm.generate(QUESTION, [PICTURE, picture(1)], progress=progress)
 
     return cause

@@ -43,8 +43,8 @@ def ids(reply: Reply) -> list[int]:
 
 def is_empty(vlm: GuidedVLM) -> bool:
     """Whether the sequences that answers are decoded in hold nothing."""
-    branches = vlm.engine.original, vlm.engine.degraded
-    return vlm.engine.n_past == 0 and not any(
+    branches = vlm.engine.branches.original, vlm.engine.branches.degraded
+    return vlm.engine.session is None and not any(
         held(branch.context, branch.seq) for branch in branches
     )
 

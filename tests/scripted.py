@@ -6,17 +6,17 @@ assert run.answer.text == "yes"
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from cmg_gguf.answer.generate import Answer, Limits, Piece, generate
+from cmg_gguf.answer.generate import Answer, generate
 from cmg_gguf.arrays import FloatArray
-from cmg_gguf.engine.engine import PairedEngine
 from cmg_gguf.guidance import Guidance
+from cmg_gguf.reply import Piece
+from cmg_gguf.request import Request
 
 N_VOCAB = 40
 END = N_VOCAB - 1
@@ -35,14 +35,15 @@ class FakeEngine:
         return len(self.steps) < self.room
 
     @property
-    def original_address(self) -> int:
-        return int(self.original_logits.ctypes.data)
+    def l_o(self) -> FloatArray:
+        return self.original_logits
 
-    @property
-    def degraded_address(self) -> int:
-        return 0 if self.degraded_logits is None else int(self.degraded_logits.ctypes.data)
+    def degraded(self, session: FakeEngine) -> FloatArray | None:
+        assert session is self
+        return self.degraded_logits
 
-    def step(self, token: int) -> None:
+    def step(self, session: FakeEngine, token: int) -> None:
+        assert session is self
         assert self.has_room, "stepped without room"
         self.steps.append(token)
         self._compute()
@@ -59,14 +60,19 @@ class Script:
 
     def __init__(self, draws: Sequence[int | tuple[int, int]]) -> None:
         self._draws = [d if isinstance(d, tuple) else (d, d) for d in draws]
-        self.given: list[tuple[int, int, int]] = []
+        self.given: list[tuple[FloatArray, FloatArray, FloatArray | None]] = []
         self.rows: list[FloatArray] = []
         self.accepted: list[int] = []
         self.alpha = 1.0
 
-    def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
+    def sample(
+        self,
+        logits: FloatArray,
+        original: FloatArray,
+        degraded: Callable[[], FloatArray | None],
+    ) -> tuple[int, int]:
         self.given.append((logits, original, degraded()))
-        self.rows.append(row_at(logits))
+        self.rows.append(logits.copy())
         i = len(self.rows) - 1
         return self._draws[i] if i < len(self._draws) else (END, END)
 
@@ -93,7 +99,7 @@ class Run:
 
     words: Sequence[bytes]
     draws: Sequence[int | tuple[int, int]] | None = None
-    limits: Limits = field(default_factory=Limits)
+    request: Request = field(default_factory=lambda: asking())
     engine: FakeEngine = field(default_factory=FakeEngine)
     check: Callable[[], None] = lambda: None
 
@@ -102,11 +108,11 @@ class Run:
         self.answer = Answer()
         self.pieces: list[Piece] = []
         self.generator = generate(
-            cast(PairedEngine, self.engine),
+            self.engine,
+            self.engine,
             self.script,
             Words(self.words),
-            Guidance(alpha=1.0, beta=0.1),
-            self.limits,
+            self.request,
             self.answer,
             self.check,
         )
@@ -120,8 +126,9 @@ class Run:
         return [token.id for token in self.answer.tokens]
 
 
-def row_at(address: int) -> FloatArray:
-    return np.array((ctypes.c_float * N_VOCAB).from_address(address), np.float32)
+def asking(**settings: Any) -> Request:
+    """A request with a guidance whose formula is easily followed."""
+    return Request("", **{"guidance": Guidance(alpha=1.0, beta=0.1), **settings})
 
 
 def told(*words: str | bytes, **settings: Any) -> Run:
@@ -129,4 +136,4 @@ def told(*words: str | bytes, **settings: Any) -> Run:
     data = [word.encode() if isinstance(word, str) else word for word in words]
     names = ("draws", "engine", "check")
     given = {name: settings.pop(name) for name in names if name in settings}
-    return Run(data, limits=Limits(**settings), **given).finish()
+    return Run(data, request=asking(**settings), **given).finish()

@@ -22,15 +22,15 @@ from llama_cpp import mtmd_cpp as mtmd
 from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
 from reference import F64, Mask, Policy, Reference, Step
+from stepped import PairedEngine
 from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
-from cmg_gguf.engine.context import Branch
-from cmg_gguf.engine.engine import PairedEngine
-from cmg_gguf.engine.kept import PrefixReuse
-from cmg_gguf.engine.steps import EAGER, Stepping
+from cmg_gguf.engine.context import Branch, Branches
+from cmg_gguf.engine.prefix_cache import PrefixCache
+from cmg_gguf.engine.steps import EAGER, Strategy
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -196,7 +196,7 @@ class Rig:
         n_seq_max: int = 2,
         n_slots: int = 0,
         max_cells: int = 10**6,
-        stepping: Stepping = EAGER,
+        stepping: Strategy = EAGER,
     ) -> None:
         self.tiny = tiny
         n_seq_max = max(n_seq_max, 2 + 2 * n_slots)
@@ -207,7 +207,7 @@ class Rig:
         ]
         branches = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
         slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
-        reuse = PrefixReuse(*branches, slots, max_cells)
+        reuse = PrefixCache(Branches(*branches), slots, max_cells)
         self.engine = PairedEngine(*branches, self.selections, reuse, stepping=stepping)
 
     def n_decoded(self) -> tuple[int, int]:

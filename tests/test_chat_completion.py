@@ -19,7 +19,6 @@ from cmg_gguf import (
     CMGChatHandler,
     Guidance,
     GuidedVLM,
-    PromptError,
     SamplingError,
     UnsupportedError,
 )
@@ -31,7 +30,7 @@ LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
 
 @pytest.fixture(scope="module")
 def vlm(pair: TinyPair) -> Iterator[GuidedVLM]:
-    with open_vlm(pair, n_ctx=512) as opened:
+    with open_vlm(pair, n_ctx=512, strategy="exact") as opened:
         yield opened
 
 
@@ -312,7 +311,7 @@ def test_settings_reach_the_sampler(vlm: GuidedVLM) -> None:
         ({"response_format": {"type": "xml"}}, SamplingError, "'xml'"),
         (
             {"response_format": {"type": "json_object"}, "grammar": 'root ::= "a"'},
-            PromptError,
+            SamplingError,
             "not both",
         ),
     ],

@@ -40,7 +40,6 @@ from cmg_gguf.cli.options import (
     split_images,
 )
 from cmg_gguf.cli.sampling_flags import SamplingFlags
-from cmg_gguf.engine.strategy import Strategy
 from cmg_gguf.errors import GuidanceError
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -55,6 +54,7 @@ from cmg_gguf.guidance import (
     TopRatio,
 )
 from cmg_gguf.llama.context import CACHE_TYPES
+from cmg_gguf.opening import Strategy
 from cmg_gguf.sampling import Sampling
 from cmg_gguf.vlm import GuidedVLM
 
@@ -201,7 +201,8 @@ def test_defaults_are_those_of_the_library() -> None:
     names |= {"cache_type_k": "type_k", "cache_type_v": "type_v"}
     defaults = {n: p.default for n, p in inspect.signature(GuidedVLM).parameters.items()}
     assert get_args(ModelStrategy) == get_args(Strategy)
-    for flag in ("chat_template", "pairing", "strategy", "n_gpu_layers", "verbose", *names):
+    assert "strategy" not in ModelFlags().options()  # each command has its own
+    for flag in ("chat_template", "pairing", "n_gpu_layers", "verbose", *names):
         assert getattr(ModelFlags(), flag) == defaults[names.get(flag, flag)], flag
 
 
@@ -330,14 +331,14 @@ def test_flags_reach_the_library(bench: Bench) -> None:
     assert json.loads(result.stdout)["text"] == reply.text
 
 
-@pytest.mark.parametrize("strategy", ["eager", "fork", "lazy"])
+@pytest.mark.parametrize("strategy", ["auto", "exact"])
 def test_every_exact_strategy_gives_the_same_answer(bench: Bench, strategy: str) -> None:
     result = invoke("run", *bench.asking, "-p", QUESTION, "--strategy", strategy)
     assert result.stdout == bench.answer().text + "\n"
 
 
 def test_an_approximate_strategy_cannot_have_two_contexts(bench: Bench) -> None:
-    flags = ["--strategy", "lazy-approximate", "--pairing", "contexts"]
+    flags = ["--strategy", "approximate", "--pairing", "contexts"]
     result = invoke("run", *bench.asking, "-p", QUESTION, *flags)
     assert result.exit_code == 1
     assert "none in common" in result.stderr
@@ -569,20 +570,6 @@ def test_info_for_people(bench: Bench) -> None:
     assert "llama-cpp-python" in built_in
     assert "image tokens 64 for 112 x 112 pixels" in built_in
     assert layer_bar([0, 2], 4).plain == "█░█░"
-
-
-def test_info_times_the_strategies_and_remembers_it(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    files = ["-m", str(bench.pair.llm), "-t", "1"]
-    costs = json.loads(invoke("info", *files, "--calibrate", "--json").stdout)["costs"]
-    assert costs["best"] in costs["per_token"]
-    assert list(costs["catch_up"]) == ["1", "4", "8"]
-    with GuidedVLM(*bench.pair, n_threads=1) as vlm:
-        assert vlm.strategy == costs["best"]
-    assert "<- the fastest" in flat(invoke("info", *files, "--calibrate").stdout)
-    assert "<- the fastest" in flat(invoke("info", "--calibrate").stdout)
 
 
 def test_info_refuses_a_layer_that_is_not_there(bench: Bench) -> None:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from fakes import Rig, prompt
 from guided import PLAIN, QUESTION, ids, is_empty, open_vlm
+from stepped import ContrastEngine
 from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import ContextLengthError, Contrast, Guidance, GuidedVLM, Reply
 from cmg_gguf.answer.logits import combine
 from cmg_gguf.arrays import FloatArray, IntArray
-from cmg_gguf.engine.contrast import ContrastEngine, shared_rows
+from cmg_gguf.engine.contrast import shared_rows
 from cmg_gguf.errors import BackendError
 
 N = 8
@@ -105,7 +106,7 @@ def test_two_prompts_that_do_not_fit_are_refused_before_computing(vlm: GuidedVLM
     long = "there " * 120
     with pytest.raises(ContextLengthError, match="raise n_ctx"):
         vlm.stream(long, [picture(0)], contrast=Contrast("there " * 300))
-    if vlm.pairing == "pair":
+    if vlm.engine.branches.paired:
         with pytest.raises(ContextLengthError, match="the two prompts need"):
             vlm.stream(long, [picture(0)], contrast=Contrast(long))
 

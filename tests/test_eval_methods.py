@@ -18,7 +18,7 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import GuidedVLM, Reply, Sampling
 from cmg_gguf.answer.logits import combine
-from cmg_gguf.evaluation.method import Method, Question, Request
+from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.evaluation.methods import METHODS, chosen
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.relatives import M3id, Vcd, noise_share, noised
@@ -26,6 +26,7 @@ from cmg_gguf.evaluation.run import Run
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.yes_bias import fitted, fitted_bias
 from cmg_gguf.evaluation.yes_no import YesNoTokens
+from cmg_gguf.request import Request
 
 N = 6
 PROMPT = "Is there a dog?"
@@ -44,15 +45,8 @@ def question(vlm: GuidedVLM) -> Question:
 
 
 def answer(vlm: GuidedVLM, question: Question, request: Request) -> Reply:
-    return vlm.generate(
-        question.item.prompt,
-        question.images,
-        guidance=request.guidance,
-        contrast=request.contrast,
-        sampling=request.sampling,
-        logits_processors=request.processors,
-        max_tokens=N,
-    )
+    assert (request.prompt, request.max_tokens) == (question.item.prompt, N)
+    return vlm.generate(request)
 
 
 def asked(vlm: GuidedVLM, question: Question, name: str) -> Reply:
@@ -267,7 +261,7 @@ def test_a_method_of_ones_own_is_a_small_class(
         name: str = "warm"
 
         def request(self, question: Question) -> Request:
-            return Request(sampling=Sampling(temperature=self.temperature, seed=question.seed))
+            return question.ask(sampling=Sampling(temperature=self.temperature, seed=question.seed))
 
     monkeypatch.setitem(METHODS, "warm", lambda guidance: Warm())
     assert methods("warm")[0].settings() == {"method": "Warm", "temperature": 0.5}

@@ -51,7 +51,7 @@ def test_a_fault_of_the_request_is_told_before_anything_is_computed(
 ) -> None:
     with monkeypatch.context() as patched:
         for name in ("decode", "decode_image"):
-            patched.setattr(vlm.engine.original.context, name, _computed)
+            patched.setattr(vlm.engine.branches.original.context, name, _computed)
         patched.setattr(vlm.projector, "encode", _computed)
         fault.happen(vlm)
     assert answer(vlm) == expected
@@ -181,7 +181,7 @@ def test_an_interrupt_at_any_moment_leaves_the_model_usable(
         signal.signal(signal.SIGVTALRM, before)
     assert n_interrupted == 20
     vlm.forget()
-    context: Any = vlm.engine.original.context
+    context: Any = vlm.engine.branches.original.context
     assert not any(held(context, seq) for seq in range(context.n_seq_max))
 
 

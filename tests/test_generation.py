@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from scripted import N_VOCAB, FakeEngine, Run, told
+from scripted import N_VOCAB, FakeEngine, Run, asking, told
 
-from cmg_gguf.answer.generate import Limits, Token
 from cmg_gguf.answer.logits import combine, log_softmax
 from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import SamplingError
+from cmg_gguf.reply import Token
 
 # --- what ends an answer -----------------------------------------------------------------------
 
@@ -167,13 +167,16 @@ def test_a_sampler_gets_both_rows_of_the_newest_step() -> None:
     run = Run([b"a", b"b"])
     for n_steps in range(2):
         next(run.generator)
-        original, degraded = run.engine.original_address, run.engine.degraded_address
-        assert run.script.given[n_steps] == (original, original, degraded)
+        original, degraded = run.engine.original_logits, run.engine.degraded_logits
+        for row, expected in zip(
+            run.script.given[n_steps], (original, original, degraded), strict=True
+        ):
+            assert row is expected
 
 
-def test_without_a_degraded_branch_its_address_is_zero() -> None:
+def test_without_a_degraded_branch_there_is_no_row_of_it() -> None:
     run = told("a", engine=FakeEngine(guided=False))
-    assert [degraded for _, _, degraded in run.script.given] == [0, 0]
+    assert [degraded for _, _, degraded in run.script.given] == [None, None]
 
 
 def test_the_time_of_an_answer_grows_with_it() -> None:
@@ -190,7 +193,7 @@ def test_logprobs_are_those_of_the_guided_distribution(guided: bool, n_top: int)
     for i, token in enumerate(run.answer.tokens):
         engine = FakeEngine(guided=guided)
         for _ in range(i):
-            engine.step(0)
+            engine.step(engine, 0)
         expected = log_softmax(
             combine(engine.original_logits, engine.degraded_logits, alpha=1.0, beta=0.1)
         )
@@ -215,13 +218,13 @@ def test_processors_change_what_is_drawn_from_one_after_another() -> None:
         assert tokens.dtype == np.int32
         return logits + len(tokens)
 
-    run = told("a", "b", processors=[double, add_count])
+    run = told("a", "b", logits_processors=[double, add_count])
     engine = FakeEngine()
     for n_tokens, row in enumerate(run.script.rows):
         np.testing.assert_array_equal(row, engine.original_logits * 2 + n_tokens)
-        engine.step(0)
+        engine.step(engine, 0)
     for drawn_from, original, _ in run.script.given:
-        assert drawn_from != original
+        assert drawn_from is not original
 
 
 def test_processors_see_the_answer_so_far() -> None:
@@ -231,7 +234,7 @@ def test_processors_see_the_answer_so_far() -> None:
         seen.append(tokens.tolist())
         return logits
 
-    told("a", "b", draws=[1, 0], processors=[look])
+    told("a", "b", draws=[1, 0], logits_processors=[look])
     assert seen == [[], [1], [1, 0]]
 
 
@@ -240,7 +243,7 @@ def test_a_processor_that_changes_its_argument_leaves_the_engines_logits_alone()
         logits[np.arange(N_VOCAB) != 3] = -np.inf
         return logits
 
-    run = told("a", processors=[forbid_all_but_3])
+    run = told("a", logits_processors=[forbid_all_but_3])
     assert all(np.flatnonzero(np.isfinite(row)).tolist() == [3] for row in run.script.rows)
     assert np.isfinite(run.engine.original_logits).all()
 
@@ -257,7 +260,7 @@ def test_nothing_is_drawn_if_a_processor_ended_the_request() -> None:
         if ended:
             raise InterruptedError
 
-    run = Run([b"a"], limits=Limits(processors=[end]), check=check)
+    run = Run([b"a"], request=asking(logits_processors=[end]), check=check)
     with pytest.raises(InterruptedError):
         run.finish()
     assert run.script.given == []
@@ -267,7 +270,7 @@ def test_a_processor_may_return_another_dtype_or_layout() -> None:
     def wide(tokens: IntArray, logits: FloatArray) -> Any:
         return np.repeat(logits.astype(np.float64), 2)[::2]
 
-    run = told("a", processors=[wide])
+    run = told("a", logits_processors=[wide])
     np.testing.assert_array_equal(run.script.rows[0], FakeEngine().original_logits)
 
 
@@ -276,7 +279,7 @@ def test_a_processor_that_returns_another_shape_is_refused_with_both(
     shape: tuple[int, ...],
 ) -> None:
     with pytest.raises(SamplingError) as info:
-        told("a", processors=[lambda tokens, logits: np.zeros(shape, np.float32)])
+        told("a", logits_processors=[lambda tokens, logits: np.zeros(shape, np.float32)])
     assert str(shape) in str(info.value)
     assert f"({N_VOCAB},)" in str(info.value)
 
@@ -293,5 +296,5 @@ def test_limits_that_cannot_be_are_refused_when_they_are_made(
     setting: dict[str, Any], says: list[str]
 ) -> None:
     with pytest.raises(SamplingError) as info:
-        Limits(**setting)
+        asking(**setting)
     assert all(part in str(info.value) for part in says)

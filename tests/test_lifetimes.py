@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
+import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import llama_cpp
+import psutil
 import pytest
 from guided import QUESTION, asked, ids, is_empty, open_vlm
 from offload import N_GPU_LAYERS
 from test_reference import picture
 from tiny_llava import TinyPair
 
-from cmg_gguf import BackendError, CMGChatHandler, GuidedVLM, ModelError, Stream
+from cmg_gguf import BackendError, CMGChatHandler, GuidedVLM, ImageError, ModelError, Stream
+from cmg_gguf.answer.turns import Turns
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +36,8 @@ def without_gc() -> Iterator[None]:
     gc.enable()
 
 
-def answer(vlm: GuidedVLM, seed: int = 0) -> list[int]:
-    return ids(vlm.generate(QUESTION, [picture(seed)], max_tokens=12))
+def answer(vlm: GuidedVLM, seed: int = 0, **settings: Any) -> list[int]:
+    return ids(vlm.generate(QUESTION, [picture(seed)], max_tokens=12, **settings))
 
 
 def begun(vlm: GuidedVLM, seed: int = 0, n_pieces: int = 3) -> Stream:
@@ -128,32 +133,125 @@ def test_so_does_a_chat_completion_that_is_not_read_to_its_end(vlm: GuidedVLM, h
     assert is_empty(vlm)
 
 
-def test_threads_take_turns_and_every_finished_answer_is_right(vlm: GuidedVLM) -> None:
+def test_whole_answers_wait_for_their_turn_and_none_ends_another(vlm: GuidedVLM) -> None:
+    """Eight threads ask 25 times each, and every fifth time something that fails."""
+    n_threads, n_asked = 8, 25
     expected = {seed: answer(vlm, seed) for seed in range(4)}
+    process = psutil.Process()
+    right: Counter[str] = Counter()
     wrong: list[object] = []
-    finished: list[int] = []
 
-    def ask(seed: int) -> None:
-        for _ in range(15):
+    def ask(thread: int) -> None:
+        for i in range(n_asked):
+            seed = (thread + i) % 4
             try:
-                got = answer(vlm, seed)
-            except BackendError as exc:
-                if "newer request" not in str(exc):
-                    wrong.append(exc)
-            else:
-                finished.append(seed)
-                if got != expected[seed]:
-                    wrong.append((seed, got))
+                if i % 5 < 4:
+                    got = answer(vlm, seed)
+                    right["answers"] += got == expected[seed]
+                elif (thread + i) % 2:
+                    vlm.generate("", [b"no picture"])
+                else:
+                    vlm.generate(QUESTION, [picture(seed)], logits_processors=[broken])
+            except ImageError:
+                right["pictures"] += 1
+            except ZeroDivisionError:
+                right["processors"] += 1
+            except Exception as exc:
+                wrong.append(exc)
 
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def run() -> None:
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(n_threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    run()
+    right.clear()
+    before = process.memory_info().rss
+    run()
     assert wrong == []
-    assert finished
+    assert right == {"answers": 160, "pictures": 20, "processors": 20}
+    assert process.memory_info().rss - before < 8 * 2**20
     assert is_empty(vlm)
     assert answer(vlm, 2) == expected[2]
+
+
+def broken(tokens: Any, logits: Any) -> Any:
+    raise ZeroDivisionError
+
+
+def test_turns_are_given_in_the_order_in_which_they_were_asked_for() -> None:
+    turns, order = Turns(), []
+    waiting = threading.Semaphore(0)
+
+    def ask(number: int) -> None:
+        waiting.release()
+        with turns:
+            order.append(number)
+
+    threads = []
+    with turns, turns:  # whoever has the turn may take it again
+        for number in range(20):
+            threads.append(threading.Thread(target=ask, args=(number,)))
+            threads[-1].start()
+            waiting.acquire()
+            while len(turns._waiting) <= number:
+                time.sleep(0.001)
+        assert order == []
+    for thread in threads:
+        thread.join()
+    assert order == list(range(20))
+
+
+def test_who_stops_waiting_lets_those_behind_pass() -> None:
+    turns, passed = Turns(), threading.Event()
+    waits = turns._condition.wait_for
+    interrupted = threading.Event()
+
+    def interrupt(predicate: Any) -> None:
+        if threading.current_thread().name == "impatient":
+            interrupted.set()
+            raise KeyboardInterrupt
+        waits(predicate)
+
+    turns._condition.wait_for = interrupt  # type: ignore[assignment]
+
+    def impatient() -> None:
+        with contextlib.suppress(KeyboardInterrupt), turns:
+            pytest.fail("had its turn")
+
+    def patient() -> None:
+        with turns:
+            passed.set()
+
+    with turns:
+        first = threading.Thread(target=impatient, name="impatient")
+        first.start()
+        first.join()
+        second = threading.Thread(target=patient)
+        second.start()
+        assert interrupted.is_set()
+        assert not passed.is_set()
+    second.join()
+    assert passed.is_set()
+
+
+@pytest.mark.parametrize("phase", ["encode", "prefill"])
+def test_a_progress_callback_may_wait_for_another_thread_that_asks(
+    vlm: GuidedVLM, phase: str
+) -> None:
+    expected, others = {seed: answer(vlm, seed) for seed in (0, 1)}, []
+    vlm.forget()
+
+    def progress(at: str, done: int, total: int) -> None:
+        if at == phase and done == total:
+            thread = threading.Thread(target=lambda: others.append(answer(vlm, 1)))
+            thread.start()
+            thread.join()
+
+    assert answer(vlm, 0, progress=progress) == expected[0]
+    assert others == [expected[1]]
 
 
 # --- models ------------------------------------------------------------------------------------
@@ -223,9 +321,16 @@ def test_a_callback_may_ask_the_model_something_else(vlm: GuidedVLM, where: str)
             others.append(answer(vlm, 1))
         return logits
 
-    with pytest.raises(BackendError, match="newer request"):
-        vlm.generate(QUESTION, [picture(0)], progress=progress, logits_processors=[processor])
-    assert others == [expected]
+    vlm.forget()
+    own = answer(vlm, 0)
+    vlm.forget()
+    if where == "processor":  # within the draw of a token, the new request takes its place
+        with pytest.raises(BackendError, match="newer request"):
+            vlm.generate(QUESTION, [picture(0)], logits_processors=[processor])
+    else:
+        assert answer(vlm, 0, progress=progress) == own
+    assert len(others) >= 1
+    assert all(other == expected for other in others)
     assert is_empty(vlm)
     assert answer(vlm, 1) == expected
 
@@ -234,7 +339,7 @@ def test_a_callback_may_ask_the_model_something_else(vlm: GuidedVLM, where: str)
 def test_a_dropped_model_is_freed_at_once(pair: TinyPair) -> None:
     vlm = open_vlm(pair)
     answer(vlm)
-    watched = [weakref.ref(o) for o in (vlm, vlm.model, vlm.projector, *vlm._contexts)]
+    watched = [weakref.ref(o) for o in (vlm, vlm.model, vlm.projector, *vlm._pair.contexts)]
     del vlm
     assert [watch() for watch in watched] == [None] * len(watched)
 

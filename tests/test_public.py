@@ -29,6 +29,7 @@ PUBLIC = [
     "ProjectorError",
     "PromptError",
     "Reply",
+    "Request",
     "Sampling",
     "SamplingError",
     "Seconds",

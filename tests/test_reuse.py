@@ -11,7 +11,7 @@ import pytest
 from guided import PLAIN
 from support import EXACT, PICTURE, TOLERANCE, Pairing, Rig, Tiny
 
-from cmg_gguf.engine.steps import Stepping
+from cmg_gguf.engine.steps import Strategy
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -181,10 +181,9 @@ def test_any_way_of_stepping_may_follow_any_other_and_l_d_be_asked_for_or_not(
             refresh=REFRESHES[int(rng.integers(2)) if seed % 2 else 1],
         )
         asked = frozenset(np.flatnonzero(rng.random(8) < rng.choice([0.0, 0.2, 1.0])).tolist())
-        rig.engine.stepping = Stepping(
-            lazy=bool(rng.integers(4)),
+        rig.engine.stepping = Strategy(
+            waiting=rng.choice(["never", "always", "cheapest", "cheapest"]),
             fork=bool(rng.integers(4)),
-            pair_above=float(rng.choice([0.2, 1.0])),
         )
         verdict = tiny.verdict(prompt, guidance)
         errors = rig.follow(prompt, guidance, verdict, asked.__contains__)
@@ -194,7 +193,7 @@ def test_any_way_of_stepping_may_follow_any_other_and_l_d_be_asked_for_or_not(
 
 def test_degraded_rows_stay_kept_through_a_turn_that_did_not_need_them(llama: Tiny) -> None:
     prompt, guidance = llama.prompt(QUESTIONS[0], PICTURE), Guidance()
-    rig = Rig(llama, n_slots=2, stepping=Stepping(lazy=True, fork=True))
+    rig = Rig(llama, n_slots=2, stepping=Strategy(waiting="always", fork=True))
     held = 0
     for asked in (True, False, False, True):
         rig.engine.prefill(prompt, guidance)
@@ -215,7 +214,7 @@ def test_behind_a_window_cells_of_the_degraded_branch_are_not_given_away(
 ) -> None:
     """Prompts longer than the window, in a cache with holes: found by chance, hence the seeds."""
     rng, options = np.random.default_rng(seed), replace(EXACT, n_ctx=256)
-    way = Stepping(lazy=lazy, fork=lazy)
+    way = Strategy(waiting="always" if lazy else "never", fork=lazy)
     rig = Rig(gemma, options, n_slots=3, max_cells=128, stepping=way)
     for _ in range(8):
         n = int(rng.integers(1, 4))
@@ -236,7 +235,7 @@ def test_behind_a_window_cells_of_the_degraded_branch_are_not_given_away(
 def test_what_the_degraded_branch_never_decoded_is_not_kept(llama: Tiny) -> None:
     prompt, guidance = llama.prompt(QUESTIONS[0], PICTURE), Guidance()
     more = longer(prompt, 300, 301)
-    rig = Rig(llama, n_slots=2, stepping=Stepping(lazy=True, fork=True))
+    rig = Rig(llama, n_slots=2, stepping=Strategy(waiting="always", fork=True))
     image = int(prompt.is_image.argmax())
     for asked, n_reused in ((False, image + 16), (True, prompt.n_tokens)):
         rig.engine.prefill(prompt, guidance)

@@ -23,6 +23,7 @@ from cmg_gguf import (
     TopRatio,
     UnsupportedError,
 )
+from cmg_gguf.engine.steps import AUTO, EAGER, EXACT, Strategy
 from cmg_gguf.llama.embeddings import Embeddings
 
 STRONG = Guidance(alpha=3.0, tokens=TopRatio(1.0))
@@ -189,7 +190,7 @@ class ToldError(Exception):
 
 
 @pytest.mark.parametrize("phase", ["encode", "prefill"])
-def test_a_request_that_is_stopped_before_its_answer_is_not_kept(
+def test_a_request_that_is_stopped_before_its_answer_leaves_nothing_wrong_behind(
     vlm: GuidedVLM, phase: str
 ) -> None:
     def stop(at: str, done: int, total: int) -> None:
@@ -198,9 +199,11 @@ def test_a_request_that_is_stopped_before_its_answer_is_not_kept(
 
     with pytest.raises(ToldError):
         ask(vlm, QUESTION, [picture(0)], progress=stop)
-    assert vlm.engine.prefixes.n_prefixes == 0
     assert is_empty(vlm)
-    assert ask(vlm, QUESTION, [picture(0)]).n_reused_tokens == 0
+    # The prompt is kept if it was decoded before the callback had its say.
+    answer = ids(ask(vlm, QUESTION, [picture(0)]))
+    vlm.forget()
+    assert answer == ids(ask(vlm, QUESTION, [picture(0)]))
 
 
 def test_an_answer_that_breaks_off_is_kept_up_to_there(vlm: GuidedVLM, fresh: GuidedVLM) -> None:
@@ -228,7 +231,7 @@ def test_an_error_in_a_step_keeps_nothing_of_its_answer(
 ) -> None:
     stream = vlm.stream(QUESTION, [picture(0)])
     next(stream)
-    monkeypatch.setattr(vlm.engine.original.context.patch.__class__, "end", _fail)
+    monkeypatch.setattr(vlm.engine.branches.original.context.patch.__class__, "end", _fail)
     with pytest.raises(BackendError, match="told to fail"):
         list(stream)
     assert vlm.engine.prefixes.n_prefixes == 0
@@ -247,7 +250,7 @@ def test_to_forget_is_to_hold_nothing(vlm: GuidedVLM) -> None:
     assert vlm.engine.prefixes.n_prefixes == 3
     assert vlm.projector.embeddings.n_bytes > 0
     vlm.forget()
-    context: Any = vlm.engine.original.context
+    context: Any = vlm.engine.branches.original.context
     assert not any(held(context, seq) for seq in range(context.n_seq_max))
     assert vlm.engine.prefixes.n_prefixes == vlm.projector.embeddings.n_bytes == 0
     with pytest.raises(BackendError, match="ended"):
@@ -266,24 +269,25 @@ def test_prefix_cells_bound_what_is_kept(pair: TinyPair) -> None:
             assert expected / 2 < vlm.engine.prefixes.n_cells <= expected
 
 
-@pytest.mark.parametrize("strategy", ["eager", "fork", "lazy", "adaptive"])
+@pytest.mark.parametrize("strategy", [EAGER, EXACT, AUTO], ids=["eager", "exact", "auto"])
 def test_a_cache_full_of_kept_prompts_serves_the_first_guided_question(
-    pair: TinyPair, strategy: Any
+    pair: TinyPair, strategy: Strategy
 ) -> None:
     """Graphs are surveyed then, which takes two cells."""
-    with open_vlm(pair, prefix_cells=256, strategy=strategy) as vlm:
+    with open_vlm(pair, prefix_cells=256) as vlm:
+        vlm.engine.strategy = strategy
         ask(vlm, QUESTION, [picture(0)], guidance=PLAIN, max_tokens=None)
         assert vlm.engine.prefixes.n_cells == vlm.n_ctx == 256
         reply = ask(vlm, OTHER, [picture(0)], max_tokens=3)
         assert len(reply.tokens) == 3
-        assert reply.n_reused_tokens > N_IMAGE_TOKENS or strategy != "eager"
+        assert reply.n_reused_tokens > N_IMAGE_TOKENS or strategy.fork
         assert ask(vlm, OTHER, [picture(0)], max_tokens=3).tokens == reply.tokens
 
 
 def test_without_prefix_cells_nothing_is_kept_nor_made_room_for(fresh: GuidedVLM) -> None:
     for _ in range(2):
         assert ask(fresh, QUESTION, [picture(0)]).n_reused_tokens == 0
-    assert cast(Any, fresh.engine.original.context).n_seq_max == 2
+    assert cast(Any, fresh.engine.branches.original.context).n_seq_max == 2
     assert fresh.projector.embeddings.n_bytes == 0
 
 

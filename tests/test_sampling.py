@@ -52,8 +52,7 @@ def sampler(
 
 
 def draw(drawer: Sampler, original: FloatArray, degraded: FloatArray | None) -> tuple[int, int]:
-    address = original.ctypes.data
-    return drawer.sample(address, address, lambda: 0 if degraded is None else degraded.ctypes.data)
+    return drawer.sample(original, original, lambda: degraded)
 
 
 def drawn(drawer: Sampler, rows: Rows) -> list[tuple[int, int]]:
@@ -410,13 +409,12 @@ def test_l_d_is_asked_for_exactly_where_more_than_one_token_is_plausible(
     asked = []
     for original, degraded in rows:
         calls: list[int] = []
-        address = original.ctypes.data
 
-        def l_d(calls: list[int] = calls, degraded: FloatArray = degraded) -> int:
+        def l_d(calls: list[int] = calls, degraded: FloatArray = degraded) -> FloatArray:
             calls.append(1)
-            return int(degraded.ctypes.data)
+            return degraded
 
-        token, _ = drawer.sample(address, address, l_d)
+        token, _ = drawer.sample(original, original, l_d)
         biased = original.copy()
         for biased_token, bias in settings.get("logit_bias", {}).items():
             biased[biased_token] += np.float32(bias)
@@ -431,15 +429,15 @@ def test_l_d_is_asked_for_exactly_where_more_than_one_token_is_plausible(
 
 def test_l_d_is_not_asked_for_where_the_grammar_leaves_one_token(model: Model, rows: Rows) -> None:
     end = sampler(model, Sampling(grammar='root ::= ""'), beta=0.0)
-    original = rows[0][0].ctypes.data
+    original = rows[0][0]
     token, plain = end.sample(original, original, lambda: pytest.fail("asked for"))
     assert token == plain == EOS_TOKEN
 
 
 def test_an_error_of_the_degraded_branch_is_told_as_it_is(model: Model, rows: Rows) -> None:
-    def broken() -> int:
+    def broken() -> FloatArray:
         raise BackendError("its own words")
 
-    drawer, original = sampler(model, Sampling(), beta=0.0), rows[0][0].ctypes.data
+    drawer, original = sampler(model, Sampling(), beta=0.0), rows[0][0]
     with pytest.raises(BackendError, match=r"^its own words$"):
         drawer.sample(original, original, broken)

@@ -11,8 +11,9 @@ import pytest
 from support import Tiny
 
 from cmg_gguf.errors import SamplingError
+from cmg_gguf.llama.grammar import grammar_for
 from cmg_gguf.llama.sampler import Sampler
-from cmg_gguf.sampling import MAX_GRAMMAR, MAX_NESTING, MAX_SEED, Sampling, grammar_for
+from cmg_gguf.sampling import MAX_GRAMMAR, MAX_NESTING, MAX_SEED, Sampling
 
 
 def refused(**settings: Any) -> str:

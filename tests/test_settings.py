@@ -17,10 +17,8 @@ from cmg_gguf.guidance import (
     LayerSet,
     LowestCosine,
     MeanStd,
-    TopRatio,
-)
-from cmg_gguf.settings import (
     Settings,
+    TopRatio,
     guidance_from_json,
     guidance_to_json,
     load_settings,

@@ -21,7 +21,7 @@ from tiny_llava import TinyConfig, TinyPair, write_pair
 
 from cmg_gguf import BackendError, GuidedVLM, Sampling
 from cmg_gguf.engine.rows import masked_rows
-from cmg_gguf.engine.steps import Stepping
+from cmg_gguf.engine.steps import AUTO, EAGER, Strategy
 from cmg_gguf.guidance import (
     AttentionMass,
     Guidance,
@@ -35,11 +35,12 @@ from cmg_gguf.guidance import (
 from cmg_gguf.llama.context import ContextOptions, LlamaContext
 from cmg_gguf.prompt.segments import Prompt
 
-FORK = Stepping(fork=True)
-LAZY = Stepping(lazy=True)
-BOTH = Stepping(lazy=True, fork=True)
-ADAPTIVE = Stepping(lazy=True, fork=True, pair_above=0.3)
-APPROXIMATE = Stepping(lazy=True, fork=True, approximate=True)
+FORK = Strategy(fork=True)
+LAZY = Strategy(waiting="always")
+BOTH = Strategy(waiting="always", fork=True)
+ADAPTIVE = Strategy(waiting="cheapest", fork=True)
+APPROXIMATE = Strategy(waiting="always", fork=True, approximate=True)
+WAYS = {"eager": EAGER, "fork": FORK, "lazy": BOTH, "auto": AUTO}
 EVERY = frozenset(range(100))
 SOME = frozenset({2, 3, 6})
 
@@ -114,7 +115,7 @@ def n_forked_rows(prompt: Prompt, guidance: Guidance) -> int:
 @every_refresh
 @every_scope
 def test_every_way_is_the_judges(
-    tiny: Tiny, scope: Scope, refresh: Refresh, way: Stepping, asked: frozenset[int]
+    tiny: Tiny, scope: Scope, refresh: Refresh, way: Strategy, asked: frozenset[int]
 ) -> None:
     rig, prompt = Rig(tiny, stepping=way), tiny.prompt(ONE_IMAGE, PICTURE)
     guidance = Guidance(scope=scope, refresh=refresh)
@@ -128,7 +129,7 @@ def test_every_way_is_the_judges(
 @every_refresh
 @every_scope
 def test_several_images_and_a_long_end_are_the_judges(
-    tiny: Tiny, scope: Scope, refresh: Refresh, way: Stepping
+    tiny: Tiny, scope: Scope, refresh: Refresh, way: Strategy
 ) -> None:
     guidance = Guidance(scope=scope, refresh=refresh)
     agree(Rig(tiny, stepping=way), tiny.prompt(TWO_IMAGES, *PICTURES), guidance, SOME)
@@ -143,7 +144,7 @@ def test_several_images_and_a_long_end_are_the_judges(
     ids=str,
 )
 def test_a_fork_begins_at_the_first_masked_layer_whatever_it_is(
-    tiny: Tiny, layers: LayerPolicy, way: Stepping
+    tiny: Tiny, layers: LayerPolicy, way: Strategy
 ) -> None:
     rig, guidance = Rig(tiny, stepping=way), Guidance(layers=layers, scope="decode")
     prompt = tiny.prompt(ONE_IMAGE, PICTURE)
@@ -155,7 +156,7 @@ def test_a_fork_begins_at_the_first_masked_layer_whatever_it_is(
 
 
 @every_way
-def test_nothing_is_left_out_below_layer_0_or_without_layers(llama: Tiny, way: Stepping) -> None:
+def test_nothing_is_left_out_below_layer_0_or_without_layers(llama: Tiny, way: Strategy) -> None:
     prompt = llama.prompt(ONE_IMAGE, PICTURE)
     for layers in (LayerSet((0, 3)), LayerSet(())):
         rig = Rig(llama, stepping=way)
@@ -173,7 +174,7 @@ def test_no_count_of_heads_is_taken_for_the_rows(
     arch: Any,
     n_head: int,
     n_head_kv: int,
-    way: Stepping,
+    way: Strategy,
     flash: bool,
 ) -> None:
     """Two rows, two heads, two heads of keys: the shapes alone do not say which is which."""
@@ -192,7 +193,7 @@ def test_no_count_of_heads_is_taken_for_the_rows(
 @every_refresh
 @every_scope
 def test_half_floats_and_flash_attention_are_the_judges(
-    tiny: Tiny, scope: Scope, refresh: Refresh, way: Stepping
+    tiny: Tiny, scope: Scope, refresh: Refresh, way: Strategy
 ) -> None:
     guidance = Guidance(scope=scope, refresh=refresh, tokens=TopRatio(1.0))
     rig, prompt = Rig(tiny, HALF_FLASH, stepping=way), tiny.prompt(ONE_IMAGE, PICTURE)
@@ -204,7 +205,7 @@ def test_half_floats_and_flash_attention_are_the_judges(
 @every_way
 @pytest.mark.parametrize(("arch", "seed", "tolerance"), [("llama", 2, 0.8), ("gemma3", 0, 0.3)])
 def test_eight_bit_caches_are_the_judges(
-    open_tiny: Callable[[TinyConfig], Tiny], arch: Any, seed: int, tolerance: float, way: Stepping
+    open_tiny: Callable[[TinyConfig], Tiny], arch: Any, seed: int, tolerance: float, way: Strategy
 ) -> None:
     tiny = open_tiny(replace(WIDE, arch=arch))
     options = replace(EXACT, flash_attn=True, type_k="q8_0", type_v="q8_0")
@@ -218,7 +219,7 @@ def test_eight_bit_caches_are_the_judges(
 @every_refresh
 @pytest.mark.parametrize("asked", [{21}, {4, 18, 19}, {8}, {16, 17}], ids=str)
 def test_more_rows_may_wait_than_a_micro_batch_holds(
-    tiny: Tiny, refresh: Refresh, way: Stepping, asked: set[int]
+    tiny: Tiny, refresh: Refresh, way: Strategy, asked: set[int]
 ) -> None:
     rig = Rig(tiny, replace(EXACT, n_ubatch=8), stepping=way)
     prompt, guidance = tiny.prompt(ONE_IMAGE, PICTURE), Guidance(refresh=refresh)
@@ -229,7 +230,7 @@ def test_more_rows_may_wait_than_a_micro_batch_holds(
 @every_refresh
 @every_scope
 def test_two_contexts_may_be_lazy_too(
-    tiny: Tiny, scope: Scope, refresh: Refresh, way: Stepping
+    tiny: Tiny, scope: Scope, refresh: Refresh, way: Strategy
 ) -> None:
     rig = Rig(tiny, pairing="contexts", stepping=way)
     guidance = Guidance(scope=scope, refresh=refresh)
@@ -238,7 +239,7 @@ def test_two_contexts_may_be_lazy_too(
 
 
 @every_way
-def test_any_sequence_ids_and_request_after_request(tiny: Tiny, way: Stepping) -> None:
+def test_any_sequence_ids_and_request_after_request(tiny: Tiny, way: Strategy) -> None:
     rig = Rig(tiny, seqs=(3, 5), n_seq_max=8, stepping=way)
     for scope in SCOPES:
         agree(rig, tiny.prompt(ONE_IMAGE, PICTURE), Guidance(scope=scope), SOME)
@@ -251,7 +252,7 @@ def test_any_sequence_ids_and_request_after_request(tiny: Tiny, way: Stepping) -
 @every_lazy_way
 @every_refresh
 def test_l_d_can_be_asked_for_at_any_steps_and_is_the_pairs(
-    tiny: Tiny, refresh: Refresh, way: Stepping
+    tiny: Tiny, refresh: Refresh, way: Strategy
 ) -> None:
     prompt, guidance = tiny.prompt(TWO_IMAGES, *PICTURES), Guidance(refresh=refresh)
     tokens = np.random.default_rng(0).integers(300, 700, 40).tolist()
@@ -433,7 +434,7 @@ def test_all_rows_that_wait_have_room(n_ctx: int) -> None:
 
 
 @every_lazy_way
-def test_a_full_context_can_still_be_caught_up_with(llama: Tiny, way: Stepping) -> None:
+def test_a_full_context_can_still_be_caught_up_with(llama: Tiny, way: Strategy) -> None:
     prompt, guidance = llama.prompt(ONE_IMAGE, PICTURE), Guidance()
     tokens = np.random.default_rng(1).integers(300, 700, 200).tolist()
     eager, lazy = Rig(llama), Rig(llama, stepping=way)
@@ -456,7 +457,7 @@ def test_a_full_context_can_still_be_caught_up_with(llama: Tiny, way: Stepping) 
 @every_way
 @pytest.mark.parametrize("options", [EXACT, HALF_FLASH], ids=["float", "half_flash"])
 def test_graphs_that_were_forked_are_left_as_they_were(
-    tiny: Tiny, options: ContextOptions, way: Stepping
+    tiny: Tiny, options: ContextOptions, way: Strategy
 ) -> None:
     prompt, rig, plain = (
         tiny.prompt(ONE_IMAGE, PICTURE),
@@ -513,7 +514,7 @@ class Broken:
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("failing", range(5))
 def test_an_answer_after_one_that_broke_off_is_right(
-    llama: Tiny, way: Stepping, failing: int, late: bool, monkeypatch: pytest.MonkeyPatch
+    llama: Tiny, way: Strategy, failing: int, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig, prompt, guidance = Rig(llama, stepping=way), llama.prompt(ONE_IMAGE, PICTURE), Guidance()
     broken = Broken(rig.contexts[0], monkeypatch)
@@ -536,7 +537,7 @@ def test_an_answer_after_one_that_broke_off_is_right(
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("failing", range(4))
 def test_catching_up_can_be_tried_again(
-    llama: Tiny, way: Stepping, failing: int, late: bool, monkeypatch: pytest.MonkeyPatch
+    llama: Tiny, way: Strategy, failing: int, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompt's rows take three decodes here, the answer's one."""
     rig = Rig(llama, replace(EXACT, n_ubatch=8), stepping=way)
@@ -558,7 +559,7 @@ def test_catching_up_can_be_tried_again(
 
 
 @pytest.mark.parametrize("way", [FORK, BOTH], ids=["fork", "lazy_fork"])
-def test_an_error_in_the_middle_of_a_fork_leaves_no_trace(tiny: Tiny, way: Stepping) -> None:
+def test_an_error_in_the_middle_of_a_fork_leaves_no_trace(tiny: Tiny, way: Strategy) -> None:
     """The image token that does not exist is found above the fork, when nodes are changed."""
     rig, prompt = Rig(tiny, stepping=way), tiny.prompt(ONE_IMAGE, PICTURE)
     guidance = Guidance(refresh="prompt")
@@ -590,10 +591,10 @@ def vlms(pair: TinyPair) -> Iterator[dict[str, GuidedVLM]]:
         "type_k": "f32",
         "type_v": "f32",
     }
-    opened = {
-        name: GuidedVLM(pair.llm, pair.mmproj, strategy=name, **settings)
-        for name in ("eager", "fork", "lazy", "adaptive")
-    }
+    opened = {}
+    for name, way in WAYS.items():
+        opened[name] = GuidedVLM(pair.llm, pair.mmproj, **settings)
+        opened[name].engine.strategy = way
     yield opened
     for vlm in opened.values():
         vlm.close()
@@ -657,12 +658,13 @@ def test_steps_are_skipped_where_one_token_is_plausible_and_only_there(
 ) -> None:
     """Else the test of equal answers would say nothing about skipping."""
     vlm = vlms["lazy"]
-    engine, context = vlm.engine, vlm.engine.original.context
+    engine, context = vlm.engine, vlm.engine.branches.original.context
     caught_up: list[int] = []  # the prompt's rows first
     whole = context.decode
 
     def decode(tokens: Any, positions: Any, seqs: Any, **settings: Any) -> None:
-        if engine.n_past and seqs[0] == engine.degraded.seq:
+        session = engine.session
+        if session and session.n_cells and seqs[0] == engine.branches.degraded.seq:
             caught_up.append(len(tokens))
         whole(tokens, positions, seqs, **settings)
 
@@ -678,14 +680,15 @@ def test_steps_are_skipped_where_one_token_is_plausible_and_only_there(
     assert sum(caught_up[1:]) <= 39
 
 
-@pytest.mark.parametrize("strategy", ["fork", "lazy", "adaptive"])
-def test_the_first_answer_is_the_second_to_the_bit(pair: TinyPair, strategy: Any) -> None:
+@pytest.mark.parametrize("way", [FORK, BOTH])
+def test_the_first_answer_is_the_second_to_the_bit(pair: TinyPair, way: Strategy) -> None:
     """Though graphs are surveyed before the first."""
-    with GuidedVLM(pair.llm, pair.mmproj, strategy=strategy, n_threads=1, n_gpu_layers=0) as vlm:
+    with GuidedVLM(pair.llm, pair.mmproj, n_threads=1, n_gpu_layers=0) as vlm:
+        vlm.engine.strategy = way
         ask: Any = {"max_tokens": 30, "top_logprobs": 2, "guidance": Guidance(beta=0.4)}
         first, second = (vlm.generate("Is it?", [picture_of(1)], **ask).tokens for _ in range(2))
         assert first == second
-        assert vlm.engine.original.context.patch.n_left_out > 0
+        assert vlm.engine.branches.original.context.patch.n_left_out > 0
 
 
 def test_an_abandoned_stream_has_no_part_in_the_next_answer(vlms: dict[str, GuidedVLM]) -> None:
@@ -698,7 +701,7 @@ def test_an_abandoned_stream_has_no_part_in_the_next_answer(vlms: dict[str, Guid
             next(stream)
         stream.close()
         for seq in (0, 1):
-            memory = llama_cpp.llama_get_memory(vlm._contexts[0].handle)
+            memory = llama_cpp.llama_get_memory(vlm._pair.contexts[0].handle)
             assert llama_cpp.llama_memory_seq_pos_max(memory, seq) == -1
         assert vlm.generate("Is it?", [picture_of(1)], **ask).tokens == expected
 
@@ -711,12 +714,11 @@ def test_experts_are_not_left_out_of_a_pair_but_of_rows_that_waited(
     answers, left_out = {}, {}
     with caplog.at_level(logging.DEBUG, "cmg_gguf.engine.fork"):
         for strategy in ("eager", "fork", "lazy"):
-            with GuidedVLM(
-                pair.llm, pair.mmproj, strategy=strategy, n_threads=1, n_gpu_layers=0, type_k="f32"
-            ) as vlm:
+            with GuidedVLM(pair.llm, pair.mmproj, n_threads=1, n_gpu_layers=0, type_k="f32") as vlm:
+                vlm.engine.strategy = WAYS[strategy]
                 reply = vlm.generate("What is there?", [picture_of(0)], max_tokens=20)
                 answers[strategy] = [token.id for token in reply.tokens]
-                left_out[strategy] = vlm.engine.original.context.patch.n_left_out
+                left_out[strategy] = vlm.engine.branches.original.context.patch.n_left_out
     assert answers["fork"] == answers["lazy"] == answers["eager"]
     assert left_out["eager"] == left_out["fork"] == 0 < left_out["lazy"]
     assert "cannot be told" in caplog.text

@@ -5,22 +5,20 @@ Knows a vocabulary and a sampler; knows nothing of chats or of how the prompt ca
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from cmg_gguf.answer.logits import combine, log_softmax
 from cmg_gguf.answer.text import StopStrings, Utf8Stream
-from cmg_gguf.arrays import FloatArray, IntArray
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import SamplingError
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.reply import FinishReason, Piece, Token
+from cmg_gguf.request import Request
 from cmg_gguf.sampling import LogitsProcessor
-
-FinishReason = Literal["stop", "length"]
 
 
 class Vocabulary(Protocol):
@@ -30,25 +28,20 @@ class Vocabulary(Protocol):
     def is_end(self, token: int) -> bool: ...
 
 
-Watch = Callable[[IntArray, Callable[[], FloatArray]], None]
-"""(tokens so far (n,) int32, score). score() computes (n_vocab,) float32: the logits under guidance
-before the plausibility cut and all samplers; only for as long as the call lasts."""
+class Session(Protocol):
+    """What an answer needs of its two branches: see `cmg_gguf.engine.session.Session`."""
+
+    @property
+    def l_o(self) -> FloatArray: ...
+    @property
+    def has_room(self) -> bool: ...
 
 
 class Engine(Protocol):
-    """What an answer needs of its two branches: see `cmg_gguf.engine.engine.PairedEngine`."""
+    """What decodes for a session: see `cmg_gguf.engine.engine.Engine`."""
 
-    @property
-    def has_room(self) -> bool: ...
-    @property
-    def original_address(self) -> int: ...
-    @property
-    def degraded_address(self) -> int: ...
-    @property
-    def original_logits(self) -> FloatArray: ...
-    @property
-    def degraded_logits(self) -> FloatArray | None: ...
-    def step(self, token: int) -> None: ...
+    def degraded(self, session: Any) -> FloatArray | None: ...
+    def step(self, session: Any, token: int) -> None: ...
 
 
 class Drawer(Protocol):
@@ -57,105 +50,12 @@ class Drawer(Protocol):
     alpha: float
 
     def sample(
-        self, logits: int, original: int, degraded: Callable[[], int]
+        self,
+        logits: FloatArray,
+        original: FloatArray,
+        degraded: Callable[[], FloatArray | None],
     ) -> tuple[int, int]: ...
     def accept(self, token: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of an answer.
-
-    id: its number. text: its own text; a part of a character shows as U+FFFD. plain: the token that
-    plain decoding would have drawn here, from the same logits with the same settings and seed.
-    logprob: log-probability in the guided distribution before other samplers, where asked for.
-    top: the likeliest tokens of that distribution with their log-probabilities, best first.
-    """
-
-    id: int
-    text: str
-    plain: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def changed(self) -> bool:
-        """Whether guidance changed this token."""
-        return self.id != self.plain
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Wall-clock seconds of an answer's phases: image encoding, prompt, tokens.
-
-    Rows of the prompt that wait for a token to need them (`cmg_gguf.engine.lazy`) count as its.
-    """
-
-    encode: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer and its account.
-
-    text: without the stop string, and without spaces in front. tokens: all that were generated,
-    without the end token.
-    finish_reason: "stop" (end token or stop string), "length" (max_tokens, or the context is full).
-    layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
-    prompt tokens whose KV cells were there from an earlier prompt that began alike.
-    """
-
-    text: str
-    tokens: tuple[Token, ...]
-    finish_reason: FinishReason
-    n_prompt_tokens: int
-    n_image_tokens: int
-    guidance: Guidance
-    layers: tuple[int, ...]
-    seed: int
-    seconds: Seconds
-    n_reused_tokens: int = 0
-
-    @property
-    def n_changed(self) -> int:
-        """How many tokens guidance changed."""
-        return sum(token.changed for token in self.tokens)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some text of an answer as it streams, and the tokens drawn since the last piece."""
-
-    text: str
-    tokens: tuple[Token, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """When an answer ends, and what is recorded on the way.
-
-    max_tokens: at most this many; None = until the context is full. stop: strings that end the
-    answer. top_logprobs: None = no log-probabilities, else how many alternatives per token.
-    processors: change the logits that are drawn from, before everything else in the chain.
-    strength: alpha of the draw behind n tokens, by n; None = `Guidance.alpha` for all. watch: is
-    called before every draw, see `Watch`.
-
-    Raises SamplingError for a stop string or a number of alternatives that cannot be.
-    """
-
-    max_tokens: int | None = None
-    stop: Sequence[str] = ()
-    top_logprobs: int | None = None
-    processors: Sequence[LogitsProcessor] = ()
-    strength: Callable[[int], float] | None = None
-    watch: Watch | None = None
-
-    def __post_init__(self) -> None:
-        StopStrings(self.stop)
-        if self.top_logprobs is not None and self.top_logprobs < 0:
-            raise SamplingError(f"top_logprobs={self.top_logprobs} is out of range: 0 and up")
 
 
 @dataclass
@@ -170,19 +70,19 @@ class Answer:
 
 def generate(
     engine: Engine,
+    session: Session,
     drawer: Drawer,
     vocabulary: Vocabulary,
-    guidance: Guidance,
-    limits: Limits,
+    request: Request,
     answer: Answer,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Piece]:
-    """Yields the answer to what the engine was prefilled with; fills `answer` on the way.
+    """Yields the answer to what the session was prefilled with; fills `answer` on the way.
 
     check: called before every use of the engine; raises to stop.
     """
     started = time.perf_counter()
-    characters, stops = Utf8Stream(), StopStrings(limits.stop)
+    characters, stops = Utf8Stream(), StopStrings(request.stop)
     pending: list[Token] = []
     ids: list[int] = []
 
@@ -195,10 +95,11 @@ def generate(
             pending.clear()
             yield piece
 
+    draw = Draw(engine, session, drawer, vocabulary, request, check)
     stopped = False
-    while limits.max_tokens is None or len(ids) < limits.max_tokens:
+    while request.max_tokens is None or len(ids) < request.max_tokens:
         check()
-        token = _draw(engine, drawer, vocabulary, guidance, limits, ids, check)
+        token = draw(ids)
         if vocabulary.is_end(token.id):
             answer.finish_reason = "stop"
             break
@@ -213,9 +114,9 @@ def generate(
             answer.finish_reason = "stop"
             break
         check()
-        if len(ids) == limits.max_tokens or not engine.has_room:
+        if len(ids) == request.max_tokens or not session.has_room:
             break
-        engine.step(token.id)
+        engine.step(session, token.id)
     if not stopped:
         text, stopped = stops.feed(characters.flush())
         if stopped:
@@ -226,50 +127,52 @@ def generate(
         yield Piece("", tuple(pending))
 
 
-def _draw(
-    engine: Engine,
-    drawer: Drawer,
-    vocabulary: Vocabulary,
-    guidance: Guidance,
-    limits: Limits,
-    ids: list[int],
-    check: Callable[[], None],
-) -> Token:
-    if limits.strength is not None:
-        drawer.alpha = limits.strength(len(ids))
-    original = drawn_from = engine.original_address
-    if limits.processors:
-        processed = _processed(engine.original_logits, ids, limits.processors)
-        check()  # a processor is the caller's code and can have used or closed the engine
-        drawn_from = processed.ctypes.data
-    if limits.watch is not None:
-        base = processed if limits.processors else engine.original_logits
-        score = functools.partial(_score, engine, base, drawer.alpha)
-        limits.watch(np.array(ids, np.int32), score)
-        check()
-    token, plain = drawer.sample(drawn_from, original, lambda: engine.degraded_address)
-    text = vocabulary.token_bytes(token).decode("utf-8", "replace")
-    if limits.top_logprobs is None:
-        return Token(token, text, plain)
-    logprobs = log_softmax(
-        combine(
-            engine.original_logits,
-            engine.degraded_logits,
-            alpha=drawer.alpha,
-            beta=guidance.beta,
-        )
-    )
-    best = np.argsort(-logprobs, kind="stable")[: limits.top_logprobs]
-    top = tuple((int(t), float(logprobs[t])) for t in best if np.isfinite(logprobs[t]))
-    return Token(token, text, plain, float(logprobs[token]), top)
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Draws one token from the newest row of a session."""
 
+    engine: Engine
+    session: Session
+    drawer: Drawer
+    vocabulary: Vocabulary
+    request: Request
+    check: Callable[[], None]
 
-def _score(engine: Engine, logits: FloatArray, alpha: float) -> FloatArray:
-    """What guidance makes of `logits`: l_o, or l_o changed by processors."""
-    score: FloatArray = logits.copy()
-    if (degraded := engine.degraded_logits) is not None:
-        score += np.float32(alpha) * (engine.original_logits - degraded)
-    return score
+    def __call__(self, ids: list[int]) -> Token:
+        """The token behind these, as it is told; `check` is called after code of the caller's."""
+        request, drawer = self.request, self.drawer
+        if request.strength is not None:
+            drawer.alpha = request.strength(len(ids))
+        logits = original = self.session.l_o
+        if request.logits_processors:
+            logits = _processed(original, ids, request.logits_processors)
+            self.check()  # a processor can have used or closed the engine
+        if request.watch is not None:
+            request.watch(np.array(ids, np.int32), lambda: self._score(logits))
+            self.check()
+        token, plain = drawer.sample(logits, original, self._degraded)
+        text = self.vocabulary.token_bytes(token).decode("utf-8", "replace")
+        if request.top_logprobs is None:
+            return Token(token, text, plain)
+        logprobs = self._logprobs()
+        best = np.argsort(-logprobs, kind="stable")[: request.top_logprobs]
+        top = tuple((int(t), float(logprobs[t])) for t in best if np.isfinite(logprobs[t]))
+        return Token(token, text, plain, float(logprobs[token]), top)
+
+    def _degraded(self) -> FloatArray | None:
+        return self.engine.degraded(self.session)
+
+    def _score(self, logits: FloatArray) -> FloatArray:
+        """What guidance makes of `logits`: l_o, or l_o changed by processors."""
+        score: FloatArray = logits.copy()
+        if (degraded := self._degraded()) is not None:
+            score += np.float32(self.drawer.alpha) * (self.session.l_o - degraded)
+        return score
+
+    def _logprobs(self) -> FloatArray:
+        beta = self.request.guidance.beta
+        alpha, degraded = self.drawer.alpha, self._degraded()
+        return log_softmax(combine(self.session.l_o, degraded, alpha=alpha, beta=beta))
 
 
 def _processed(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from cmg_gguf.errors import SamplingError, shown
+from cmg_gguf.request import checked_stops
 
 
 class Utf8Stream:
@@ -51,7 +51,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: str | Sequence[str] | None = ()) -> None:
-        self._stops = _checked(stops)
+        self._stops = checked_stops(stops)
         self._held = ""
         self._match: str | None = None
 
@@ -90,15 +90,3 @@ class StopStrings:
             if any(stop.startswith(text[-n:]) for stop in self._stops):
                 return n
         return 0
-
-
-def _checked(stops: str | Sequence[str] | None) -> tuple[str, ...]:
-    if stops is None:
-        return ()
-    listed = (stops,) if isinstance(stops, str) else tuple(stops)
-    for i, stop in enumerate(listed):
-        if not isinstance(stop, str) or not stop:
-            raise SamplingError(
-                f"stop string {i} is {shown(stop)}: it must be a string of at least 1 character"
-            )
-    return listed

@@ -11,27 +11,33 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-from cmg_gguf.answer.generate import Reply, Token
-from cmg_gguf.errors import PromptError, SamplingError, UnsupportedError
+from cmg_gguf.errors import SamplingError, UnsupportedError
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.sampling import LogitsProcessor, Sampling, grammar_for
+from cmg_gguf.reply import Piece, Reply, Token
+from cmg_gguf.request import Messages, Request
+from cmg_gguf.sampling import LogitsProcessor, Sampling
 
-if TYPE_CHECKING:
-    from cmg_gguf.answer.stream import Progress, Stream
-    from cmg_gguf.llama.model import Model
-    from cmg_gguf.vlm import GuidedVLM
-
+TokenBytes = Callable[[int], bytes]
+"""The bytes of a token, possibly part of a character."""
 MAX_TOP_LOGPROBS = 100
 MIN_LOGPROB = -9999.0
 """Stands for -inf, which JSON has not: what a grammar or bias forced past the plausibility cut."""
 
 
-def create_chat_completion(
-    vlm: GuidedVLM,
-    messages: Sequence[Mapping[str, Any]],
+class Pieces(Protocol):
+    """An answer as it comes: see `cmg_gguf.stream.Stream`."""
+
+    def __iter__(self) -> Iterator[Piece]: ...
+    def close(self) -> None: ...
+    @property
+    def reply(self) -> Reply: ...
+
+
+def request_of(
+    messages: Messages,
     *,
     guidance: Guidance | None = None,
     temperature: float = 0.2,
@@ -39,7 +45,6 @@ def create_chat_completion(
     top_k: int = 40,
     min_p: float = 0.05,
     typical_p: float = 1.0,
-    stream: bool = False,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     response_format: Mapping[str, Any] | None = None,
@@ -50,23 +55,21 @@ def create_chat_completion(
     mirostat_mode: int = 0,
     mirostat_tau: float = 5.0,
     mirostat_eta: float = 0.1,
-    model: str | None = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
     grammar: Any = None,
     logit_bias: Mapping[Any, float] | None = None,
     logprobs: bool | None = None,
     top_logprobs: int | None = None,
-    progress: Progress | None = None,
     **unsupported: Any,
-) -> dict[str, Any] | Iterator[dict[str, Any]]:
-    """A chat completion, or an iterator of its chunks with stream=True.
+) -> Request:
+    """The request of a chat completion.
 
-    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance`
-    and `progress` are ours. grammar: a `LlamaGrammar` or GBNF text. max_tokens: None or <= 0 =
-    until the context is full. logprobs: of the guided distribution, before the other samplers.
+    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance` is
+    ours. grammar: a `LlamaGrammar` or GBNF text. max_tokens: None or <= 0 = until the context is
+    full. logprobs: of the guided distribution, before the other samplers.
 
     Tools, functions and tail-free sampling are not supported: UnsupportedError, unless left at
-    their default. Otherwise raises what `GuidedVLM.stream` raises.
+    their default. Otherwise raises what `Request`, `Sampling` and `Guidance` raise.
     """
     _refuse(unsupported)
     sampling = Sampling(
@@ -82,32 +85,61 @@ def create_chat_completion(
         mirostat_tau=mirostat_tau,
         mirostat_eta=mirostat_eta,
         logit_bias=_bias(logit_bias),
-        grammar=_grammar(grammar, response_format),
+        grammar=_grammar(grammar),
+        response_format=response_format,
         seed=None if seed == -1 else seed,
     )
-    answer = vlm.stream(
+    return Request(
         messages,
-        guidance=guidance,
+        guidance=guidance if guidance is not None else Guidance(),
         sampling=sampling,
         max_tokens=max_tokens if max_tokens is not None and max_tokens > 0 else None,
         stop=stop or (),
         top_logprobs=_top_logprobs(logprobs, top_logprobs),
         logits_processors=logits_processor or (),
-        progress=progress,
     )
-    head = {
-        "id": f"chatcmpl-{uuid.uuid4()}",
-        "created": int(time.time()),
-        "model": model if model is not None else str(vlm.model.path),
+
+
+def completion_of(reply: Reply, model: str, token_bytes: TokenBytes) -> dict[str, Any]:
+    """A reply as a chat completion. model: its name."""
+    return {
+        **_head(model),
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": reply.text},
+                "logprobs": _logprobs(reply.tokens, token_bytes),
+                "finish_reason": reply.finish_reason,
+            }
+        ],
+        "usage": usage(reply),
+        "cmg": cmg_block(reply, token_bytes),
     }
-    if stream:
-        return _chunks(answer, vlm.model, head)
-    for _ in answer:
-        pass
-    return _completion(answer.reply, vlm.model, head)
 
 
-def cmg_block(reply: Reply, model: Model) -> dict[str, Any]:
+def chunks_of(answer: Pieces, model: str, token_bytes: TokenBytes) -> Iterator[dict[str, Any]]:
+    """The chunks of a chat completion, as its pieces come. Closing it closes the answer."""
+    head = {**_head(model), "object": "chat.completion.chunk"}
+
+    def chunk(delta: dict[str, str], finish: str | None = None, **more: Any) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": more.pop("logprobs", None),
+            "finish_reason": finish,
+        }
+        return {**head, "choices": [choice], **more}
+
+    with contextlib.closing(answer):
+        yield chunk({"role": "assistant"})
+        for piece in answer:
+            yield chunk({"content": piece.text}, logprobs=_logprobs(piece.tokens, token_bytes))
+    reply, block = answer.reply, cmg_block(answer.reply, token_bytes)
+    yield chunk({}, reply.finish_reason, usage=usage(reply), cmg=block)
+
+
+def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
     """What guidance did, JSON-ready; `changed`: the tokens that plain decoding would not draw."""
     return {
         "guided": bool(reply.layers),
@@ -119,7 +151,11 @@ def cmg_block(reply: Reply, model: Model) -> dict[str, Any]:
         "n_image_tokens": reply.n_image_tokens,
         "n_changed": reply.n_changed,
         "changed": [
-            {"index": i, "token": token.text, "plain": _text(model, token.plain)}
+            {
+                "index": i,
+                "token": token.text,
+                "plain": token_bytes(token.plain).decode("utf-8", "replace"),
+            }
             for i, token in enumerate(reply.tokens)
             if token.changed
         ],
@@ -130,43 +166,6 @@ def cmg_block(reply: Reply, model: Model) -> dict[str, Any]:
             "decode": reply.seconds.decode,
         },
     }
-
-
-def _completion(reply: Reply, model: Model, head: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id": head["id"],
-        "object": "chat.completion",
-        "created": head["created"],
-        "model": head["model"],
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": reply.text},
-                "logprobs": _logprobs(reply.tokens, model),
-                "finish_reason": reply.finish_reason,
-            }
-        ],
-        "usage": usage(reply),
-        "cmg": cmg_block(reply, model),
-    }
-
-
-def _chunks(answer: Stream, model: Model, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    def chunk(delta: dict[str, str], finish: str | None = None, **more: Any) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "delta": delta,
-            "logprobs": more.pop("logprobs", None),
-            "finish_reason": finish,
-        }
-        return {**head, "object": "chat.completion.chunk", "choices": [choice], **more}
-
-    with contextlib.closing(answer):
-        yield chunk({"role": "assistant"})
-        for piece in answer:
-            yield chunk({"content": piece.text}, logprobs=_logprobs(piece.tokens, model))
-    reply = answer.reply
-    yield chunk({}, reply.finish_reason, usage=usage(reply), cmg=cmg_block(reply, model))
 
 
 def usage(reply: Reply) -> dict[str, Any]:
@@ -180,14 +179,14 @@ def usage(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _logprobs(tokens: Sequence[Token], model: Model) -> dict[str, Any] | None:
+def _logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> dict[str, Any] | None:
     if not tokens or tokens[0].logprob is None:
         return None
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        data = model.token_bytes(token)
+        data = token_bytes(token)
         return {
-            "token": data.decode("utf-8", "replace"),
+            "token": _text(data),
             "bytes": list(data),
             "logprob": max(logprob, MIN_LOGPROB),
         }
@@ -199,8 +198,12 @@ def _logprobs(tokens: Sequence[Token], model: Model) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def _text(model: Model, token: int) -> str:
-    return model.token_bytes(token).decode("utf-8", "replace")
+def _head(model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4()}", "created": int(time.time()), "model": model}
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
 
 
 def _refuse(unsupported: dict[str, Any]) -> None:
@@ -229,10 +232,7 @@ def _bias(logit_bias: Mapping[Any, float] | None) -> dict[int, float]:
         raise SamplingError(f"logit_bias maps token numbers to numbers: {exc}") from exc
 
 
-def _grammar(grammar: Any, response_format: Mapping[str, Any] | None) -> str | None:
-    wanted = grammar_for(response_format)
-    if grammar is None:
-        return wanted
-    if wanted is not None:
-        raise PromptError("give either a grammar or a response_format, not both")
-    return grammar if isinstance(grammar, str) else str(grammar._grammar)
+def _grammar(grammar: Any) -> str | None:
+    if grammar is None or isinstance(grammar, str):
+        return grammar
+    return str(grammar._grammar)

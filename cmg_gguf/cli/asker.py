@@ -11,9 +11,9 @@ from cmg_gguf.cli.interrupt import Interrupt
 from cmg_gguf.cli.screen import Phase, Screen, summary
 
 if TYPE_CHECKING:
-    from cmg_gguf.answer.generate import Piece, Reply
     from cmg_gguf.cli.model_flags import ModelFlags
     from cmg_gguf.guidance import Guidance
+    from cmg_gguf.reply import Piece, Reply
     from cmg_gguf.sampling import Sampling
     from cmg_gguf.vlm import GuidedVLM
 

@@ -21,7 +21,7 @@ from cmg_gguf.cli.output import write, write_rendered
 from cmg_gguf.cli.screen import count
 
 if TYPE_CHECKING:
-    from cmg_gguf.answer.generate import Reply
+    from cmg_gguf.reply import Reply
 
 WIDE = 100
 """Columns from which on the answers stand side by side."""

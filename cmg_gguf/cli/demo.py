@@ -24,7 +24,7 @@ from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cmg_gguf.answer.generate import Reply
+    from cmg_gguf.reply import Reply
     from cmg_gguf.vlm import GuidedVLM
 
 Kind = Literal["typical", "counter"]
@@ -122,7 +122,7 @@ def _looked_at(vlm: GuidedVLM, pixels: NDArray[np.uint8]) -> NDArray[np.float64]
     """(8, 8) float64: how often, over answer rows and layers, a patch was most looked at."""
     barely = Guidance(alpha=1e-6, beta=0, tokens=LOOKED, layers=LayerRange(0, 1))
     stream = vlm.stream(PROMPT, [pixels], guidance=barely, max_tokens=MAX_TOKENS)
-    looked = [tokens for _ in stream for tokens in vlm.engine.attended]
+    looked = [tokens for _ in stream for tokens in stream.attended()]
     n = stream.reply.n_image_tokens
     share = np.bincount(np.concatenate(looked), minlength=n) / len(looked)
     edge = round(n**0.5)

@@ -12,8 +12,15 @@ import typer
 
 from cmg_gguf.cli.options import format_layers, format_tokens, parse_layers, parse_tokens
 from cmg_gguf.errors import GuidanceError
-from cmg_gguf.guidance import MAX_ALPHA, Guidance, LayerRange, Refresh, Scope
-from cmg_gguf.settings import Settings, load_settings
+from cmg_gguf.guidance import (
+    MAX_ALPHA,
+    Guidance,
+    LayerRange,
+    Refresh,
+    Scope,
+    Settings,
+    load_settings,
+)
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 

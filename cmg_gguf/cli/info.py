@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,8 +29,6 @@ Examples:
   cmg-gguf info -m llava.gguf --mmproj mmproj.gguf
 
   cmg-gguf info -m llava.gguf --layers 10-20   which layers that means
-
-  cmg-gguf info -m llava.gguf --calibrate      which --strategy is the fastest here
 """
 SIZE_IF_UNKNOWN = 336
 """Pixels a side of the image whose tokens are counted, where the projector names no size."""
@@ -43,20 +40,6 @@ def info(
     model: ModelFile = None,
     mmproj: ProjectorFile = None,
     layers: Layers = LAYERS,
-    calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--calibrate",
-            help="Time the ways of decoding both branches (about two seconds), and remember it: "
-            "--strategy auto goes by it.",
-        ),
-    ] = False,
-    n_gpu_layers: Annotated[
-        int, typer.Option("--n-gpu-layers", "-ngl", min=-1, help="For --calibrate: as in run.")
-    ] = -1,
-    threads: Annotated[
-        int, typer.Option("--threads", "-t", min=0, max=512, help="For --calibrate: as in run.")
-    ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object instead of the table.")
     ] = False,
@@ -66,8 +49,6 @@ def info(
     if model is None:
         model, mmproj = ModelFlags(mmproj=mmproj).pair()
     facts = {**system_facts(), **pair_facts(model, mmproj, layers)}
-    if calibrate:
-        facts["costs"] = cost_facts(model, n_gpu_layers, threads)
     if as_json:
         write_json(facts)
     else:
@@ -94,7 +75,7 @@ def pair_facts(path: Path, mmproj: Path | None, layers: str) -> dict[str, Any]:
     """What the files hold, JSON-ready. Raises ModelError, ProjectorError, GuidanceError."""
     from cmg_gguf.llama.log import set_verbose
     from cmg_gguf.llama.model import Model
-    from cmg_gguf.vlm import DEFAULT_TEMPLATE
+    from cmg_gguf.opening import DEFAULT_TEMPLATE
 
     set_verbose(False)
     model = Model.load(path, n_gpu_layers=0)
@@ -137,24 +118,6 @@ def projector_block(path: Path, model: Model) -> dict[str, Any]:
     }
 
 
-def cost_facts(path: Path, n_gpu_layers: int, threads: int) -> dict[str, Any]:
-    """Milliseconds of each way of stepping, JSON-ready. Raises ModelError, BackendError."""
-    from cmg_gguf.calibration import calibrated
-    from cmg_gguf.engine.lazy import SHARE_ASKED
-    from cmg_gguf.engine.strategy import CAUGHT_UP
-    from cmg_gguf.llama.context import ContextOptions, usable_threads
-
-    options = ContextOptions(n_ctx=512, n_threads=threads or usable_threads())
-    costs = calibrated(path, options, n_gpu_layers)
-    return {
-        **asdict(costs),
-        "catch_up": dict(zip(map(str, CAUGHT_UP), costs.catch_up, strict=True)),
-        "share_asked": SHARE_ASKED,
-        "per_token": costs.per_token(),
-        "best": costs.best(),
-    }
-
-
 def table(facts: dict[str, Any]) -> Table:
     """The facts for people."""
     grid = Table.grid(padding=(0, 2))
@@ -186,8 +149,6 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
         ]
     if model:
         lines.append(("masked layers", _masked(facts["guidance"], model["layers"])))
-    if costs := facts.get("costs"):
-        lines += _costs(costs)
     lines += [
         ("cmg-gguf", facts["cmg_gguf"]),
         ("llama-cpp-python", f"{facts['llama_cpp_python']}, Python {facts['python']}"),
@@ -208,20 +169,6 @@ def _masked(guidance: dict[str, Any], n_layer: int) -> Text:
         return Text(f"chosen by each prompt ({wanted})")
     words = f" {format_numbers(masked)} of 0-{n_layer - 1} ({wanted})"
     return layer_bar(masked, n_layer).append(words, style="default")
-
-
-def _costs(costs: dict[str, Any]) -> list[tuple[str, str | Text]]:
-    plain = costs["plain"]
-    caught_up = ", ".join(f"{n}: {ms:.3g}" for n, ms in costs["catch_up"].items())
-    lines: list[tuple[str, str | Text]] = [("plain decoding", f"{plain:.3g} ms a token")]
-    for name, ms in costs["per_token"].items():
-        fastest = "  <- the fastest" if name == costs["best"] else ""
-        lines.append((f"  {name}", f"{ms:.3g} ms, {ms / plain:.2f} times plain{fastest}"))
-    share = costs["share_asked"]
-    return [
-        *lines,
-        ("  catching up", f"rows: ms  {caught_up}  (lazy: asked for at {share:.0%} of the tokens)"),
-    ]
 
 
 def _template(name: str) -> str:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 if TYPE_CHECKING:
-    from cmg_gguf.answer.stream import Progress
+    from cmg_gguf.stream import Progress
     from cmg_gguf.vlm import GuidedVLM
 
 FlashAttention = Literal["on", "off", "auto"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Pairing = Literal["auto", "pair", "contexts"]
-Strategy = Literal["auto", "eager", "fork", "lazy", "adaptive", "lazy-approximate"]
+Strategy = Literal["auto", "exact", "approximate"]
 
 _flag = partial(typer.Option, rich_help_panel="Model")
 
@@ -135,16 +135,16 @@ class ModelFlags:
         ),
     ] = None
     strategy: Annotated[
-        Strategy,
+        Strategy | None,
         _flag(
             "--strategy",
-            help="When the degraded branch is decoded: eager = at every step, fork = the same from "
-            "its first masked layer on, lazy = only where more than one token is plausible, "
-            "adaptive = one of these two by how often that is, lazy-approximate = lazy, but never "
-            "caught up with (other tokens), auto = the fastest of the others: see info "
-            "--calibrate.",
+            help="When the degraded branch is decoded: auto = at every token or only where more "
+            "than one is plausible, whichever is cheaper by the clock; exact = at every token, so "
+            "that the same request gives the same bits; approximate = where more than one token is "
+            "plausible and never for those before (cheaper, other tokens). Default: auto, but in "
+            "eval exact.",
         ),
-    ] = "auto"
+    ] = None
     verbose: Annotated[
         bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False
@@ -168,7 +168,7 @@ class ModelFlags:
             "chat_template": self.chat_template,
             "pairing": self.pairing,
             "prefix_cells": self.prefix_cells,
-            "strategy": self.strategy,
+            **({} if self.strategy is None else {"strategy": self.strategy}),
             "verbose": self.verbose,
         }
 

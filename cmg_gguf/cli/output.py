@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 if TYPE_CHECKING:
-    from cmg_gguf.answer.generate import Piece
+    from cmg_gguf.reply import Piece
 
 CHANGED = "underline yellow"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmg_gguf.answer.generate import Reply
+    from cmg_gguf.reply import Reply
     from cmg_gguf.vlm import GuidedVLM
 
 
@@ -22,7 +22,7 @@ def reply_block(reply: Reply, vlm: GuidedVLM) -> dict[str, Any]:
             for token in reply.tokens
         ],
         "usage": usage(reply),
-        "cmg": cmg_block(reply, vlm.model),
+        "cmg": cmg_block(reply, vlm.model.token_bytes),
     }
 
 

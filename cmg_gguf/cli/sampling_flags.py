@@ -230,7 +230,7 @@ def _read(path: Path) -> str:
 
 
 def _schema_grammar(text: str) -> str | None:
-    from cmg_gguf.sampling import grammar_for
+    from cmg_gguf.llama.grammar import grammar_for
 
     try:
         schema = json.loads(text)

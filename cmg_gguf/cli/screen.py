@@ -24,7 +24,7 @@ from cmg_gguf.cli.options import format_numbers
 from cmg_gguf.errors import ContextLengthError
 
 if TYPE_CHECKING:
-    from cmg_gguf.answer.generate import Reply
+    from cmg_gguf.reply import Reply
 
 Phase = Literal["load", "encode", "prefill", "decode"]
 

@@ -72,3 +72,16 @@ class Branch:
 
     context: Context
     seq: int
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Both branches of an answer: in one context ("pair"), or in one each ("contexts")."""
+
+    original: Branch
+    degraded: Branch
+
+    @property
+    def paired(self) -> bool:
+        """Whether they share a context, and so can share KV cells."""
+        return self.original.context is self.degraded.context

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cmg_gguf import _core
+from cmg_gguf.engine.context import Branches, Context
 from cmg_gguf.engine.rows import NONE
-
-if TYPE_CHECKING:
-    from cmg_gguf.engine.context import Branch, Context
 
 _log = logging.getLogger(__name__)
 
@@ -69,10 +66,11 @@ def is_surveyed(context: Context) -> bool:
     return context.patch.fork_obstacle(1, n_rows=2, n_below=1) is not None
 
 
-def survey(original: Branch, degraded: Branch) -> None:
+def survey(branches: Branches) -> None:
     """Learns what the graphs of a context allow. Its branches are empty, and two cells free."""
-    context = original.context
-    for seqs in ((original.seq,), (original.seq, degraded.seq)):
+    context = branches.original.context
+    first, second = branches.original.seq, branches.degraded.seq
+    for seqs in ((first,), (first, second)):
         n = len(seqs)
         zeros = np.zeros(n, np.int32)
         plan = _core.Plan(

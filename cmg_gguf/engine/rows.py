@@ -7,12 +7,15 @@ image row is a row, has a position (under M-RoPE shared with others) and an imag
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
+from cmg_gguf.engine.batch import Batch, ImageBatch, text_batch
+from cmg_gguf.engine.context import Branch
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -27,10 +30,13 @@ from cmg_gguf.guidance import (
     layers_by_mass,
     static_layers,
 )
-from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
+from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 NONE = -1
 """No image token, no slot."""
+
+PlanOf: TypeAlias = Callable[[slice], _core.Plan | None]
+"""What the graph patch does with some rows of a prompt."""
 
 
 def masked_rows(is_image: npt.NDArray[np.bool_], scope: str) -> npt.NDArray[np.bool_]:
@@ -58,14 +64,16 @@ def core_policy(policy: TokenPolicy) -> _core.TokenPolicy:
 class PromptRows:
     """What the two branches do with each row of a prompt.
 
-    n: rows. n_pos: positions. is_image, masked: (n,) bool. image_token, slot, observed: (n,) int32,
+    prompt: as given, images encoded or not. guided: whether there is a degraded branch. n: rows.
+    n_pos: positions. is_image, masked: (n,) bool. image_token, slot, observed: (n,) int32,
     `NONE` where there is none. n_slots: slots that the prompt's selections take. first_masked,
     first_observed: the first such row, n if there is none. layers: masked ones; None where they are
     only known behind the prompt. fork_layer: where the degraded branch's rows enter, see `fork_at`.
     """
 
     def __init__(self, prompt: Prompt, guidance: Guidance, n_layer: int, *, guided: bool) -> None:
-        self._segments = prompt.segments
+        self.prompt = prompt
+        self.guided = guided
         self._layer_policy = guidance.layers
         self._n_layer = n_layer
         self.policy = core_policy(guidance.tokens)
@@ -128,31 +136,44 @@ class PromptRows:
     def position(self, row: int) -> int:
         """Position of a row that is text or the first of an image."""
         rows = positions = 0
-        for segment in self._segments:
+        for segment in self.prompt.segments:
             if row < rows + segment.n_tokens:
                 return positions + row - rows
             rows += segment.n_tokens
             positions += segment.n_pos
         return positions
 
-    def parts(self, first: int, n_ubatch: int) -> Iterator[tuple[Segment, slice, int]]:
-        """(segment, its rows, its position) from row `first` on; text cut to n_ubatch rows."""
+    def first_own(self, *, paired: bool) -> int:
+        """First row that the degraded branch does not share with the original one."""
+        return self.first_masked if paired else 0
+
+    def batches(
+        self, branch: Branch, first: int, plan: PlanOf
+    ) -> Iterator[tuple[slice, Batch | ImageBatch]]:
+        """The rows from `first` on, in batches of the branch's context: images whole, text cut to
+        n_ubatch rows. The logits of the last row are wanted. plan: what the patch does with some
+        rows."""
         row = position = 0
-        for segment in self._segments:
+        for segment in self.prompt.segments:
             if isinstance(segment, ImageSegment):
                 if row >= first:
-                    yield segment, slice(row, row + segment.n_tokens), position
+                    part = slice(row, row + segment.n_tokens)
+                    yield part, ImageBatch(branch, segment, position, plan(part))
             else:
+                n_ubatch = branch.context.n_ubatch
                 for start in range(max(0, first - row), segment.n_tokens, n_ubatch):
                     tokens = segment.tokens[start : start + n_ubatch]
                     part = slice(row + start, row + start + len(tokens))
-                    yield TextSegment(tokens), part, position + start
+                    positions = np.arange(len(tokens), dtype=np.int32) + position + start
+                    is_last = part.stop == self.n
+                    yield (
+                        part,
+                        text_batch(branch, tokens, positions, plan(part), wants_last=is_last),
+                    )
             row += segment.n_tokens
             position += segment.n_pos
 
-    def original_plan(
-        self, seq: int, first_own: int, *, note_images: bool = False
-    ) -> Callable[[slice], _core.Plan | None]:
+    def original_plan(self, seq: int, first_own: int, *, note_images: bool = False) -> PlanOf:
         """The original branch notes where images lie and observes the masked rows' attention.
 
         first_own: first row that the degraded branch decodes itself. note_images: note them without
@@ -177,9 +198,7 @@ class PromptRows:
 
         return plan
 
-    def degraded_plan(
-        self, seq: int, layers: tuple[int, ...], first_own: int
-    ) -> Callable[[slice], _core.Plan | None]:
+    def degraded_plan(self, seq: int, layers: tuple[int, ...], first_own: int) -> PlanOf:
         """The degraded branch notes its own images and hides each masked row's selection."""
         return lambda part: _core.Plan(
             self._table(part, seq, masked=self.slot),

@@ -1,170 +1,151 @@
-"""How a step is decoded: which branches, which rows, and when.
+"""How the steps of an answer are decoded: both branches together, or the degraded one when asked.
 
-    Plain     the original branch alone
-    Together  both branches at every step
-    Lazy      the original branch; the degraded one when it is asked for: `cmg_gguf.engine.lazy`
+    together     two rows of one decode: the original's, and the degraded one
+    waiting      the original's row alone; the degraded one waits until a token needs it, and is
+                 then decoded with all that waited before it (catch-up rows)
 
-Not all of the degraded branch is needed, see `cmg_gguf.engine.fork`.
+If one token alone is plausible by l_o, it is drawn whatever l_d says, so a row may wait in vain.
+Causal attention makes the rows of one batch what they would have been one after another: any
+mixture of the two ways gives the same logits, but for rounding.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from statistics import median
+from typing import Literal
 
 import numpy as np
 
 from cmg_gguf import _core
-from cmg_gguf.engine.fork import Forking
 from cmg_gguf.engine.rows import NONE
-
-if TYPE_CHECKING:
-    from cmg_gguf.engine.context import Branch
+from cmg_gguf.guidance import Guidance
 
 
-@dataclass(frozen=True)
-class Stepping:
-    """When the degraded branch is decoded.
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """Which of these ways an engine takes.
 
-    lazy: only where l_d is asked for; else at every step. fork: only from its first masked layer
-    on, where the graph allows it. pair_above: with `lazy`, share of the steps that ask for l_d
-    above which both branches are decoded together, 0 to 1; 1 = never. approximate: with `lazy`, see
-    `LazyApproximate`. All but `lazy` need both branches in one context, and do nothing in two.
+    waiting: whether degraded rows wait: "never", "always", or where that is the cheaper way by the
+    engine's own clock. fork: they are computed from the first masked layer on, where the graph
+    allows it, see `cmg_gguf.engine.fork`. approximate: rows that waited in vain are never decoded:
+    the degraded branch then sees what the original one wrote for them, which is another method.
+    `fork` and `approximate` need both branches in one context, and do nothing in two.
     """
 
-    lazy: bool = False
+    waiting: Literal["never", "always", "cheapest"] = "never"
     fork: bool = False
-    pair_above: float = 1.0
     approximate: bool = False
 
+    def may_wait(self, guidance: Guidance) -> bool:
+        """Whether a row could wait in vain: without a cut, every token needs both branches."""
+        return self.waiting != "never" and guidance.beta > 0
 
-EAGER = Stepping()
+
+EAGER = Strategy()
+EXACT = Strategy(fork=True)
+AUTO = Strategy(waiting="cheapest", fork=True)
+APPROXIMATE = Strategy(waiting="always", fork=True, approximate=True)
+
+SHARE_ASKED = 0.4
+"""Share of the steps at which more than one token is plausible, while nothing else is known."""
 
 
-class Stepper(Protocol):
-    """Decodes the tokens of one answer, from the end of its prompt on."""
+class Pace:
+    """What either way of a step costs, timed while answers are decoded.
 
-    newest: int
-    """Slot of the selections that the newest row hides."""
+    Each way is tried for a few steps; then the cheaper one is taken, and the other tried again now
+    and then. Costs are medians of the newest times, in seconds a token.
+    """
 
-    def step(self, token: int, position: int) -> None:
-        """Decodes one token. Where that fails, the newest row is still the one before."""
-        ...
+    N_TRIED = 5
+    """Steps of each way before they are compared."""
+    TRIED_AGAIN = 256
+    """Steps after which the dearer way is tried again."""
+    MARGIN = 0.02
+    """How much cheaper the other way must be: changing over makes llama.cpp build a new graph."""
+
+    def __init__(self) -> None:
+        self._together: deque[float] = deque(maxlen=15)
+        self._alone: deque[float] = deque(maxlen=15)
+        self._catch_up: dict[int, deque[float]] = {}
+        self._share_asked = SHARE_ASKED
+        self._is_together = True
+        self._n_steps = 0
 
     @property
-    def original_address(self) -> int:
-        """Address of l_o of the newest row, valid until the next step."""
-        ...
+    def takes_together(self) -> bool:
+        """Whether the next step is to decode both branches together."""
+        return self._is_together
 
-    @property
-    def degraded_address(self) -> int:
-        """Address of l_d of the newest row, computed if need be; 0 = there is none."""
-        ...
+    def step(self, *, asked: bool) -> None:
+        """Chooses the way of the next step. asked: whether the one before needed l_d."""
+        self._share_asked += 0.1 * (asked - self._share_asked)
+        self._n_steps += 1
+        if len(self._together) < self.N_TRIED:
+            self._is_together = True
+        elif len(self._alone) < self.N_TRIED or not self._catch_up:
+            self._is_together = False
+        elif self._n_steps % self.TRIED_AGAIN < self.N_TRIED:
+            self._is_together = not self._together_is_cheaper()
+        else:
+            self._is_together = self._together_is_cheaper()
+
+    def together_took(self, seconds: float) -> None:
+        """Notes what a step of both branches took."""
+        self._together.append(seconds)
+
+    def alone_took(self, seconds: float) -> None:
+        """Notes what a step of the original branch took."""
+        self._alone.append(seconds)
+
+    def catch_up_took(self, n_rows: int, seconds: float) -> None:
+        """Notes what it took to decode n_rows rows that had waited."""
+        self._catch_up.setdefault(n_rows, deque(maxlen=5)).append(seconds)
+
+    def _together_is_cheaper(self) -> bool:
+        together, waiting = median(self._together), self._waiting_costs()
+        if self._is_together:
+            return together <= waiting * (1 + self.MARGIN)
+        return together * (1 + self.MARGIN) < waiting
+
+    def _waiting_costs(self) -> float:
+        """Rows that catch up: as many as steps lie between two that ask."""
+        n_rows = 1 / max(self._share_asked, 1e-3)
+        known = sorted(self._catch_up)
+        costs = [median(self._catch_up[n]) for n in known]
+        beyond = max(1.0, n_rows / known[-1])
+        return median(self._alone) + self._share_asked * beyond * float(
+            np.interp(n_rows, known, costs)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """What the degraded rows of an answer may not see.
+    """What the degraded rows of an answer's tokens may not see.
 
     layers: masked ones, ascending. observed: whether each row chooses its own image tokens, by its
     attention in the original branch; else all hide what slot 0 holds.
     """
 
+    n_layer: int
     layers: tuple[int, ...]
     policy: _core.TokenPolicy
     n_image_tokens: int
     observed: bool
 
     def plan(
-        self, n_layer: int, *rows: tuple[int, int, int], fork: _core.ForkPlan | None = None
+        self, rows: Iterable[tuple[int, int, int]], fork: _core.ForkPlan | None = None
     ) -> _core.Plan:
         """What the patch does with a batch. rows: sequence, slot observed into, slot hidden."""
         return _core.Plan(
             np.array([(seq, NONE, observe, hide) for seq, observe, hide in rows], np.int32),
-            n_layer=n_layer,
+            n_layer=self.n_layer,
             observe_layers=list(self.layers),
             mask_layers=list(self.layers),
             policy=self.policy,
             n_image_tokens=self.n_image_tokens,
             fork=fork,
-        )
-
-
-class Plain:
-    """The original branch alone."""
-
-    newest = NONE
-    degraded_address = 0
-
-    def __init__(self, original: Branch, address: int) -> None:
-        self._branch = original
-        self._batch = StepBatch(1)
-        self.original_address = address
-
-    def step(self, token: int, position: int) -> None:
-        self._batch.decode(self._branch, token, position, None)
-        self.original_address = self._branch.context.logits_address(0)
-
-
-class Together:
-    """Both branches at every step: two rows of one decode, or a decode in each context."""
-
-    newest = 0
-
-    def __init__(
-        self,
-        original: Branch,
-        degraded: Branch,
-        masking: Masking,
-        forking: Forking,
-        addresses: tuple[int, int],
-    ) -> None:
-        """addresses: of l_o and l_d of the prompt's last row."""
-        self._original, self._degraded = original, degraded
-        self._masking = masking
-        self._paired = original.context is degraded.context
-        self._forking = forking
-        self._watch = (original.seq, 0 if masking.observed else NONE, NONE)
-        self._hide = (degraded.seq, NONE, 0)
-        self._batches = [StepBatch(2)] if self._paired else [StepBatch(1), StepBatch(1)]
-        self.original_address, self.degraded_address = addresses
-
-    def step(self, token: int, position: int) -> None:
-        original, degraded = self._original, self._degraded
-        plan, n_layer = self._masking.plan, original.context.n_layer
-        if self._paired:
-            both = plan(n_layer, self._watch, self._hide, fork=self._forking.pair)
-            seqs = original.seq, degraded.seq
-            self._batches[0].decode(original, token, position, both, seqs=seqs)
-        else:
-            self._batches[0].decode(original, token, position, plan(n_layer, self._watch))
-            self._batches[1].decode(degraded, token, position, plan(n_layer, self._hide))
-        self.original_address = original.context.logits_address(0)
-        self.degraded_address = degraded.context.logits_address(1 if self._paired else 0)
-
-
-class StepBatch:
-    """Arrays of a step's batch, allocated once."""
-
-    def __init__(self, n: int) -> None:
-        self._tokens = np.zeros(n, np.int32)
-        self._positions = np.zeros(n, np.int32)
-        self._seqs = np.zeros(n, np.int32)
-        self._outputs = np.ones(n, bool)
-
-    def decode(
-        self,
-        branch: Branch,
-        token: int,
-        position: int,
-        plan: _core.Plan | None,
-        *,
-        seqs: tuple[int, ...] | None = None,
-    ) -> None:
-        """Decodes one token at one position in the branch, or in all of these sequences."""
-        self._tokens[:] = token
-        self._positions[:] = position
-        self._seqs[:] = (branch.seq,) if seqs is None else seqs
-        branch.context.decode(
-            self._tokens, self._positions, self._seqs, outputs=self._outputs, plan=plan
         )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cmg_gguf.evaluation.executors import Processes, in_process
     from cmg_gguf.evaluation.items import Shard
     from cmg_gguf.evaluation.manifest import ModelFiles
-    from cmg_gguf.evaluation.method import Method, Question, Request
+    from cmg_gguf.evaluation.method import Method, Question
     from cmg_gguf.evaluation.methods import METHODS, chosen
     from cmg_gguf.evaluation.plots import write_plots
     from cmg_gguf.evaluation.records import Record
@@ -47,7 +47,6 @@ _WHERE = {
     "Question": "method",
     "Record": "records",
     "Report": "report",
-    "Request": "method",
     "Run": "run",
     "Shard": "items",
     "Task": "task",
@@ -75,7 +74,6 @@ __all__ = [
     "Question",
     "Record",
     "Report",
-    "Request",
     "Run",
     "Shard",
     "Task",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.prompt.images import image_id, load_image
 
 if TYPE_CHECKING:
-    from cmg_gguf.answer.generate import Reply
+    from cmg_gguf.reply import Reply
     from cmg_gguf.vlm import GuidedVLM
 
 Pixels = npt.NDArray[np.uint8]
@@ -100,17 +100,7 @@ class Answerer:
         )
         first = _FirstScores()
         try:
-            request = method.request(question)
-            reply = self._vlm.generate(
-                item.prompt,
-                question.images,
-                guidance=request.guidance,
-                contrast=request.contrast,
-                sampling=request.sampling,
-                logits_processors=request.processors,
-                max_tokens=item.max_tokens,
-                watch=first,
-            )
+            reply = self._vlm.generate(replace(method.request(question), watch=first))
         except (ImageError, PromptError, BackendError) as exc:
             return Record(item=item.id, method=method.name, problem=str(exc))
         return Record(

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cmg_gguf.errors import UnsupportedError
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.guidance import Guidance, load_settings
 from cmg_gguf.sampling import Sampling
-from cmg_gguf.settings import load_settings
 
 MODEL_ID = "cmg_gguf"
 DEFAULT_MAX_TOKENS = 1024
@@ -89,7 +88,7 @@ class Answerer:
         given = {"alpha": alpha, "beta": beta}
         changes: dict[str, Any] = {k: float(v) for k, v in given.items() if v is not None}
         self._guidance = Guidance(**{**vars(base), **changes})
-        self._vlm = GuidedVLM(model, mmproj, **options)
+        self._vlm = GuidedVLM(model, mmproj, **{"strategy": "exact", **options})
 
     def answer(
         self,

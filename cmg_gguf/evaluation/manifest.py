@@ -43,7 +43,8 @@ class ModelFiles:
         """The loaded model. Raises CMGError."""
         from cmg_gguf.vlm import GuidedVLM
 
-        return GuidedVLM(self.model, self.mmproj, **self.options)
+        # Not by the clock: a run that is resumed or repeated gives the same answers to the bit.
+        return GuidedVLM(self.model, self.mmproj, **{"strategy": "exact", **self.options})
 
     @cached_property
     def identity(self) -> dict[str, Any]:

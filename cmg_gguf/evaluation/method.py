@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from cmg_gguf.engine.contrast import Contrast
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.yes_no import YesNoTokens
-from cmg_gguf.guidance import Guidance
-from cmg_gguf.sampling import LogitsProcessor, Sampling
-from cmg_gguf.settings import guidance_to_json
+from cmg_gguf.guidance import Guidance, guidance_to_json
+from cmg_gguf.request import Request
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 
@@ -39,15 +36,10 @@ class Question:
         """The images, in a list."""
         return [] if self.image is None else [self.image]
 
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """How `GuidedVLM.generate` is to answer. The default is plain greedy decoding."""
-
-    guidance: Guidance = PLAIN
-    sampling: Sampling = field(default_factory=Sampling)
-    contrast: Contrast | None = None
-    processors: Sequence[LogitsProcessor] = ()
+    def ask(self, **settings: Any) -> Request:
+        """The question as a request. settings: those of `Request`; plain and greedy by default."""
+        asked = {"guidance": PLAIN, "max_tokens": self.item.max_tokens, **settings}
+        return Request(self.item.prompt, self.images, **asked)
 
 
 class Method:

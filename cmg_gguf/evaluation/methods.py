@@ -9,7 +9,7 @@ A new one is a small class and a line in `METHODS`:
         name: str = "warm"
 
         def request(self, question: Question) -> Request:
-            return Request(sampling=Sampling(temperature=0.5, seed=question.seed))
+            return question.ask(sampling=Sampling(temperature=0.5, seed=question.seed))
 
     METHODS["warm"] = lambda guidance: Warm()
 """
@@ -24,11 +24,12 @@ import numpy as np
 
 from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import EvaluationError
-from cmg_gguf.evaluation.method import Method, Question, Request
+from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.evaluation.relatives import Icd, M3id, NoImage, Vcd
 from cmg_gguf.evaluation.task import Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
 from cmg_gguf.guidance import Guidance
+from cmg_gguf.request import Request
 from cmg_gguf.sampling import Sampling
 
 
@@ -39,7 +40,7 @@ class Greedy(Method):
     name: str = "greedy"
 
     def request(self, question: Question) -> Request:
-        return Request()
+        return question.ask()
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Sample(Method):
     name: str = "sample"
 
     def request(self, question: Question) -> Request:
-        return Request(sampling=_drawn(question))
+        return question.ask(sampling=_drawn(question))
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Cut(Method):
     name: str = "cut"
 
     def request(self, question: Question) -> Request:
-        return Request(guidance=Guidance(alpha=0.0, beta=self.beta), sampling=_drawn(question))
+        return question.ask(guidance=Guidance(alpha=0.0, beta=self.beta), sampling=_drawn(question))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Cmg(Method):
     name: str = "cmg"
 
     def request(self, question: Question) -> Request:
-        return Request(guidance=self.guidance)
+        return question.ask(guidance=self.guidance)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class YesBias(Method):
     needs: ClassVar[tuple[str, ...]] = ("greedy", "cmg")
 
     def request(self, question: Question) -> Request:
-        return Request(processors=(_Turned(question.words),))
+        return question.ask(logits_processors=(_Turned(question.words),))
 
 
 @dataclass(frozen=True, eq=False)

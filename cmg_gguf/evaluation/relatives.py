@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cmg_gguf.engine.contrast import Contrast
-from cmg_gguf.evaluation.method import Method, Question, Request
+from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.guidance import Guidance
+from cmg_gguf.request import Contrast, Request
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
@@ -47,7 +47,7 @@ class Vcd(Method):
             for image in question.images
         ]
         guidance = Guidance(alpha=self.alpha, beta=self.beta)
-        return Request(guidance, contrast=Contrast(question.item.prompt, images))
+        return question.ask(guidance=guidance, contrast=Contrast(question.item.prompt, images))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class NoImage(Method):
 
     def request(self, question: Question) -> Request:
         guidance = Guidance(alpha=self.alpha, beta=self.beta)
-        return Request(guidance, contrast=Contrast(question.item.prompt))
+        return question.ask(guidance=guidance, contrast=Contrast(question.item.prompt))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class M3id(Method):
 
     def request(self, question: Question) -> Request:
         contrast = Contrast(question.item.prompt, strength=self.strength)
-        return Request(Guidance(beta=self.beta), contrast=contrast)
+        return question.ask(guidance=Guidance(beta=self.beta), contrast=contrast)
 
     def strength(self, n_said: int) -> float:
         """alpha of the draw behind `n_said` tokens."""
@@ -99,7 +99,7 @@ class Icd(Method):
 
     def request(self, question: Question) -> Request:
         contrast = Contrast(f"{self.role} {question.item.prompt}", question.images)
-        return Request(Guidance(alpha=self.alpha, beta=self.beta), contrast=contrast)
+        return question.ask(guidance=Guidance(alpha=self.alpha, beta=self.beta), contrast=contrast)
 
 
 def noise_share(step: int) -> tuple[float, float]:

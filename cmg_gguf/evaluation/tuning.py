@@ -27,8 +27,7 @@ from cmg_gguf.evaluation.methods import Cmg, Greedy
 from cmg_gguf.evaluation.report import Report, Row, make_report
 from cmg_gguf.evaluation.run import Progress, evaluate
 from cmg_gguf.evaluation.task import Task
-from cmg_gguf.guidance import Guidance, LayerPolicy, TokenPolicy
-from cmg_gguf.settings import Settings
+from cmg_gguf.guidance import Guidance, LayerPolicy, Settings, TokenPolicy
 
 FIGURES = ("accuracy", "score", "amber_score", "a_acc")
 """What is maximised if nothing is named: the first of these that a task has."""

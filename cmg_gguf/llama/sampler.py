@@ -11,7 +11,9 @@ from typing import Any
 import llama_cpp
 
 from cmg_gguf import _core
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import BackendError, SamplingError
+from cmg_gguf.llama.grammar import grammar_for
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
 from cmg_gguf.sampling import Sampling
@@ -51,17 +53,23 @@ class Sampler:
     def alpha(self, alpha: float) -> None:
         self._state.alpha = alpha
 
-    def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
-        """(guided token, plain token) from rows at these addresses.
+    def sample(
+        self,
+        logits: FloatArray,
+        original: FloatArray,
+        degraded: Callable[[], FloatArray | None],
+    ) -> tuple[int, int]:
+        """(guided token, plain token) from rows of logits, each (n_vocab,) float32.
 
         logits: what is sampled from: l_o, or l_o changed by logits processors. original: l_o.
-        degraded: gives l_d, 0 for none; it is called only where l_d matters: if one token alone is
-        plausible, that is the token whatever l_d says. Raises BackendError if no token is possible,
-        or if a score of a plausible token is not a number.
+        degraded: gives l_d, None for none; it is called only where l_d matters: if one token alone
+        is plausible, that is the token whatever l_d says. Raises BackendError if no token is
+        possible, or if a score of a plausible token is not a number.
         """
         with _told():
-            n_plausible = self._sampler.prepare(logits, self._beta)
-        self._state.set_rows(original, degraded() if n_plausible > 1 else 0)
+            n_plausible = self._sampler.prepare(logits.ctypes.data, self._beta)
+        l_d = degraded() if n_plausible > 1 else None
+        self._state.set_rows(original.ctypes.data, 0 if l_d is None else l_d.ctypes.data)
         with _told():
             drawn = self._sampler.draw()
         if not self._state.finite:
@@ -111,10 +119,11 @@ def _constraints(model: Model, sampling: Sampling) -> Iterable[Any]:
                 )
             entry.token, entry.bias = int(token), float(value)
         yield llama_cpp.llama_sampler_init_logit_bias(model.n_vocab, len(bias), bias)
-    if sampling.grammar is not None:
+    text = sampling.grammar or grammar_for(sampling.response_format)
+    if text is not None:
         with captured_errors() as errors:
             grammar = llama_cpp.llama_sampler_init_grammar(
-                model.vocab, sampling.grammar.encode("utf-8", "replace"), b"root"
+                model.vocab, text.encode("utf-8", "replace"), b"root"
             )
         if not grammar:
             raise SamplingError(f"the grammar does not parse: {' '.join(errors) or 'no root rule'}")

@@ -13,8 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cmg_gguf.errors import ModelError
-from cmg_gguf.guidance import Guidance
-from cmg_gguf.settings import load_settings
+from cmg_gguf.guidance import Guidance, load_settings
 
 FOLDER = Path(__file__).parent / "models"
 NAME = "tiny-llava"

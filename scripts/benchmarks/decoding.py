@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import llama_cpp
 
@@ -18,23 +18,28 @@ from benchmarks.ratios import Times, milliseconds, rotated
 from benchmarks.schedule import Asked, Schedule
 from benchmarks.subjects import Subject
 from cmg_gguf import Guidance, GuidedVLM, LayerRange
-from cmg_gguf.answer.generate import Answer, Limits, generate
+from cmg_gguf.answer.generate import Answer, generate
+from cmg_gguf.arrays import FloatArray
+from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, EXACT, Strategy
 from cmg_gguf.prompt.images import image_id, load_image
 from cmg_gguf.prompt.messages import render_messages
 from cmg_gguf.prompt.segments import Prompt
+from cmg_gguf.request import Request
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 HALF = Guidance(layers=LayerRange(0.5, 1.0))
 TWO_THIRDS = Guidance(layers=LayerRange(2 / 3, 1.0))
 
-WAYS: dict[str, tuple[Guidance, str]] = {
-    "plain": (PLAIN, "eager"),
-    "eager": (HALF, "eager"),
-    "fork at half": (HALF, "fork"),
-    "fork at two thirds": (TWO_THIRDS, "fork"),
-    "lazy": (HALF, "lazy"),
-    "adaptive": (HALF, "adaptive"),
-    "lazy-approximate": (HALF, "lazy-approximate"),
+LAZY = Strategy(waiting="always", fork=True)
+
+WAYS: dict[str, tuple[Guidance, Strategy]] = {
+    "plain": (PLAIN, EAGER),
+    "eager": (HALF, EAGER),
+    "fork at half": (HALF, EXACT),
+    "fork at two thirds": (TWO_THIRDS, EXACT),
+    "lazy": (HALF, LAZY),
+    "auto": (HALF, AUTO),
+    "approximate": (HALF, APPROXIMATE),
 }
 UNHOOKED = "llama_cpp.Llama"
 N_BY_TURNS = 8
@@ -52,8 +57,9 @@ class Way(Protocol):
 def open_ways(llama: llama_cpp.Llama, subject: Subject, use_gpu: bool) -> dict[str, Way]:
     """Every way to decode, each with a context of its own on the weights of `llama`."""
 
-    def guided(guidance: Guidance, strategy: Any) -> Guided:
-        vlm = GuidedVLM.from_llama(llama, subject.pair.mmproj, strategy=strategy, use_gpu=use_gpu)
+    def guided(guidance: Guidance, strategy: Strategy) -> Guided:
+        vlm = GuidedVLM.from_llama(llama, subject.pair.mmproj, use_gpu=use_gpu)
+        vlm.engine.strategy = strategy
         return Guided(vlm, subject, guidance)
 
     ways = {name: guided(*how) for name, how in WAYS.items()}
@@ -103,11 +109,12 @@ class Guided:
     def answer(self, asked: Asked) -> Iterator[object]:
         """See `Way`. Prompts are kept, so every answer but the first starts at once."""
         engine = self._vlm.engine
-        engine.prefill(self.prompt, self._guidance)
-        _ = engine.degraded_address  # the prompt's rows, which may wait, are no token's
+        session = engine.open(self.prompt, self._guidance)
+        engine.prefill(session)
+        engine.degraded(session)  # the prompt's rows, which may wait, are no token's
         drawer = Replayed(asked, self._vlm.model.n_vocab // 2)
-        limits = Limits(max_tokens=len(asked))
-        return generate(engine, drawer, Words(), self._guidance, limits, Answer())
+        request = Request("", guidance=self._guidance, max_tokens=len(asked))
+        return generate(engine, session, drawer, Words(), request, Answer())
 
 
 class Unhooked:
@@ -139,7 +146,12 @@ class Replayed:
         self._asked = iter(asked)
         self._token = token
 
-    def sample(self, logits: int, original: int, degraded: Callable[[], int]) -> tuple[int, int]:
+    def sample(
+        self,
+        logits: FloatArray,
+        original: FloatArray,
+        degraded: Callable[[], FloatArray | None],
+    ) -> tuple[int, int]:
         if next(self._asked):
             degraded()
         return self._token, self._token

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ratios import Middle, milliseconds
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.llama.sampler import Sampler
 from cmg_gguf.sampling import Sampling
 
@@ -22,10 +23,9 @@ def measure_drawing(n_vocab: int = N_VOCAB, n_runs: int = 200) -> Middle:
     rng = np.random.default_rng(0)
     # Other rows each time: what a step has just computed is not in the nearest cache either.
     rows = rng.normal(0, 3, (8, 2, n_vocab)).astype(np.float32)
-    addresses = [[row.ctypes.data for row in pair] for pair in rows]
 
-    def draw(original: int, degraded: int) -> float:
+    def draw(original: FloatArray, degraded: FloatArray) -> float:
         return milliseconds(lambda: sampler.sample(original, original, lambda: degraded))
 
-    runs = [draw(*addresses[i % len(addresses)]) for i in range(n_runs + len(addresses))]
-    return Middle.of(runs[len(addresses) :])
+    runs = [draw(*rows[i % len(rows)]) for i in range(n_runs + len(rows))]
+    return Middle.of(runs[len(rows) :])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def measure(subject: Subject, schedule: Schedule, options: Options, progress: Pr
         ways = open_ways(llama, subject, use_gpu)
         figures.times |= measure_decoding(ways, schedule, options.rounds, report)
     with _opened(subject, options) as llama:
-        _calibrate(llama, subject, use_gpu, figures)
+        _count_tokens(llama, subject, use_gpu, figures)
         n, rounds = options.request_rounds, (llama, subject, use_gpu, options.request_rounds)
         figures.times |= measure_requests(*rounds, phase("requests", n))
         figures.times |= measure_questions(*rounds, phase("six questions", n))
@@ -80,13 +79,13 @@ def expected_seconds(subject: Subject, schedule: Schedule, options: Options) -> 
     return decoding + prefills * prefill + 10
 
 
-def _calibrate(llama: llama_cpp.Llama, subject: Subject, use_gpu: bool, figures: Figures) -> None:
+def _count_tokens(
+    llama: llama_cpp.Llama, subject: Subject, use_gpu: bool, figures: Figures
+) -> None:
     with GuidedVLM.from_llama(llama, subject.pair.mmproj, use_gpu=use_gpu) as vlm:
         prompt = encoded_prompt(vlm, subject)
         figures.n_prompt_tokens = prompt.n_tokens
         figures.n_image_tokens = prompt.n_image_tokens
-        figures.costs = dataclasses.asdict(vlm.calibrate())
-        figures.auto = vlm.strategy
 
 
 @contextmanager

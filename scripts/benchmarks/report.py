@@ -36,8 +36,10 @@ ROWS = (
     Row("decode, fork at half depth", "plain", "fork at half", "plain", 1.50),
     Row("decode, fork at two thirds", "plain", "fork at two thirds", "plain", 1.35),
     Row("decode, lazy + fork at half depth", "plain", "lazy", "plain", 1.40, replayed=True),
-    Row("the same, adaptive", "plain", "adaptive", "plain", 1.40, replayed=True),
-    Row("the same, approximate", "plain", "lazy-approximate", "plain", 1.12, replayed=True),
+    Row("the same, auto (the default)", "plain", "auto", "plain", 1.40, replayed=True),
+    Row("auto", "fork at half depth", "auto", "fork at half", 1.03, replayed=True),
+    Row("auto", "lazy", "auto", "lazy", 1.03, replayed=True),
+    Row("lazy, approximate", "plain", "approximate", "plain", 1.12, replayed=True),
     Row("request, one word", "plain", "request, guided", "request, plain", 1.10),
     Row(
         "request, one word",
@@ -76,8 +78,6 @@ class Figures:
     n_prompt_tokens: int = 0
     n_image_tokens: int = 0
     times: Times = field(default_factory=dict)
-    auto: str = ""
-    costs: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, row: Row) -> Middle | None:
         """None where the row was not measured."""
@@ -112,12 +112,11 @@ def new_table(results: Sequence[Figures], schedule: Schedule, drawing: Middle) -
     table.add_row("captions that approximating changes", "exact", "", differing)
     drawn = f"{drawing} ms {_mark(drawing.median <= WANTED_DRAWING)}"
     table.add_row(f"drawing a token of {N_VOCAB:,}", "", f"<= {WANTED_DRAWING:.2f} ms", drawn)
-    table.add_row("strategy that auto chooses", "", "", *(figures.auto for figures in results))
     return table
 
 
 def as_json(results: Sequence[Figures], schedule: Schedule, drawing: Middle) -> dict[str, Any]:
-    """Everything in the table, the times it was made from, and what `auto` measured."""
+    """Everything in the table, the times it was made from."""
     return {
         "rows": [
             {

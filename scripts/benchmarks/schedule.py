@@ -41,7 +41,7 @@ class Schedule:
     """captions: their tokens. synthetic: drawn at random, not recorded.
 
     n_compared: captions that were told twice; n_differing: of these, how many are another text
-    where the degraded branch never catches up ("lazy-approximate").
+    where the degraded branch never catches up (strategy "approximate").
     """
 
     captions: tuple[Asked, ...]
@@ -90,8 +90,8 @@ def record_schedule(
 ) -> Schedule:
     """Captions of n test scenes, told exactly and approximately. report: called after each."""
     captions, n_differing = [], 0
-    exact = GuidedVLM(*subject.pair, strategy="lazy")
-    approximate = GuidedVLM(*subject.pair, strategy="lazy-approximate")
+    exact = GuidedVLM(*subject.pair, strategy="exact")
+    approximate = GuidedVLM(*subject.pair, strategy="approximate")
     for i in range(n):
         pixels = draw(make_scene("test", i // len(KINDS), KINDS[i % len(KINDS)]))
         told = dataclasses.replace(subject, pixels=pixels)

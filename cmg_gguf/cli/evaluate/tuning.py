@@ -194,7 +194,7 @@ def tune_task(
     """Runs a search, shows what it tried, and writes the best settings."""
     from cmg_gguf.evaluation.manifest import ModelFiles
     from cmg_gguf.evaluation.tuning import Goal, better, tune
-    from cmg_gguf.settings import save_settings
+    from cmg_gguf.guidance import save_settings
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     # Scenes have a split of their own to choose settings on.

@@ -1,32 +1,32 @@
-"""Prompts kept in the KV cache: a request goes on from the one that begins like it.
+"""The prefix cache: a prompt goes on from a kept one that begins like it.
 
-A kept prefix is a pair of sequences beside those that a request works in. Sharing and keeping are
-metadata: no KV cell is copied, and a prefix holds nothing but cells that the request had taken.
+A kept prefix is a pair of sequences beside those that an answer works in. Sharing and keeping are
+metadata: no KV cell is copied, and a prefix holds nothing but cells that an answer had taken.
 
 What may be reused of it, exactly:
 
     original branch    the common rows, but none that must be observed anew, and never the last row
-    degraded branch    the common rows of the kept request's own prompt that it decoded, if they
+    degraded branch    the common rows of the kept answer's own prompt that it decoded, if they
                        depend on nothing but the rows before them and the same settings
                        (`PromptRows.variant`); then no common row need be observed
 
 An answer's rows in the degraded branch are not kept: they may not have been decoded at all, and
-neither may the prompt's (`cmg_gguf.engine.lazy`). Rows that were left out below a fork are of use
+neither may the prompt's (`cmg_gguf.engine.steps`). Rows that were left out below a fork are of use
 to those that are left out there too (`cmg_gguf.engine.fork`).
 
 Kept prefixes give way: the one that was not used for longest first, when the cells that may be kept
-are full, or when the request itself needs room. Of those whose images a new prompt begins with, the
-new one takes the place.
+are full, or when an answer needs room. Of those whose images a new prompt begins with, the new one
+takes the place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.prefixes import (
     NO_CELLS,
     Cells,
@@ -43,32 +43,33 @@ from cmg_gguf.engine.prefixes import (
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.prompt.segments import Prompt
 
-if TYPE_CHECKING:
-    from cmg_gguf.engine.context import Branch
-
 
 @dataclass(frozen=True, order=True)
 class Start:
-    """Rows that a request finds decoded: by the original branch, and by the degraded one."""
+    """Rows that a prompt finds decoded: by the original branch, and by the degraded one."""
 
     original: int = 0
     degraded: int = 0
 
 
 @dataclass
-class _Request:
-    """What the working sequences hold. original, degraded: cells that a prefix holds as well.
+class Lease:
+    """What an answer holds, and how much of it lies in kept prefixes too. Ended by `end` or `keep`.
 
+    items: what the original branch has decoded or will, prompt and answer. original, degraded:
+    cells that a prefix holds as well. n_beside: KV cells that prefixes hold beside this answer's.
     n_prompt: rows of the prompt; the degraded branch is only known to be whole as far as that, once
-    `is_complete`.
+    `is_complete`: it has decoded its part of the prompt.
     """
 
+    start: Start
     items: list[Item]
     n_prompt: int
     variant: Hashable
     first_own: int
     original: Cells
     degraded: Cells
+    n_beside: int = 0
     is_complete: bool = False
 
     @property
@@ -78,8 +79,13 @@ class _Request:
             return 0
         return self.n_prompt if self.is_complete else len(self.degraded)
 
+    @property
+    def cells(self) -> Cells:
+        """Cells shared with a prefix, of both branches."""
+        return np.concatenate([self.original, self.degraded])
 
-class PrefixReuse:
+
+class PrefixCache:
     """The kept prefixes of an engine, in the contexts of its branches.
 
     slots: pairs of sequences that prefixes may lie in, of the original and of the degraded branch;
@@ -88,19 +94,13 @@ class PrefixReuse:
     """
 
     def __init__(
-        self,
-        original: Branch,
-        degraded: Branch,
-        slots: Sequence[tuple[int, int]] = (),
-        max_cells: int = 0,
+        self, branches: Branches, slots: Sequence[tuple[int, int]] = (), max_cells: int = 0
     ) -> None:
-        self._original, self._degraded = original, degraded
-        self._paired = original.context is degraded.context
+        self._original, self._degraded = branches.original, branches.degraded
+        self._paired = branches.paired
         self._slots = tuple(slots)
         self._max_cells = max_cells
         self._store = PrefixStore(len(self._slots))
-        self._request: _Request | None = None
-        self._n_beside = 0
         self._n_named = 0
         self._unsettled: set[int] = set()
 
@@ -119,12 +119,8 @@ class PrefixReuse:
         """KV cells they hold; what they share with each other counts once."""
         return self._store.n_cells()
 
-    def start(self, prompt: Prompt, rows: PromptRows) -> Start:
-        """What `resume` would find. Shares nothing."""
-        return self._best(items_of(prompt), rows)[0]
-
-    def resume(self, prompt: Prompt, rows: PromptRows) -> Start:
-        """Shares what is kept of a prompt into the empty working sequences.
+    def lease(self, prompt: Prompt, rows: PromptRows) -> Lease:
+        """Shares what is kept of a prompt into the empty sequences of an answer.
 
         The degraded branch gets rows only where it has some of its own.
         """
@@ -136,38 +132,29 @@ class PrefixReuse:
             self._share(prefix, start)
             original = prefix.original[: start.original]
             degraded = prefix.degraded[: start.degraded]
-        variant = self._variant(rows)
-        self._request = _Request(
-            list(items), rows.n, variant, rows.first_masked, original, degraded
-        )
-        self._count_beside()
-        return start
+        variant, first_own = self._variant(rows), rows.first_masked
+        lease = Lease(start, list(items), rows.n, variant, first_own, original, degraded)
+        lease.n_beside = self._store.n_cells(beside=lease.cells)
+        return lease
 
-    def make_room(self, n_cells: int) -> None:
-        """Lets prefixes go until the request can hold n_cells in all."""
-        while n_cells + self._n_beside > self._original.context.n_ctx:
+    def make_room(self, n_cells: int, lease: Lease | None = None) -> None:
+        """Lets prefixes go until an answer can hold n_cells in all."""
+        cells = NO_CELLS if lease is None else lease.cells
+        n_beside = self._store.n_cells() if lease is None else lease.n_beside
+        while n_cells + n_beside > self._original.context.n_ctx:
             if (oldest := self._store.oldest) is None:
                 return
             self._let_go(oldest)
-            self._count_beside()
+            n_beside = self._store.n_cells(beside=cells)
+            if lease is not None:
+                lease.n_beside = n_beside
 
-    def grow(self, token: int) -> None:
-        """Notes a token that the original branch has decoded behind the prompt."""
-        if self._request is not None:
-            self._request.items.append(token)
-
-    def complete(self) -> None:
-        """Notes that the degraded branch has decoded the prompt: before, no more of it is kept than
-        it began with."""
-        if self._request is not None:
-            self._request.is_complete = True
-
-    def keep(self) -> None:
-        """Keeps what the request has decoded. The original branch must be whole: every row of every
+    def keep(self, lease: Lease) -> None:
+        """Keeps what an answer has decoded. The original branch must be whole: every row of every
         layer."""
-        if self._request is None or not self.keeps or not self._is_whole():
+        if not self.keeps or not self._is_whole(lease):
             return
-        items, original, degraded = self._fitting(self._request)
+        items, original, degraded = self._fitting(lease)
         if not items:
             return
         for prefix in self._store.superseded(items):
@@ -184,21 +171,18 @@ class PrefixReuse:
         if len(degraded):
             shared = head(items, len(degraded))
             self._move(self._degraded, self._degraded.seq, self._slots[slot][1], shared)
-        self._store.add(Prefix(slot, items, original, degraded, self._request.variant))
+        self._store.add(Prefix(slot, items, original, degraded, lease.variant))
         self._unsettled.discard(slot)
 
-    def drop(self) -> None:
-        """Forgets the request, and what was left unfinished by an interrupted `keep`."""
-        self._request = None
+    def settle(self) -> None:
+        """Clears what was left unfinished by an interrupted `keep`."""
         for slot in tuple(self._unsettled):
             self._clear(slot)
-        self._count_beside()
 
     def forget(self) -> None:
         """Lets all prefixes go."""
         for prefix in self._store:
             self._let_go(prefix)
-        self._count_beside()
 
     def _best(self, items: tuple[Item, ...], rows: PromptRows) -> tuple[Start, Prefix | None]:
         best: tuple[Start, Prefix | None] = Start(), None
@@ -231,10 +215,11 @@ class PrefixReuse:
             self._let_go(prefix)
         return whole
 
-    def _is_whole(self) -> bool:
-        branches = (self._original, self._degraded) if self._paired else (self._original,)
-        used = branches if self._request and self._request.n_degraded else branches[:1]
-        return all(branch.context.is_whole(branch.seq) for branch in used)
+    def _is_whole(self, lease: Lease) -> bool:
+        branches = [self._original]
+        if self._paired and lease.n_degraded:
+            branches.append(self._degraded)
+        return all(branch.context.is_whole(branch.seq) for branch in branches)
 
     def _share(self, prefix: Prefix, start: Start) -> None:
         seqs = self._slots[prefix.slot]
@@ -249,16 +234,16 @@ class PrefixReuse:
         branch.context.share(source, target, n_positions(items))
         branch.context.patch.copy_image_tokens(source, target, n_image_rows(items))
 
-    def _fitting(self, request: _Request) -> tuple[tuple[Item, ...], Cells, Cells]:
-        """As much of the request as may be kept: (items, original, degraded)."""
-        items = tuple(request.items)
-        original = self._named(request.original, n_rows(items))
+    def _fitting(self, lease: Lease) -> tuple[tuple[Item, ...], Cells, Cells]:
+        """As much of an answer as may be kept: (items, original, degraded)."""
+        items = tuple(lease.items)
+        original = self._named(lease.original, n_rows(items))
         degraded = NO_CELLS
-        if request.n_degraded > 0:
-            known = request.degraded
+        if lease.n_degraded > 0:
+            known = lease.degraded
             if not len(known):
-                known = original[: request.first_own]
-            degraded = self._named(known, request.n_degraded)
+                known = original[: lease.first_own]
+            degraded = self._named(known, lease.n_degraded)
             if len(np.union1d(original, degraded)) > self._max_cells:
                 degraded = NO_CELLS
         if not len(degraded):
@@ -270,11 +255,6 @@ class PrefixReuse:
         first = self._n_named
         self._n_named += n - len(known)
         return np.concatenate([known, np.arange(first, self._n_named, dtype=np.int64)])
-
-    def _count_beside(self) -> None:
-        request = self._request
-        used = NO_CELLS if request is None else np.concatenate([request.original, request.degraded])
-        self._n_beside = self._store.n_cells(beside=used)
 
     def _let_go(self, prefix: Prefix) -> None:
         self._unsettled.add(prefix.slot)

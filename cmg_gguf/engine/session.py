@@ -1,0 +1,274 @@
+"""One answer: where it stands in both branches, and which rows it wants decoded next.
+
+    engine.run(session.prefill())      # the prompt
+    session.l_o                        # (n_vocab,) float32: logits of the newest row
+    engine.run(session.catch_up())     # degraded rows that wait, if any
+    session.l_d                        # the same of the degraded branch; None while it waits
+    engine.run(session.step(token))    # one token more
+
+`prefill`, `catch_up` and `step` decode nothing: they are generators that yield batches and are sent
+what came of them (`cmg_gguf.engine.batch`). A session knows its two branches and no other session.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cmg_gguf import _core
+from cmg_gguf.arrays import FloatArray, IntArray
+from cmg_gguf.engine.batch import Decodes, copied_row, text_batch
+from cmg_gguf.engine.context import Branches
+from cmg_gguf.engine.fork import Forking
+from cmg_gguf.engine.prefix_cache import Lease
+from cmg_gguf.engine.rows import NONE, PromptRows
+from cmg_gguf.engine.steps import Masking, Pace, Strategy
+from cmg_gguf.errors import BackendError
+from cmg_gguf.guidance import Guidance
+
+
+class Session:
+    """An answer under guidance, or plain where there is no image or no contrast.
+
+    guided: whether there is a degraded branch. n_past: positions decoded. n_cells: KV cells that
+    the answer counts as its own in the fullest context, those of rows that wait included. layers:
+    masked ones, known once the prompt is decoded. is_whole: the original branch has decoded every
+    row of its items in every layer, so that they may be kept.
+    """
+
+    def __init__(
+        self,
+        branches: Branches,
+        selections: _core.Selections,
+        rows: PromptRows,
+        guidance: Guidance,
+        lease: Lease,
+        *,
+        strategy: Strategy,
+        pace: Pace,
+        note_images: bool = False,
+    ) -> None:
+        """selections: what the contexts' graph patches share. note_images: of plain prompts too,
+        for who goes on from them."""
+        self.branches, self.rows, self.lease = branches, rows, lease
+        self._selections = selections
+        self.guided = rows.guided
+        self.layers: tuple[int, ...] = ()
+        self.n_past = self.n_cells = 0
+        self.is_whole = False
+        self.l_o = np.zeros(branches.original.context.n_vocab, np.float32)
+        self.l_d: FloatArray | None = None
+        self._l_d = np.zeros_like(self.l_o) if self.guided else self.l_o[:0]
+        self._strategy, self._pace = strategy, pace
+        self._note_images = note_images
+        self._observed = guidance.refresh == "step"
+        self._may_wait = self.guided and strategy.may_wait(guidance)
+        self._forking = Forking(branches.original.context, ())
+        self._prompt_waits = False
+        self._waiting: list[tuple[int, int]] = []  # token, position
+        self._first_slot = 0  # of rows that wait
+        self._newest = 0  # slot that the newest row hides
+        self._asked = False  # whether l_d of the newest row was needed
+        own = rows.first_own(paired=branches.paired)
+        self._own = lease.start.degraded or own
+        if lease.start.original > self._own:  # only where no degraded rows are kept
+            rows.fork_at(0)  # nothing notes the residuals of what is not decoded
+
+    @property
+    def first_row(self) -> int:
+        """First row that is decoded: images before it need not be encoded."""
+        if not self.guided:
+            return self.lease.start.original
+        return min(self.lease.start.original, self._own)
+
+    @property
+    def n_ahead(self) -> int:
+        """Rows that `prefill` decodes."""
+        n_degraded = self.rows.n - self._own if self.guided and not self._may_wait else 0
+        return self.rows.n - self.lease.start.original + n_degraded
+
+    @property
+    def n_reused(self) -> int:
+        """Rows of the prompt whose KV cells were there."""
+        return self.lease.start.original
+
+    @property
+    def cells_a_step(self) -> int:
+        """KV cells that a token takes in one context."""
+        return 2 if self.guided and self.branches.paired else 1
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another token fits into the KV cache."""
+        return self.n_cells + self.cells_a_step <= self.branches.original.context.n_ctx
+
+    def attended(self) -> tuple[IntArray, ...]:
+        """The image tokens masked for the newest row, by layer of `layers`; (n,) int32 each."""
+        return tuple(self._selections.tokens(self._newest, il) for il in self.layers)
+
+    def prefill(self) -> Decodes:
+        """The prompt's rows, its images encoded from `first_row` on. Where degraded rows may wait,
+        those of the prompt do."""
+        rows, start, own = self.rows, self.lease.start, self._own
+        original, selections = self.branches.original, self._selections
+        selections.resize(rows.n_slots)
+        shares = self.guided and self.branches.paired and not start.degraded
+        if shares and start.original > 0:
+            self._share_prefix(min(start.original, own))
+        plan = rows.original_plan(original.seq, own, note_images=self._note_images)
+        for part, batch in rows.batches(original, start.original, plan):
+            decoded = yield batch
+            if shares and part.start < own:
+                self._share_prefix(min(part.stop, own))
+        np.copyto(self.l_o, decoded.logits[-1])
+        if self.guided:
+            self.layers = rows.chosen_layers(selections, original.context.patch)
+            self._prepare_steps()
+            self._newest = rows.n_slots - 1
+            if not self._may_wait:
+                yield from self._decode_prompt_degraded()
+                selections.keep_last()
+                self._newest = 0
+        self.n_past = rows.n_pos
+        self.n_cells = cells_of(rows, paired=self.branches.paired)
+        self.is_whole = True
+
+    def step(self, token: int) -> Decodes:
+        """One token, the same in both branches. Where it fails, the newest row is still the one
+        before."""
+        was_whole, self.is_whole = self.is_whole, False
+        if not self.guided:
+            decoded = yield text_batch(self.branches.original, [token], [self.n_past], None)
+            np.copyto(self.l_o, decoded.logits[0])
+        elif self._takes_together():
+            yield from self._step_together(token)
+        else:
+            yield from self._step_alone(token)
+        self._asked = False
+        self.n_past += 1
+        self.n_cells += self.cells_a_step
+        self.lease.items.append(token)
+        self.is_whole = was_whole
+
+    def catch_up(self) -> Decodes:
+        """The degraded rows that wait, in order, so that l_d is there. None without guidance."""
+        if not self.guided:
+            return
+        self._asked = True
+        if self._prompt_waits:
+            yield from self._decode_prompt_degraded()
+        if self._waiting:
+            yield from self._decode_waiting()
+
+    def _prepare_steps(self) -> None:
+        context, rows = self.branches.original.context, self.rows
+        if self._strategy.fork and self.branches.paired:
+            self._forking = Forking(context, self.layers)
+        self._masking = Masking(
+            n_layer=context.n_layer,
+            layers=self.layers,
+            policy=rows.policy,
+            n_image_tokens=rows.n_image_tokens,
+            observed=self._observed,
+        )
+        if self._may_wait:
+            self._prompt_waits = True
+            self._first_slot = max(rows.n_slots, rows.n - self._own)
+            self._selections.grow(self._first_slot + context.n_ubatch)
+
+    def _share_prefix(self, n: int) -> None:
+        """Gives the degraded branch the first n rows, as soon as they are there: behind a sliding
+        window, llama.cpp gives cells that one sequence alone holds to later rows."""
+        original, degraded = self.branches.original, self.branches.degraded
+        degraded.context.share(original.seq, degraded.seq, self.rows.position(n))
+        n_images = int(self.rows.is_image[:n].sum())
+        degraded.context.patch.copy_image_tokens(original.seq, degraded.seq, n_images)
+
+    def _decode_prompt_degraded(self) -> Decodes:
+        """The degraded branch's own rows of the prompt. Can be begun again where it failed."""
+        rows, own, degraded = self.rows, self._own, self.branches.degraded
+        context, seq = degraded.context, degraded.seq
+        if own > 0 and not context.is_whole(seq):
+            raise BackendError("llama.cpp gave cells of the image away while it was still needed")
+        context.truncate(seq, rows.position(own))
+        context.patch.truncate_image_tokens(seq, int(rows.is_image[:own].sum()))
+        plan = rows.degraded_plan(seq, self.layers, own)
+        for _, batch in rows.batches(degraded, own, plan):
+            decoded = yield batch
+        self._take_degraded(decoded.logits[-1])
+        self._prompt_waits = False
+        self.lease.is_complete = True
+
+    def _takes_together(self) -> bool:
+        """Whether both branches are decoded at once. Nothing may wait then."""
+        if not self._may_wait:
+            return True
+        # A pair that cannot fork would attend to cells that forks left unwritten.
+        mixes = self._forking.pairs or self._forking.layer == 0
+        if self._strategy.waiting != "cheapest" or not self.branches.paired or not mixes:
+            return False
+        self._pace.step(asked=self._asked)
+        return self._pace.takes_together and not self._prompt_waits and not self._waiting
+
+    def _step_together(self, token: int) -> Decodes:
+        original, degraded = self.branches.original, self.branches.degraded
+        watch = original.seq, 0 if self._observed else NONE, NONE
+        hide = degraded.seq, NONE, 0
+        if self.branches.paired:
+            plan = self._masking.plan([watch, hide], self._forking.pair)
+            decoded = yield copied_row((original, degraded), token, (self.n_past,) * 2, plan)
+            l_o, l_d = decoded.logits
+            self._pace.together_took(decoded.seconds)
+        else:
+            plan = self._masking.plan([watch])
+            decoded = yield text_batch(original, [token], [self.n_past], plan)
+            (l_o,) = decoded.logits
+            plan = self._masking.plan([hide])
+            decoded = yield text_batch(degraded, [token], [self.n_past], plan)
+            (l_d,) = decoded.logits
+        np.copyto(self.l_o, l_o)
+        self._take_degraded(l_d)
+        self._newest = 0
+
+    def _step_alone(self, token: int) -> Decodes:
+        """The original's row; the degraded one waits. No more than a micro-batch of them do."""
+        original = self.branches.original
+        if len(self._waiting) == original.context.n_ubatch:
+            yield from self.catch_up()
+        slot = self._slot(len(self._waiting))
+        watch = original.seq, slot if self._observed else NONE, NONE
+        plan = self._masking.plan([watch], self._forking.noting([slot]))
+        decoded = yield text_batch(original, [token], [self.n_past], plan)
+        self._pace.alone_took(decoded.seconds)
+        np.copyto(self.l_o, decoded.logits[0])
+        self._waiting.append((token, self.n_past))
+        self._newest = slot if self._observed else 0
+        self.l_d = None
+
+    def _slot(self, i_waiting: int) -> int:
+        """Where what a waiting row hides is put, and its residual."""
+        return self._first_slot + (0 if self._strategy.approximate else i_waiting)
+
+    def _decode_waiting(self) -> Decodes:
+        original, degraded = self.branches.original, self.branches.degraded
+        if self._strategy.approximate and self.branches.paired and len(self._waiting) > 1:
+            first, newest = self._waiting[0][1], self._waiting[-1][1]
+            degraded.context.share_more(original.seq, degraded.seq, first, newest)
+            self._waiting[:] = self._waiting[-1:]
+        tokens, positions = np.array(self._waiting, np.int32).T.copy()
+        degraded.context.truncate(degraded.seq, int(positions[0]))  # what a failed attempt left
+        slots = [self._slot(i) for i in range(len(tokens))]
+        hide = [(degraded.seq, NONE, slot if self._observed else 0) for slot in slots]
+        plan = self._masking.plan(hide, self._forking.entering(slots))
+        decoded = yield text_batch(degraded, tokens, positions, plan)
+        self._pace.catch_up_took(len(tokens), decoded.seconds)
+        self._take_degraded(decoded.logits[0])
+        self._waiting.clear()
+
+    def _take_degraded(self, logits: FloatArray) -> None:
+        np.copyto(self._l_d, logits)
+        self.l_d = self._l_d
+
+
+def cells_of(rows: PromptRows, *, paired: bool) -> int:
+    """KV cells that a prompt takes in the fullest context, before any answer."""
+    return 2 * rows.n - rows.first_masked if rows.guided and paired else rows.n

@@ -1,0 +1,147 @@
+"""From files to what answers: weights, image encoder, chat template, and an engine on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import llama_cpp
+
+from cmg_gguf import _core
+from cmg_gguf.engine.context import Branch, Branches
+from cmg_gguf.engine.engine import Engine
+from cmg_gguf.engine.prefix_cache import PrefixCache
+from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, EXACT
+from cmg_gguf.engine.steps import Strategy as Steps
+from cmg_gguf.errors import UnsupportedError
+from cmg_gguf.llama.context import ContextOptions, LlamaContext
+from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.projector import Projector
+from cmg_gguf.prompt.templates import ChatTemplate
+
+Pairing = Literal["auto", "pair", "contexts"]
+Strategy = Literal["auto", "exact", "approximate"]
+
+DEFAULT_TEMPLATE = "vicuna"
+MAX_PREFIXES = 8
+"""Most prompts whose KV cells are kept: each takes two of llama.cpp's sequences."""
+IMAGE_CACHE_BYTES = 64 * 2**20
+
+_STEPS: dict[Strategy, Steps] = {"auto": AUTO, "exact": EXACT, "approximate": APPROXIMATE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """How a model pair is put together: see `GuidedVLM`."""
+
+    chat_template: str | None = None
+    pairing: Pairing = "auto"
+    prefix_cells: int | None = None
+    image_cache_bytes: int = IMAGE_CACHE_BYTES
+    strategy: Strategy = "auto"
+    use_gpu: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pairing not in ("auto", "pair", "contexts"):
+            raise UnsupportedError(f"pairing={self.pairing!r} is unknown: auto, pair or contexts")
+        if self.strategy not in _STEPS:
+            raise UnsupportedError(
+                f"strategy={self.strategy!r} is unknown: one of {', '.join(_STEPS)}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A language model and its image projector, opened. paired: both branches in one context."""
+
+    model: Model
+    projector: Projector
+    template: ChatTemplate
+    engine: Engine
+    contexts: tuple[LlamaContext, ...]
+
+    def close(self) -> None:
+        """Frees contexts, image encoder and weights. Nothing of it may be used afterwards."""
+        for context in self.contexts:
+            context.close()
+        self.projector.close()
+        self.model.close()
+
+
+def open_pair(
+    model: Model, mmproj_path: str | Path, context: ContextOptions, options: PairOptions
+) -> Pair:
+    """Puts a pair together around loaded weights.
+
+    Raises ProjectorError, BackendError, PromptError (template), UnsupportedError.
+    """
+    paired = _is_paired(options, model)
+    template = _template(model, options.chat_template)
+    projector = Projector(
+        mmproj_path,
+        model,
+        use_gpu=options.use_gpu,
+        n_threads=context.n_threads,
+        cache_bytes=options.image_cache_bytes,
+    )
+    selections = _core.Selections(model.n_layer)
+    # A recurrent state cannot be cut back to where two prompts part.
+    keeps = options.prefix_cells != 0 and not model.has_recurrent_layers
+    n_slots = MAX_PREFIXES if keeps else 0
+
+    def opened(n_seq_max: int) -> LlamaContext:
+        return LlamaContext(model, projector, selections, context, n_seq_max=n_seq_max)
+
+    contexts: tuple[LlamaContext, ...]
+    if paired:
+        contexts = (opened(2 + 2 * n_slots),)
+        branches = Branches(Branch(contexts[0], 0), Branch(contexts[0], 1))
+        slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
+    else:
+        contexts = (opened(1 + n_slots), opened(1))
+        branches = Branches(Branch(contexts[0], 0), Branch(contexts[1], 0))
+        slots = [(1 + i, 0) for i in range(n_slots)]
+    max_cells = _checked_cells(options.prefix_cells, contexts[0].n_ctx)
+    prefixes = PrefixCache(branches, slots, max_cells)
+    strategy = _STEPS[options.strategy] if paired else EAGER
+    engine = Engine(branches, selections, prefixes, strategy=strategy)
+    return Pair(model, projector, template, engine, contexts)
+
+
+def _is_paired(options: PairOptions, model: Model) -> bool:
+    if options.pairing == "pair" and model.has_recurrent_layers:
+        raise UnsupportedError(
+            "this model has recurrent layers, whose state two sequences cannot share; "
+            'use pairing="contexts"'
+        )
+    paired = options.pairing != "contexts" and not model.has_recurrent_layers
+    if options.strategy == "approximate" and not paired:
+        raise UnsupportedError(
+            'strategy="approximate" shares KV cells and two contexts have none in common; '
+            'use "exact"'
+        )
+    return paired
+
+
+def _template(model: Model, chosen: str | None) -> ChatTemplate:
+    # The tokenizer writes BOS itself where the model wants one.
+    adds_bos = llama_cpp.llama_vocab_get_add_bos(model.vocab)
+    texts = {
+        "bos": "" if adds_bos else model.special_text("bos"),
+        "eos": model.special_text("eos"),
+    }
+    source = chosen if chosen is not None else model.chat_template() or DEFAULT_TEMPLATE
+    if "{" in source:
+        return ChatTemplate.from_jinja(source, **texts)
+    return ChatTemplate.named(source, **texts)
+
+
+def _checked_cells(prefix_cells: int | None, n_ctx: int) -> int:
+    if prefix_cells is None:
+        return n_ctx // 2
+    if not 0 <= prefix_cells <= n_ctx:
+        raise UnsupportedError(
+            f"prefix_cells={prefix_cells} is out of range: 0 to {n_ctx} (n_ctx), or None for half"
+        )
+    return prefix_cells

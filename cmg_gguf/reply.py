@@ -1,0 +1,80 @@
+"""An answer and its account. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cmg_gguf.guidance import Guidance
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer.
+
+    id: its number. text: its own text; a part of a character shows as U+FFFD. plain: the token that
+    plain decoding would have drawn here, from the same logits with the same settings and seed.
+    logprob: log-probability in the guided distribution before other samplers, where asked for.
+    top: the likeliest tokens of that distribution with their log-probabilities, best first.
+    """
+
+    id: int
+    text: str
+    plain: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        """Whether guidance changed this token."""
+        return self.id != self.plain
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of an answer as it streams, and the tokens drawn since the last piece."""
+
+    text: str
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall-clock seconds of an answer's phases: image encoding, prompt, tokens.
+
+    Rows of the prompt that wait for a token to need them (`cmg_gguf.engine.steps`) count as its.
+    """
+
+    encode: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and its account.
+
+    text: without the stop string, and without spaces in front. tokens: all that were generated,
+    without the end token.
+    finish_reason: "stop" (end token or stop string), "length" (max_tokens, or the context is full).
+    layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
+    prompt tokens whose KV cells were there from an earlier prompt that began alike.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    n_prompt_tokens: int
+    n_image_tokens: int
+    guidance: Guidance
+    layers: tuple[int, ...]
+    seed: int
+    seconds: Seconds
+    n_reused_tokens: int = 0
+
+    @property
+    def n_changed(self) -> int:
+        """How many tokens guidance changed."""
+        return sum(token.changed for token in self.tokens)
