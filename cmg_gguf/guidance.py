@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from cmg_gguf.errors import GuidanceError, shown
 
-Scope = Literal["decode", "text", "all"]
+Scope = Literal["decode", "question", "text", "all"]
 Refresh = Literal["prompt", "step"]
 
 MAX_ALPHA = 100.0
@@ -155,8 +155,11 @@ class Guidance:
 
     alpha: strength, 0 (none) to 100. beta: plausibility cut, 0 (none) to 1 (only the top token).
     tokens: which image tokens are masked, layer by layer. layers: a policy, or layer numbers.
-    scope: rows that are masked: "decode" = the last prompt row and generated ones; "text" = every
-    text row behind the first image token; "all" = image rows too (they keep sight of themselves).
+    scope: rows that are masked: "decode" = the last prompt row and generated ones; "question" =
+    every row behind the last image; "text" = every text row behind the first image token; "all" =
+    image rows too (they keep sight of themselves). What a model writes between the tiles of one
+    image belongs to it. With one image "question" is "text"; with several it leaves all of them,
+    and what was said between them, to both branches.
     refresh: "prompt" = tokens chosen once, from the last prompt row; "step" = anew for every row,
     from that row's own attention. Dynamic layers are always chosen once.
 

@@ -303,7 +303,7 @@ class Policy:
 
     tokens: Callable[[F64], Mask]
     layers: Callable[[LayerEvidence], Mask] = layer_range
-    scope: Literal["decode", "text", "all"] = "text"
+    scope: Literal["decode", "question", "text", "all"] = "text"
     refresh: Literal["prompt", "step"] = "step"
     alpha: float = 1.0
     beta: float = 0.1
@@ -317,8 +317,18 @@ class Step(NamedTuple):
     token: int
 
 
-def guided(ref: Reference, rows: F64, is_image: Mask, n_steps: int, policy: Policy) -> list[Step]:
+def guided(
+    ref: Reference,
+    rows: F64,
+    is_image: Mask,
+    n_steps: int,
+    policy: Policy,
+    *,
+    in_picture: Mask | None = None,
+) -> list[Step]:
     """`n_steps` greedy steps of guided decoding after a prompt of rows (T, E), is_image (T,).
+
+    in_picture (T,): image tokens and the text between the tiles of one picture; None = the former.
 
     Conventions:
     - Original branch: a plain causal forward over the prompt and the tokens generated so far.
@@ -328,14 +338,16 @@ def guided(ref: Reference, rows: F64, is_image: Mask, n_steps: int, policy: Poli
       the ORIGINAL branch, averaged over heads.
     - Layers are chosen once, from the last prompt row. An image token's own weight on itself is
       no influence and does not count in a layer's mass.
-    - Scope, the rows masked: "decode": the last prompt row and every generated row; "text":
-      every row after the first image token that is not an image row; "all": image rows too.
+    - Scope, the rows masked: "decode": the last prompt row and every generated row; "question":
+      every row after the last row in a picture; "text": every row after the first image token
+      that is not in a picture; "all": those too.
     - Refresh "prompt": tokens are chosen once in each layer, from the last prompt row, and the
       same are blocked for every masked row, but never a row's own key. Refresh "step": chosen
       for every masked row from that row's own influence.
     - The argmax of `combine(...)` is the next token of both branches. Nothing stops early.
     """
     n_prompt = len(rows)
+    in_picture = is_image if in_picture is None else in_picture
     steps: list[Step] = []
     layers: Mask | None = None
     for _ in range(n_steps):
@@ -343,12 +355,12 @@ def guided(ref: Reference, rows: F64, is_image: Mask, n_steps: int, policy: Poli
         influence = candidate_influence(ref, plain, is_image)
         if layers is None:
             layers = policy.layers(layer_evidence(plain, influence, n_prompt - 1))
-        blocked = blocked_pairs(influence, is_image, n_prompt, policy) & layers[:, None, None]
+        blocked = blocked_pairs(influence, in_picture, n_prompt, policy) & layers[:, None, None]
         original, degraded = plain.logits[-1], ref.forward(rows, blocked).logits[-1]
         score = combine(original, degraded, alpha=policy.alpha, beta=policy.beta)
         steps.append(Step(original, degraded, int(np.argmax(score))))
         rows = np.concatenate([rows, ref.embed([steps[-1].token])])
-        is_image = np.append(is_image, False)
+        is_image, in_picture = np.append(is_image, False), np.append(in_picture, False)
     return steps
 
 
@@ -367,22 +379,24 @@ def layer_evidence(plain: Forward, influence: F64, row: int) -> LayerEvidence:
     return LayerEvidence(np.nansum(influence[:, row], axis=1), cosine)
 
 
-def masked_rows(is_image: Mask, n_prompt: int, scope: str) -> Mask:
+def masked_rows(in_picture: Mask, n_prompt: int, scope: str) -> Mask:
     """(T,) bool: the query rows that the scope masks."""
-    after_image = np.cumsum(is_image) > 0
+    after_image = np.cumsum(in_picture) > 0
     if scope == "all":
         return after_image
     if scope == "text":
-        return np.asarray(after_image & ~is_image)
+        return np.asarray(after_image & ~in_picture)
+    if scope == "question":
+        return np.asarray(np.cumsum(in_picture[::-1])[::-1] == 0)
     if scope == "decode":
-        return np.arange(len(is_image)) >= n_prompt - 1
-    raise ValueError(f"scope {scope!r} is none of decode, text, all")
+        return np.arange(len(in_picture)) >= n_prompt - 1
+    raise ValueError(f"scope {scope!r} is none of decode, question, text, all")
 
 
-def blocked_pairs(influence: F64, is_image: Mask, n_prompt: int, policy: Policy) -> Mask:
+def blocked_pairs(influence: F64, in_picture: Mask, n_prompt: int, policy: Policy) -> Mask:
     """(L, T, T) bool: what is blocked if every layer is masked."""
     blocked = np.zeros(influence.shape, np.bool_)
-    for row in np.flatnonzero(masked_rows(is_image, n_prompt, policy.scope)):
+    for row in np.flatnonzero(masked_rows(in_picture, n_prompt, policy.scope)):
         source = n_prompt - 1 if policy.refresh == "prompt" else row
         for il in range(len(blocked)):
             blocked[il, row] = _choose(influence[il, source], policy.tokens)

@@ -118,14 +118,16 @@ class Verdict(NamedTuple):
 def judge(ref: Reference, prompt: Prompt, guidance: Guidance, n_steps: int = N_STEPS) -> Verdict:
     """The judge's own greedy guided decoding after `prompt`."""
     policy, rows, is_image = judge_policy(guidance), prompt_rows(ref, prompt), prompt.is_image
-    steps = reference.guided(ref, rows, is_image, n_steps, policy)
+    in_picture = prompt.in_picture
+    steps = reference.guided(ref, rows, is_image, n_steps, policy, in_picture=in_picture)
     last = len(rows) - 1
     rows = np.concatenate([rows, ref.embed([step.token for step in steps[:-1]])])
-    is_image = np.append(is_image, np.zeros(n_steps - 1, np.bool_))
+    generated = np.zeros(n_steps - 1, np.bool_)
+    is_image, in_picture = np.append(is_image, generated), np.append(in_picture, generated)
     forward = ref.forward(rows)
     influence = reference.candidate_influence(ref, forward, is_image)
     layers = np.flatnonzero(policy.layers(reference.layer_evidence(forward, influence, last)))
-    blocked = reference.blocked_pairs(influence, is_image, last + 1, policy)[:, :, is_image]
+    blocked = reference.blocked_pairs(influence, in_picture, last + 1, policy)[:, :, is_image]
     masked = [
         [np.flatnonzero(blocked[il, last + i]).tolist() for il in layers] for i in range(n_steps)
     ]

@@ -40,7 +40,7 @@ from cmg_gguf.guidance import (
 from cmg_gguf.llama.context import ContextOptions
 from cmg_gguf.prompt.segments import Prompt
 
-SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
+SCOPES: tuple[Scope, ...] = ("decode", "question", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
 TWO_IN_A_ROW = "USER: <__media__><__media__> What is near the red car? ASSISTANT:"
 THREE_AND_A_LONG_END = (
@@ -167,7 +167,7 @@ def test_two_images_are_told_apart(tiny: Tiny, text: str, scope: Scope, refresh:
     agree(Rig(tiny), prompt, Guidance(scope=scope, refresh=refresh))
 
 
-@pytest.mark.parametrize("scope", ["text", "all"])
+@pytest.mark.parametrize("scope", ["question", "text", "all"])
 def test_an_image_may_come_first_and_others_follow(llama: Tiny, scope: Scope) -> None:
     prompt = llama.prompt(THREE_AND_A_LONG_END, 4, 5, 6)
     agree(Rig(llama), prompt, Guidance(scope=scope))

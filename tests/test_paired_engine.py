@@ -18,7 +18,7 @@ from cmg_gguf.errors import (
 from cmg_gguf.guidance import Guidance, LayerRange, Refresh, Scope
 from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
-SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
+SCOPES: tuple[Scope, ...] = ("decode", "question", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
 PAIRINGS: tuple[Pairing, ...] = ("pair", "contexts")
 PLAIN = Guidance(alpha=0.0, beta=0.0)

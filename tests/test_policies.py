@@ -188,7 +188,7 @@ def test_a_value_out_of_range_is_named_with_its_limit(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"scope": "image"}, ["scope='image'", "decode", "text", "all"]),
+        ({"scope": "image"}, ["scope='image'", "decode", "question", "text", "all"]),
         ({"refresh": "never"}, ["refresh='never'", "prompt", "step"]),
         ({"tokens": 0.5}, ["tokens=0.5", "TopRatio", "MeanStd", "CumulativeMass"]),
         ({"layers": 3}, ["layers=3", "LayerRange", "AttentionMass", "LowestCosine"]),

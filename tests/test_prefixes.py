@@ -28,7 +28,7 @@ from cmg_gguf.guidance import AttentionMass, Guidance, Refresh, Scope, TopRatio
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
-SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
+SCOPES: tuple[Scope, ...] = ("decode", "question", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
 CAT, DOG = ImageItem("cat", 4, 2), ImageItem("dog", 4, 2)
 
@@ -265,7 +265,7 @@ def test_cells_are_counted_as_the_cache_counts_them(pairing: Pairing, seed: int)
     engine = rig.engine
     for _ in range(300):
         asked = random_prompt(rng)
-        scope, refresh = SCOPES[rng.integers(3)], REFRESHES[rng.integers(2)]
+        scope, refresh = SCOPES[rng.integers(len(SCOPES))], REFRESHES[rng.integers(2)]
         guidance = [Guidance(scope=scope, refresh=refresh), PLAIN][int(rng.random() < 0.2)]
         if engine.cells_needed(asked, guidance) + 2 > 100:
             continue

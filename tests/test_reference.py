@@ -319,7 +319,13 @@ N_PROMPT = 6
 
 
 @pytest.mark.parametrize(
-    ("scope", "expected"), [("decode", [5, 6]), ("text", [3, 5, 6]), ("all", [1, 2, 3, 4, 5, 6])]
+    ("scope", "expected"),
+    [
+        ("decode", [5, 6]),
+        ("question", [5, 6]),
+        ("text", [3, 5, 6]),
+        ("all", [1, 2, 3, 4, 5, 6]),
+    ],
 )
 def test_scopes_by_hand(scope: str, expected: list[int]) -> None:
     assert np.flatnonzero(reference.masked_rows(IS_IMAGE, N_PROMPT, scope)).tolist() == expected

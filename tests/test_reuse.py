@@ -24,7 +24,7 @@ from cmg_gguf.guidance import (
 )
 from cmg_gguf.prompt.segments import Prompt, TextSegment
 
-SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
+SCOPES: tuple[Scope, ...] = ("decode", "question", "text", "all")
 REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
 QUESTIONS = (
     "USER: Look at <__media__> Is there a dog? ASSISTANT:",
@@ -84,7 +84,7 @@ def test_more_questions_about_an_image_are_the_judges(
     rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope, refresh=refresh)
     prompts = [tiny.prompt(text, PICTURE) for text in QUESTIONS]
     image = int(prompts[0].is_image.argmax())
-    first_own = {"all": image, "text": image + 16}
+    first_own = {"all": image, "text": image + 16, "question": image + 16}
     assert agree(rig, prompts[0], guidance)[0] == prompts[0].n_tokens
     for before, prompt in itertools.pairwise(prompts):
         n, alike = prompt.n_tokens, n_alike(before, prompt)
@@ -177,7 +177,7 @@ def test_any_way_of_stepping_may_follow_any_other_and_l_d_be_asked_for_or_not(
         prompt = prompts[min(3, int(rng.integers(5)))]
         guidance = Guidance(
             layers=layers[int(rng.integers(4))],
-            scope=SCOPES[int(rng.integers(3)) if seed % 2 else 1],
+            scope=SCOPES[int(rng.integers(len(SCOPES))) if seed % 2 else 2],
             refresh=REFRESHES[int(rng.integers(2)) if seed % 2 else 1],
         )
         asked = frozenset(np.flatnonzero(rng.random(8) < rng.choice([0.0, 0.2, 1.0])).tolist())
@@ -257,7 +257,9 @@ def test_an_unguided_prompt_serves_a_guided_one(tiny: Tiny, scope: Scope, refres
         rig.engine.step(300 + token)
     agree(rig, prompt, guidance)
     image = int(prompt.is_image.argmax())
-    every_row_observed = {"decode": prompt.n_tokens - 1, "text": image + 16, "all": image}
+    behind = image + 16
+    last = prompt.n_tokens - 1
+    every_row_observed = {"decode": last, "question": behind, "text": behind, "all": image}
     reusable = every_row_observed[scope if refresh == "step" else "decode"]
     assert rig.engine.n_reused == reusable
 

@@ -102,7 +102,7 @@ def check_left_out(
 def n_forked_rows(prompt: Prompt, guidance: Guidance) -> int:
     """Rows of the prompt that the degraded branch need not compute below its first masked layer:
     its own, if all of them are text and the layer is known before them."""
-    own = prompt.is_image[int(masked_rows(prompt.is_image, guidance.scope).argmax()) :]
+    own = prompt.is_image[int(masked_rows(prompt, guidance.scope).argmax()) :]
     known = not isinstance(guidance.layers, AttentionMass | LowestCosine)
     return len(own) if known and not own.any() else 0
 

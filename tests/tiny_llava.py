@@ -46,6 +46,12 @@ WORDS = (  # separated by spaces
     "front next near under one two three four standing sitting holding riding eating looking"
 )
 FRAGMENTS = ("in", "er", "ed", "es", "re", "on", "an", "at", "ing", "ly")
+MAX_GRID = 4
+TILE_MARKS = (
+    "<fake_token_around_image>",
+    "<global-img>",
+    *(f"<row_{y}_col_{x}>" for y in range(1, MAX_GRID + 1) for x in range(1, MAX_GRID + 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class TinyConfig:
         image_size, patch_size: pixels; the image becomes `n_image_tokens` tokens.
         mmproj_n_embd: output width of the projector; None for `n_embd`. Any other value makes
             a pair that does not fit together.
+        longest_edge: 0 for LLaVA's projector, which makes every image one square. Else SmolVLM's
+            ("idefics3"): the longer edge gets this many pixels, and the image is cut into tiles of
+            `image_size`, row by row, with text between them and a small view of all behind.
     """
 
     arch: Literal["llama", "gemma3"] = "llama"
@@ -81,6 +90,7 @@ class TinyConfig:
     vit_n_head: int = 2
     vit_n_ff: int = 64
     mmproj_n_embd: int | None = None
+    longest_edge: int = 0
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or self.head_dim % 2:
@@ -89,14 +99,21 @@ class TinyConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of {self.n_head_kv}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size}: no multiple of {self.patch_size}")
+        if self.longest_edge > MAX_GRID * self.image_size:
+            raise ValueError(f"longest_edge {self.longest_edge}: over {MAX_GRID} tiles a row")
 
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
     @property
-    def n_image_tokens(self) -> int:
+    def n_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Of an image, or of a tile of it, for which four patches make one token."""
+        return self.n_patches // 4 if self.longest_edge else self.n_patches
 
 
 class TinyPair(NamedTuple):
@@ -119,8 +136,8 @@ def write_pair(folder: Path | str, config: TinyConfig = TinyConfig()) -> TinyPai
     return pair
 
 
-def vocabulary() -> list[str]:
-    """Every piece of the vocabulary in order of its id; all configs share it.
+def vocabulary(*, tiles: bool = False) -> list[str]:
+    """Every piece of the vocabulary in order of its id; what tiles need is at the end.
 
     A piece is merged from two shorter ones that must be pieces too, so every word comes with
     all of its prefixes. Earlier pieces have higher scores and are merged first.
@@ -129,7 +146,8 @@ def vocabulary() -> list[str]:
     byte_pieces = [f"<0x{i:02X}>" for i in range(N_BYTES)]
     prefixes = [SPACE + word[:n] for word in WORDS.split() for n in range(1, len(word) + 1)]
     letters = [chr(code) for code in range(33, 127)]
-    return special + byte_pieces + list(dict.fromkeys([*prefixes, *FRAGMENTS, SPACE, *letters]))
+    plain = list(dict.fromkeys([*prefixes, *FRAGMENTS, SPACE, *letters]))
+    return special + byte_pieces + plain + (["\n\n", *TILE_MARKS] if tiles else [])
 
 
 class _Weights:
@@ -172,7 +190,7 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
         writer.add_rope_freq_base_swa(1e4)
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(config.swa_pattern)
-    _add_tokenizer(writer)
+    _add_tokenizer(writer, tiles=config.longest_edge > 0)
     weights = _Weights(config.seed)
     _add_embeddings(writer, weights, config)
     for il in range(config.n_layer):
@@ -183,16 +201,18 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
     _finish(writer)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, *, tiles: bool) -> None:
     kind = gguf.TokenType
-    pieces = vocabulary()
-    n_plain = len(pieces) - N_SPECIAL - N_BYTES
+    pieces = vocabulary(tiles=tiles)
+    marks = [kind.CONTROL] * (len(TILE_MARKS) if tiles else 0)
+    n_plain = len(pieces) - N_SPECIAL - N_BYTES - len(marks)
     special = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL]
     writer.add_vocab_size(len(pieces))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
-    writer.add_token_types(special + [kind.BYTE] * N_BYTES + [kind.NORMAL] * n_plain)
-    writer.add_token_scores([0.0] * (N_SPECIAL + N_BYTES) + [-float(i) for i in range(n_plain)])
+    writer.add_token_types(special + [kind.BYTE] * N_BYTES + [kind.NORMAL] * n_plain + marks)
+    scores = [-float(i) for i in range(n_plain)] + [0.0] * len(marks)
+    writer.add_token_scores([0.0] * (N_SPECIAL + N_BYTES) + scores)
     writer.add_bos_token_id(BOS_TOKEN)
     writer.add_eos_token_id(EOS_TOKEN)
     writer.add_unk_token_id(UNK_TOKEN)
@@ -209,7 +229,7 @@ def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConf
     small rows: their logits stay near 0 where the others have an RMS of 3, so that greedy text
     neither stops nor leaves valid UTF-8.
     """
-    n_vocab, n_embd = len(vocabulary()), config.n_embd
+    n_vocab, n_embd = len(vocabulary(tiles=config.longest_edge > 0)), config.n_embd
     tokens = weights.normal((n_vocab, n_embd), 1.0)
     output = weights.matrix(n_vocab, n_embd, gain=2.4) - tokens * np.float32(1.8 / n_embd**0.5)
     output[: N_SPECIAL + N_BYTES] *= 0.1
@@ -287,10 +307,14 @@ def _write_mmproj(path: Path, config: TinyConfig) -> None:
     writer = gguf.GGUFWriter(path, "clip")
     width = config.n_embd if config.mmproj_n_embd is None else config.mmproj_n_embd
     writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", "mlp")
+    writer.add_string("clip.projector_type", "idefics3" if config.longest_edge else "mlp")
     writer.add_bool("clip.use_gelu", False)  # false means quick-GELU, CLIP's own
-    # The graph skips the last block, as LLaVA does; that block need not even be in the file.
-    writer.add_uint32("clip.vision.block_count", config.vit_n_layer + 1)
+    # LLaVA's graph skips the last block; that block need not even be in the file.
+    n_blocks = config.vit_n_layer + (0 if config.longest_edge else 1)
+    writer.add_uint32("clip.vision.block_count", n_blocks)
+    if config.longest_edge:
+        writer.add_uint32("clip.vision.preproc_image_size", config.longest_edge)
+        writer.add_uint32("clip.vision.projector.scale_factor", 2)
     writer.add_uint32("clip.vision.image_size", config.image_size)
     writer.add_uint32("clip.vision.patch_size", config.patch_size)
     writer.add_uint32("clip.vision.embedding_length", config.vit_n_embd)
@@ -302,10 +326,14 @@ def _write_mmproj(path: Path, config: TinyConfig) -> None:
     writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
     weights = _Weights(config.seed + 1)
     _add_vit_stem(writer, weights, config)
-    for il in range(config.vit_n_layer + 1):
+    for il in range(n_blocks):
         _add_vit_layer(writer, weights, config, il)
-    _add_linear(writer, weights, "mm.0", (width, config.vit_n_embd))
-    _add_linear(writer, weights, "mm.2", (width, width), gain=2.0)
+    if config.longest_edge:
+        matrix = weights.matrix(width, 4 * config.vit_n_embd, 2.0)
+        writer.add_tensor("mm.model.fc.weight", matrix)
+    else:
+        _add_linear(writer, weights, "mm.0", (width, config.vit_n_embd))
+        _add_linear(writer, weights, "mm.2", (width, width), gain=2.0)
     _finish(writer)
 
 
@@ -315,7 +343,7 @@ def _add_vit_stem(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig
     # Pixels are in [-1, 1]; what a patch shows must weigh more than where it is.
     kernel = weights.normal((n, 3, patch, patch), 3.0 / patch)
     writer.add_tensor("v.patch_embd.weight", kernel)
-    writer.add_tensor("v.position_embd.weight", weights.normal((config.n_image_tokens, n), 0.5))
+    writer.add_tensor("v.position_embd.weight", weights.normal((config.n_patches, n), 0.5))
     for name in ("pre_ln", "post_ln"):
         writer.add_tensor(f"v.{name}.weight", weights.norm(n))
         writer.add_tensor(f"v.{name}.bias", weights.normal((n,), 0.05))

@@ -108,8 +108,8 @@ class GuidanceFlags:
         _flag(
             "--scope",
             show_default=_DEFAULT.scope,
-            help="Rows that are masked: decode = the answer and the prompt's last, text = all text "
-            "behind the first image, all = image rows too.",
+            help="Rows that are masked: decode = the answer and the prompt's last, question = all "
+            "behind the last image, text = all text behind the first, all = image rows too.",
         ),
     ] = None
     refresh: Annotated[

@@ -24,6 +24,7 @@ from cmg_gguf.guidance import (
     LayerSet,
     LowestCosine,
     MeanStd,
+    Scope,
     TokenPolicy,
     TopRatio,
     layers_by_cosine,
@@ -39,16 +40,20 @@ PlanOf: TypeAlias = Callable[[slice], _core.Plan | None]
 """What the graph patch does with some rows of a prompt."""
 
 
-def masked_rows(is_image: npt.NDArray[np.bool_], scope: str) -> npt.NDArray[np.bool_]:
-    """(n_rows,) bool: prompt rows of the degraded branch that are masked.
+def masked_rows(prompt: Prompt, scope: Scope) -> npt.NDArray[np.bool_]:
+    """(n_tokens,) bool: rows of the degraded branch that are masked, of a prompt with an image.
 
-    is_image: (n_rows,) bool with at least one image row. scope: as in `Guidance`.
+    Text between the tiles of a picture counts as a part of it: only "all" masks it.
     """
-    rows = np.arange(len(is_image))
+    in_picture = prompt.in_picture
+    rows = np.arange(len(in_picture))
+    pictures = np.flatnonzero(in_picture)
     if scope == "decode":
-        return np.asarray(rows == len(is_image) - 1)
-    behind_image = rows >= int(is_image.argmax())
-    return np.asarray(behind_image if scope == "all" else behind_image & ~is_image)
+        return np.asarray(rows == len(rows) - 1)
+    if scope == "question":
+        return np.asarray(rows > pictures[-1])
+    behind_first = rows >= pictures[0]
+    return np.asarray(behind_first if scope == "all" else behind_first & ~in_picture)
 
 
 def core_policy(policy: TokenPolicy) -> _core.TokenPolicy:
@@ -82,9 +87,7 @@ class PromptRows:
         self.is_image = prompt.is_image
         self.n_image_tokens = prompt.n_image_tokens
         self.image_token = _numbered(self.is_image)
-        self.masked = (
-            masked_rows(self.is_image, guidance.scope) if guided else np.zeros(self.n, bool)
-        )
+        self.masked = masked_rows(prompt, guidance.scope) if guided else np.zeros(self.n, bool)
         if guidance.refresh == "step":
             self.slot = self.observed = _numbered(self.masked)
         else:
@@ -105,6 +108,8 @@ class PromptRows:
         self._variant: Hashable = None
         if guided and self.layers and guidance.refresh == "step" and guidance.scope != "decode":
             self._variant = (guidance.scope, guidance.tokens, self.layers)
+            if guidance.scope == "question":  # rows do not tell what a later picture makes of them
+                self._variant += (self.first_masked,)
 
     @property
     def variant(self) -> Hashable:

@@ -167,6 +167,7 @@ class Projector:
 
     def _segments(self, chunks: Any, ids: Sequence[str] | None) -> list[Segment]:
         segments: list[Segment] = []
+        images: list[int | None] = []
         n_chunks: Counter[int] = Counter()
         for i in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
             chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, i)
@@ -175,6 +176,7 @@ class Projector:
                 tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
                 if count.value:
                     segments.append(TextSegment(np.array(tokens[: count.value], dtype=np.int32)))
+                    images.append(None)
             else:
                 # Which of the images, and which of the pieces that the model cuts it into.
                 image = int(mtmd_cpp.mtmd_input_chunk_get_id(chunk))
@@ -182,6 +184,7 @@ class Projector:
                 n_pos = mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk)
                 key = None if ids is None else (ids[image], n_chunks[image], n_tokens, n_pos)
                 n_chunks[image] += 1
+                images.append(image)
                 segments.append(
                     ImageSegment(
                         n_tokens=n_tokens,
@@ -191,7 +194,20 @@ class Projector:
                         key=key,
                     )
                 )
-        return segments
+        return _with_insides(segments, images)
+
+
+def _with_insides(segments: list[Segment], images: list[int | None]) -> list[Segment]:
+    """The segments with the text between two of the same image marked as inside of it."""
+    return [
+        dataclasses.replace(segment, inside_picture=True)
+        if isinstance(segment, TextSegment)
+        and 0 < i < len(images) - 1
+        and images[i - 1] is not None
+        and images[i - 1] == images[i + 1]
+        else segment
+        for i, segment in enumerate(segments)
+    ]
 
 
 class _Chunk:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,14 @@ from cmg_gguf.arrays import FloatArray, IntArray
 
 @dataclass(frozen=True, eq=False)
 class TextSegment:
-    """A run of text tokens of a prompt. tokens: (n,) int32."""
+    """A run of text tokens of a prompt.
+
+    tokens: (n,) int32. inside_picture: the model's own, between two tiles of one picture: line
+    breaks, the tile's place, marks of the overview. Nobody wrote it, and it asks nothing.
+    """
 
     tokens: IntArray
+    inside_picture: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -70,5 +75,14 @@ class Prompt:
     @property
     def is_image(self) -> npt.NDArray[np.bool_]:
         """(n_tokens,) bool: which rows are image tokens."""
-        runs = [np.full(s.n_tokens, isinstance(s, ImageSegment)) for s in self.segments]
+        return self._rows_of(lambda segment: isinstance(segment, ImageSegment))
+
+    @property
+    def in_picture(self) -> npt.NDArray[np.bool_]:
+        """(n_tokens,) bool: which rows belong to a picture: image tokens, and the text between its
+        tiles."""
+        return self._rows_of(lambda s: isinstance(s, ImageSegment) or s.inside_picture)
+
+    def _rows_of(self, chosen: Callable[[Segment], bool]) -> npt.NDArray[np.bool_]:
+        runs = [np.full(segment.n_tokens, chosen(segment)) for segment in self.segments]
         return np.concatenate(runs) if runs else np.zeros(0, bool)
