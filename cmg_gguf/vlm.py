@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,12 @@ from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.llama.context import ContextOptions, usable_threads
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.opening import IMAGE_CACHE_BYTES, Pair, Pairing, PairOptions, Strategy, open_pair
-from cmg_gguf.prompt.images import ImageSource, image_id, load_image
-from cmg_gguf.prompt.messages import render_messages
-from cmg_gguf.prompt.segments import Prompt
+from cmg_gguf.prompt.images import ImageSource
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Messages, Request
 from cmg_gguf.stream import Progress, Run, Stream
-
-RAW_MARKER = "<__media__>"
 
 
 class GuidedVLM:
@@ -226,37 +224,14 @@ class GuidedVLM:
             request = Request(prompt, images, **given)
         with self._turns:
             self._turns.check()
-            tokenized = self._tokenize(request.prompt, request.images, raw=request.raw)
+            prompt_of = partial(
+                tokenized, raw=request.raw, template=self.template, projector=self.projector
+            )
+            asked = prompt_of(request.prompt, request.images)
             degraded, contrast = None, request.contrast
             if contrast is None:
-                self.engine.check(tokenized, request.guidance)
+                self.engine.check(asked, request.guidance)
             else:
-                degraded = self._tokenize(contrast.prompt, contrast.images, raw=request.raw)
-                self.engine.check_contrast(tokenized, degraded)
-            return Run(self._pair, self._turns, request, (tokenized, degraded), progress)
-
-    def _tokenize(
-        self, prompt: str | Messages, images: Sequence[ImageSource], *, raw: bool
-    ) -> Prompt:
-        marker = self.projector.marker
-        if raw:
-            assert isinstance(prompt, str)
-            text, sources = prompt.replace(RAW_MARKER, marker), list(images)
-        else:
-            rendered = render_messages(_messages(prompt, images), self.template, marker=marker)
-            text, sources = rendered.text, rendered.images
-        bos = self.model.special_text("bos")
-        pixels = [load_image(source) for source in sources]
-        return self.projector.tokenize(
-            text,
-            pixels,
-            ids=[image_id(rgb) for rgb in pixels],
-            add_bos=not (bos and text.startswith(bos)),
-        )
-
-
-def _messages(prompt: str | Messages, images: Sequence[ImageSource]) -> Messages:
-    if not isinstance(prompt, str):
-        return prompt
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+                degraded = prompt_of(contrast.prompt, contrast.images)
+                self.engine.check_contrast(asked, degraded)
+            return Run(self._pair, self._turns, request, (asked, degraded), progress)

@@ -262,7 +262,7 @@ def random_prompt(rng: np.random.Generator) -> Prompt:
 def test_cells_are_counted_as_the_cache_counts_them(pairing: Pairing, seed: int) -> None:
     """The fake context refuses a cell too many, and positions that do not follow one another."""
     rig, rng = Rig(pairing, n_slots=3, max_cells=60, n_ctx=100), np.random.default_rng(seed)
-    engine = rig.engine
+    engine, most = rig.engine, 0
     for _ in range(300):
         asked = random_prompt(rng)
         scope, refresh = SCOPES[rng.integers(len(SCOPES))], REFRESHES[rng.integers(2)]
@@ -275,7 +275,8 @@ def test_cells_are_counted_as_the_cache_counts_them(pairing: Pairing, seed: int)
                 engine.step(int(rng.integers(2)))
         engine.release()
         assert n_held(rig) == engine.prefixes.n_cells <= 60
-    assert engine.prefixes.n_prefixes > 1
+        most = max(most, engine.prefixes.n_prefixes)
+    assert most > 1
     engine.prefixes.forget()
     assert n_held(rig) == 0
 

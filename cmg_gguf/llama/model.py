@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cmg_gguf.arrays import IntArray
 from cmg_gguf.errors import ModelError
 from cmg_gguf.llama.header import read_architecture
 from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.prompt.specials import Specials
 
 
 class Model:
@@ -131,6 +132,23 @@ class Model:
             "" if token < 0 else _piece(self.vocab, token, special=True).decode("utf-8", "replace")
         )
 
+    @functools.cached_property
+    def specials(self) -> Specials:
+        """The spellings of the vocabulary's control tokens, which no message may write."""
+        wanted = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        texts: dict[str, int] = {}
+        for token in range(self.n_vocab):
+            attributes = int(llama_cpp.llama_vocab_get_attr(self.vocab, token))
+            if attributes & wanted:
+                text = llama_cpp.llama_vocab_get_text(self.vocab, token)
+                texts[text.decode("utf-8", "replace")] = attributes
+        texts.pop("", None)
+        return Specials(
+            tuple(sorted(texts, key=len, reverse=True)),
+            strip_before=_having(texts, llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP),
+            strip_behind=_having(texts, llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP),
+        )
+
     def tokenize(self, text: str, *, special: bool = False, add_bos: bool = False) -> IntArray:
         """(n,) int32 tokens of `text`. special: whether "</s>" in it means the special token."""
         data = text.encode("utf-8", "replace")
@@ -142,6 +160,10 @@ class Model:
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of a token, possibly part of a character; b"" for control tokens."""
         return self._token_bytes(token)
+
+
+def _having(texts: Mapping[str, int], attribute: int) -> frozenset[str]:
+    return frozenset(text for text, attributes in texts.items() if attributes & attribute)
 
 
 def _piece(vocab: Any, token: int, *, special: bool = False) -> bytes:

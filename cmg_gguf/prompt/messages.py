@@ -6,7 +6,8 @@
     prompt.images    # one source for each marker
 
 Text never becomes an image: the marker is the caller's secret, and images are told apart while
-the template runs, so one that drops, repeats or swaps them is found out.
+the template runs, so one that drops, repeats or swaps them is found out. Nor does it become a
+special token: where a message spells one, `prompt.seams` says so.
 """
 
 from __future__ import annotations
@@ -18,17 +19,26 @@ from typing import Any
 
 from cmg_gguf.errors import PromptError, shown
 from cmg_gguf.prompt.images import ImageSource
+from cmg_gguf.prompt.specials import Specials
 from cmg_gguf.prompt.templates import ChatTemplate, Message, text_part
 
 ROLES = ("system", "user", "assistant", "tool")
+NO_SPECIALS = Specials()
+
+_SEAM = "seam"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt: its text with one marker an image, and the image sources in that order."""
+    """A prompt: its text with one marker an image, and the image sources in that order.
+
+    seams: offsets in the text over which no special token reaches: each is within one that a
+    message spells, where it is characters.
+    """
 
     text: str
     images: list[ImageSource]
+    seams: tuple[int, ...] = ()
 
 
 def render_messages(
@@ -36,6 +46,7 @@ def render_messages(
     template: ChatTemplate,
     *,
     marker: str,
+    specials: Specials = NO_SPECIALS,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Rendered:
@@ -50,11 +61,13 @@ def render_messages(
 
     Args:
         marker: a random string, so that no text can contain it.
+        specials: the special tokens that only the template may write. One that begins in one
+            message and ends in another is not noticed, nor one of a single character.
 
     Raises:
         PromptError: there is no message, a message has another form or role, a text contains the
-            marker, the template fails, writes nothing, or does not write each image exactly once
-            and in order.
+            marker, the template fails, writes nothing, changes the letters of a special token that
+            a message spells, or does not write each image exactly once and in order.
     """
     if not marker:
         raise PromptError("the image marker is empty: give a random string")
@@ -62,13 +75,15 @@ def render_messages(
         raise PromptError("there are 0 messages: give at least 1")
     images: list[ImageSource] = []
     flat = [_flat(message, i, marker, images) for i, message in enumerate(messages)]
-    text = template.render(flat, add_generation_prompt, tools=tools)
+    seam = _mark(marker, _SEAM)
+    flat = [{**_broken(message, specials, seam), "role": message["role"]} for message in flat]
+    text = template.render(flat, add_generation_prompt, tools=_broken(tools, specials, seam))
     if not text.strip():
         raise PromptError(
             f"the chat template made an empty prompt of {len(flat)} messages: give messages with "
             "text, or another template"
         )
-    return Rendered(_with_markers(text, marker, len(images)), images)
+    return _with_markers(text, marker, images)
 
 
 def _flat(message: Message, i: int, marker: str, images: list[ImageSource]) -> dict[str, Any]:
@@ -150,21 +165,44 @@ def _mark(marker: str, i_image: int | str) -> str:
     return f"{marker}#{i_image}#"
 
 
-def _with_markers(text: str, marker: str, n_images: int) -> str:
-    """Return `text` with the plain marker for each image's own mark, once all are in place."""
-    pieces = re.split(_mark(re.escape(marker), r"(\d+)"), text)
-    found = [int(i) for i in pieces[1::2]]
-    if found != list(range(n_images)):
+def _broken(value: Any, specials: Specials, seam: str) -> Any:
+    """Return the value with `seam` in each special token that a string in it spells."""
+    if isinstance(value, str):
+        return specials.broken(value, seam)
+    if isinstance(value, Mapping):
+        return {key: _broken(item, specials, seam) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_broken(item, specials, seam) for item in value]
+    return value
+
+
+def _with_markers(marked: str, marker: str, images: list[ImageSource]) -> Rendered:
+    """Return the text with the plain marker for each image's own mark, once all are in place."""
+    pieces = re.split(_mark(re.escape(marker), rf"(\d+|{_SEAM})"), marked)
+    text, runs, found, seams = pieces[0], [pieces[0]], list[int](), list[int]()
+    for label, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        if label == _SEAM:
+            seams.append(len(text))
+            runs[-1] += piece
+        else:
+            found.append(int(label))
+            text += marker
+            runs.append(piece)
+        text += piece
+    if found != list(range(len(images))):
         raise PromptError(
-            f"the chat template wrote the images {found} instead of {list(range(n_images))}: use "
-            "one that writes the content of each message exactly once and in order"
+            f"the chat template wrote the images {found} instead of {list(range(len(images)))}: "
+            "use one that writes the content of each message exactly once and in order"
         )
-    between = pieces[0::2]
-    marked = marker.join(between)
     # A marker can also arise elsewhere: in a message's name, or across the edge of two texts.
-    if marked.split(marker) != between:
+    if text.split(marker) != runs:
         raise PromptError(
-            f"the prompt contains the image marker {shown(marker)} outside of its {n_images} "
+            f"the prompt contains the image marker {shown(marker)} outside of its {len(images)} "
             "images: draw another random marker"
         )
-    return marked
+    if marker.lower() in "\n".join(runs).lower():
+        raise PromptError(
+            "the chat template changes the letters of a special token that a message spells: "
+            "leave that token out, or use another template"
+        )
+    return Rendered(text, images, tuple(seams))

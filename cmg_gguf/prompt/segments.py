@@ -38,8 +38,9 @@ class ImageSegment:
 
     n_tokens: image tokens. n_pos: positions they take (fewer under M-RoPE). non_causal: the model
     lets image tokens see later ones, so they must be decoded in one micro-batch. embd: (n_tokens,
-    n_embd) float32 once encoded. chunk: llama.cpp's own description of the image. key: stands for
-    all that enters its rows, so that equal keys mean equal images; None = not known.
+    n_embd) float32 once encoded. chunk: llama.cpp's own description of the image, without pixels.
+    key: stands for all that enters its rows, so that equal keys mean equal images; None = not
+    known. source: what it is encoded from; None once it is.
     """
 
     n_tokens: int
@@ -48,6 +49,7 @@ class ImageSegment:
     chunk: Any
     embd: FloatArray | None = None
     key: Hashable = None
+    source: Any = None
 
     @property
     def needs_ubatch(self) -> int:

@@ -1,0 +1,125 @@
+"""Prompts as llama.cpp's mtmd cuts them: runs of text tokens, and images in one or more pieces.
+
+    chunks = cut(projector.handle, source)                # nobody looks at a pixel
+    chunks = cut(projector.handle, source, pixels_of=0)   # image 0 can be encoded
+
+Into which pieces an image is cut, with which text around and between them, depends on its size
+alone. So only the images that are to be encoded are ever read and resized: for a photo of 12
+megapixels that is half a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import mtmd_cpp
+
+from cmg_gguf.arrays import IntArray
+from cmg_gguf.errors import ImageError
+from cmg_gguf.llama.log import captured_errors
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+"""(H, W, 3) RGB."""
+
+Part: TypeAlias = tuple[str, bool]
+"""A text, and whether special tokens are looked for in it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a prompt is made from. parts: in order, None stands for the next of the images."""
+
+    parts: tuple[Part | None, ...]
+    images: tuple[Pixels, ...]
+    add_bos: bool
+
+
+class Chunk:
+    """Our copy of an mtmd_input_chunk, freed with its last reference.
+
+    handle: its pointer. image: which of the prompt's images it is, or is a piece of. n_tokens,
+    n_pos: what it takes in the prompt.
+    """
+
+    def __init__(self, borrowed: Any) -> None:
+        self.handle = mtmd_cpp.mtmd_input_chunk_copy(borrowed)
+        self._finalizer = weakref.finalize(self, mtmd_cpp.mtmd_input_chunk_free, self.handle)
+        self.image = int(mtmd_cpp.mtmd_input_chunk_get_id(borrowed) or b"0")
+        self.n_tokens: int = mtmd_cpp.mtmd_input_chunk_get_n_tokens(borrowed)
+        self.n_pos: int = mtmd_cpp.mtmd_input_chunk_get_n_pos(borrowed)
+
+
+def cut(context: Any, source: Source, *, pixels_of: int | None = None) -> list[IntArray | Chunk]:
+    """The prompt in order; text as (n,) int32 tokens, n > 0.
+
+    context: an mtmd_context pointer. pixels_of: the image whose chunks can be encoded. Raises
+    ImageError for an image that the model's preprocessing refuses.
+    """
+    bitmaps = [_bitmap(image, i, i == pixels_of) for i, image in enumerate(source.images)]
+    chunks = mtmd_cpp.mtmd_input_chunks_init()
+    try:
+        parts = _parts(source.parts, bitmaps)
+        pointers = (ctypes.POINTER(mtmd_cpp.mtmd_input_part) * max(1, len(parts)))(
+            *(ctypes.pointer(part) for part in parts)
+        )
+        with captured_errors() as errors:
+            code = mtmd_cpp.mtmd_tokenize_from_parts(
+                context, chunks, pointers, len(parts), source.add_bos
+            )
+        if code != 0:
+            sizes = ", ".join(f"{image.shape[1]}x{image.shape[0]}" for image in source.images)
+            raise ImageError(
+                f"the model cannot take these images ({sizes} pixels): "
+                f"{errors[0] if errors else f'code {code}'}"
+            )
+        return _copied(chunks)
+    finally:
+        mtmd_cpp.mtmd_input_chunks_free(chunks)
+        for bitmap in bitmaps:
+            mtmd_cpp.mtmd_bitmap_free(bitmap)
+
+
+def _parts(parts: Sequence[Part | None], bitmaps: Sequence[Any]) -> list[Any]:
+    """mtmd_input_part structures, which keep alive what they point to."""
+    left = iter(bitmaps)
+    made = []
+    for part in parts:
+        if part is None:
+            made.append(mtmd_cpp.mtmd_input_part(None, next(left)))
+        else:
+            text, special = part
+            data = text.encode("utf-8", "replace")
+            given = mtmd_cpp.mtmd_input_text(data, len(data), False, special)
+            made.append(mtmd_cpp.mtmd_input_part(ctypes.pointer(given), None))
+    return made
+
+
+def _copied(chunks: Any) -> list[IntArray | Chunk]:
+    found: list[IntArray | Chunk] = []
+    for i in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
+        chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, i)
+        if mtmd_cpp.mtmd_input_chunk_get_type(chunk) != mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            found.append(Chunk(chunk))
+            continue
+        count = ctypes.c_size_t()
+        tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
+        if count.value:
+            found.append(np.array(tokens[: count.value], dtype=np.int32))
+    return found
+
+
+def _bitmap(image: Pixels, number: int, with_pixels: bool) -> Any:
+    height, width, _ = image.shape
+    pixels = np.ascontiguousarray(image) if with_pixels else None
+    data = None if pixels is None else pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    bitmap = mtmd_cpp.mtmd_bitmap_init(width, height, data)
+    if not bitmap:
+        raise ImageError(f"no memory for an image of {width}x{height} pixels")
+    mtmd_cpp.mtmd_bitmap_set_id(bitmap, str(number).encode())
+    return bitmap
