@@ -24,6 +24,7 @@ BOS_TOKEN = 1
 EOS_TOKEN = 2
 N_SPECIAL = 3
 N_BYTES = 256
+BYTE_PAIR_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SPACE = "\u2581"
 
 CHAT_TEMPLATE = (
@@ -67,6 +68,7 @@ class TinyConfig:
         image_size, patch_size: pixels; the image becomes `n_image_tokens` tokens.
         mmproj_n_embd: output width of the projector; None for `n_embd`. Any other value makes
             a pair that does not fit together.
+        tokenizer: "llama" is SentencePiece; "gpt2" is byte pairs, with chatml's special tokens.
         longest_edge: 0 for LLaVA's projector, which makes every image one square. Else SmolVLM's
             ("idefics3"): the longer edge gets this many pixels, and the image is cut into tiles of
             `image_size`, row by row, with text between them and a small view of all behind.
@@ -90,6 +92,7 @@ class TinyConfig:
     vit_n_head: int = 2
     vit_n_ff: int = 64
     mmproj_n_embd: int | None = None
+    tokenizer: Literal["llama", "gpt2"] = "llama"
     longest_edge: int = 0
 
     def __post_init__(self) -> None:
@@ -150,6 +153,22 @@ def vocabulary(*, tiles: bool = False) -> list[str]:
     return special + byte_pieces + plain + (["\n\n", *TILE_MARKS] if tiles else [])
 
 
+def byte_pairs() -> tuple[list[str], list[str]]:
+    """The "gpt2" vocabulary, special tokens first and bytes next, and its merges.
+
+    Of the merges two join a special token's first letters to what stands before it.
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(N_BYTES) if byte not in shown]
+    letters = {byte: chr(byte) for byte in shown}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    words = [letters[ord(" ")] + word for word in WORDS.split()]
+    pairs = [(word[:n], word[n]) for word in words for n in range(1, len(word))]
+    pairs = list(dict.fromkeys([*pairs, ("?", "<"), ("<", "|")]))
+    pieces = [*BYTE_PAIR_SPECIALS, *(letters[byte] for byte in range(N_BYTES))]
+    return [*pieces, *(a + b for a, b in pairs)], [f"{a} {b}" for a, b in pairs]
+
+
 class _Weights:
     """Draws float32 tensors; the shapes are NumPy's, (n_out, n_in) for a matrix."""
 
@@ -190,7 +209,10 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
         writer.add_rope_freq_base_swa(1e4)
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(config.swa_pattern)
-    _add_tokenizer(writer, tiles=config.longest_edge > 0)
+    if config.tokenizer == "gpt2":
+        _add_byte_pairs(writer)
+    else:
+        _add_tokenizer(writer, tiles=config.longest_edge > 0)
     weights = _Weights(config.seed)
     _add_embeddings(writer, weights, config)
     for il in range(config.n_layer):
@@ -221,6 +243,20 @@ def _add_tokenizer(writer: gguf.GGUFWriter, *, tiles: bool) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
+def _add_byte_pairs(writer: gguf.GGUFWriter) -> None:
+    kind = gguf.TokenType
+    pieces, merges = byte_pairs()
+    n_plain = len(pieces) - N_SPECIAL
+    writer.add_vocab_size(len(pieces))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(pieces)
+    writer.add_token_types([kind.CONTROL] * N_SPECIAL + [kind.NORMAL] * n_plain)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(BYTE_PAIR_SPECIALS.index("<|im_end|>"))
+    writer.add_add_bos_token(False)
+
+
 def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig) -> None:
     """Input and output embeddings.
 
@@ -229,7 +265,10 @@ def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConf
     small rows: their logits stay near 0 where the others have an RMS of 3, so that greedy text
     neither stops nor leaves valid UTF-8.
     """
-    n_vocab, n_embd = len(vocabulary(tiles=config.longest_edge > 0)), config.n_embd
+    pieces = vocabulary(tiles=config.longest_edge > 0)
+    if config.tokenizer == "gpt2":
+        pieces = byte_pairs()[0]
+    n_vocab, n_embd = len(pieces), config.n_embd
     tokens = weights.normal((n_vocab, n_embd), 1.0)
     output = weights.matrix(n_vocab, n_embd, gain=2.4) - tokens * np.float32(1.8 / n_embd**0.5)
     output[: N_SPECIAL + N_BYTES] *= 0.1
