@@ -74,15 +74,15 @@ void bind_graph_patch(py::module_ & m) {
         .def("keep_last", &Selections::keep_last)
         .def("grow", &Selections::grow, py::arg("n_slots"))
         .def("__len__", &Selections::size)
-        .def("tokens", [](Selections & s, int32_t slot,
-                          int32_t il) { return to_array(s.at(slot).tokens[layer_index(s, il)]); })
+        .def_property_readonly("n_bytes", &Selections::n_bytes)
+        .def("tokens", [](const Selections & s, int32_t slot,
+                          int32_t il) { return to_array(s.tokens(slot, il)); })
         .def("set_tokens",
              [](Selections & s, int32_t slot, int32_t il, const Array<int32_t> & tokens) {
-                 s.at(slot).tokens[layer_index(s, il)].assign(tokens.data(),
-                                                              tokens.data() + tokens.size());
+                 s.set_tokens(slot, il, {tokens.data(), tokens.data() + tokens.size()});
              })
-        .def("influence", [](Selections & s, int32_t slot, int32_t il) {
-            return to_array(s.at(slot).influence[layer_index(s, il)]);
+        .def("influence", [](const Selections & s, int32_t slot, int32_t il) {
+            return to_array(s.influence(slot, il));
         });
     py::class_<ForkPlan>(m, "ForkPlan")
         .def(py::init([](int32_t layer, int32_t n_below, std::vector<int32_t> slots, bool survey) {

@@ -283,18 +283,17 @@ void GraphPatch::select(const AttentionNode & a, const Row & row, const float * 
             influence.push_back(weights[cell]);
         }
     }
-    Slot & slot = selections_->at(row.observe);
-    auto & picked = slot.tokens[static_cast<size_t>(a.il)];
-    picked = select_tokens(plan_.policy, influence.data(), influence.size());
+    auto picked = select_tokens(plan_.policy, influence.data(), influence.size());
     for (auto & token : picked) {
         token = candidates[static_cast<size_t>(token)];
     }
+    selections_->set_tokens(row.observe, a.il, picked, plan_.n_image_tokens);
     if (plan_.keep_influence) {
-        auto & kept = slot.influence[static_cast<size_t>(a.il)];
-        kept.assign(cells.size(), 0.0f);
+        std::vector<float> kept(cells.size(), 0.0f);
         for (size_t i = 0; i < candidates.size(); i++) {
             kept[static_cast<size_t>(candidates[i])] = influence[i];
         }
+        selections_->set_influence(row.observe, a.il, std::move(kept));
     }
 }
 
@@ -327,10 +326,10 @@ bool GraphPatch::hide_cells(const AttentionNode & a, int32_t ubatch_row,
     constexpr uint16_t f16_neg_inf = 0xFC00;
     const Row & row = batch_row(ubatch_row);
     const auto & cells = ledger_.cells(row.seq, a.cache_il);
-    const auto & hidden = selections_->at(row.mask).tokens[static_cast<size_t>(a.il)];
+    const std::vector<int32_t> hidden = selections_->tokens(row.mask, a.il);
     uint8_t * line = mask.data() + static_cast<size_t>(ubatch_row) * a.mask->nb[1];
     for (const int32_t token : hidden) {
-        if (token < 0 || token >= plan_.n_image_tokens) {
+        if (token >= plan_.n_image_tokens) {
             fail("image token " + std::to_string(token) + " is hidden and the prompt has " +
                      std::to_string(plan_.n_image_tokens),
                  a.il);
