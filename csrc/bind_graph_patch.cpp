@@ -107,6 +107,8 @@ void bind_graph_patch(py::module_ & m) {
         .def_property_readonly(
             "n_boundaries",
             [](const GraphPatch & patch) { return patch.observation().n_boundaries(); })
+        .def_property_readonly("n_masks",
+                               [](const GraphPatch & patch) { return patch.masking().n_masks(); })
         .def_property_readonly("cosines",
                                [](const GraphPatch & patch) { return to_array(patch.cosines()); })
         .def_property_readonly("n_left_out",

@@ -139,6 +139,7 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
         }
         batch_.next(n_rows);
         observation_.begin_micro_batch();
+        masking_.begin_micro_batch();
         attention_layer_ = -1;
         std::fill(unattended_.begin(), unattended_.end(), 0);
     }

@@ -57,6 +57,7 @@ class GraphPatch {
     Ledger & ledger() { return ledger_; }
     const Fork & fork() const { return fork_; }
     const Observation & observation() const { return observation_; }
+    const Masking & masking() const { return masking_; }
     int32_t n_layer() const { return n_layer_; }
     // [n_layer] cosine similarity of the residual row before and after each layer, last plan.
     const std::vector<double> & cosines() const { return stream_.cosines(); }

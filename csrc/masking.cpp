@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <unordered_set>
 
 namespace cmg {
 namespace {
@@ -50,13 +51,69 @@ void Masking::mask(ggml_tensor * node, const AttentionNode & a, MicroBatch & bat
     if (!hides_any(batch, a.il)) {
         return;
     }
+    ggml_tensor * ours = find_made(a, batch);
+    if (ours == nullptr) {
+        ours = make(a, batch);
+        made_.push_back({a.il, a.cache_il, a.mask, ours});
+    }
+    swaps_[node] = {a.mask, ours};
+    node->src[a.mask_src] = ours;
+}
+
+// What ran before has been computed: llama.cpp has written the inputs of the graph to come.
+void Masking::begin_micro_batch() {
+    if (made_.empty()) {
+        return; // rows without masks come between others, and what is small is kept over them
+    }
+    for (auto & [il, mask] : masks_) {
+        const bool used = std::any_of(made_.begin(), made_.end(),
+                                      [il = il](const Made & made) { return made.il == il; });
+        if (!used) {
+            mask.release_if_large();
+        }
+    }
+    made_.clear();
+}
+
+ggml_tensor * Masking::make(const AttentionNode & a, MicroBatch & batch) {
     std::vector<uint8_t> bytes = batch.host_copy(a.mask);
     for (const int32_t r : batch.masked()) {
         hide_cells(a, batch, r, bytes);
     }
-    ggml_tensor * ours = masks_[a.il].assign(a.mask, bytes);
-    swaps_[node] = {a.mask, ours};
-    node->src[a.mask_src] = ours;
+    n_masks_++;
+    return masks_[a.il].assign(a.mask, bytes);
+}
+
+// The slots hold what they held when the masks were made: a layer's tokens are written before its
+// mask is made, and not again in this micro-batch.
+ggml_tensor * Masking::find_made(const AttentionNode & a, const MicroBatch & batch) const {
+    for (const Made & made : made_) {
+        if (made.original == a.mask && same_cells(batch, made.cache_il, a.cache_il) &&
+            same_tokens(batch, made.il, a.il)) {
+            return made.ours;
+        }
+    }
+    return nullptr;
+}
+
+bool Masking::same_cells(const MicroBatch & batch, int32_t cache_il, int32_t other_il) const {
+    if (cache_il == other_il) {
+        return true;
+    }
+    std::unordered_set<int32_t> seqs;
+    for (const int32_t r : batch.masked()) {
+        seqs.insert(batch.row(r).seq);
+    }
+    return std::all_of(seqs.begin(), seqs.end(), [&](int32_t seq) {
+        return ledger_.cells(seq, cache_il) == ledger_.cells(seq, other_il);
+    });
+}
+
+bool Masking::same_tokens(const MicroBatch & batch, int32_t il, int32_t other_il) const {
+    const auto & rows = batch.masked();
+    return std::all_of(rows.begin(), rows.end(), [&](int32_t r) {
+        return selections_->same(batch.row(r).mask, il, other_il);
+    });
 }
 
 bool Masking::hides_any(const MicroBatch & batch, int32_t il) const {
