@@ -16,9 +16,9 @@ GraphPatch::GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections, 
       unattended_(static_cast<size_t>(n_layer), 0), written_layer_(n_layer) {}
 
 void GraphPatch::begin(Plan plan) {
+    tell_parked_error();
     fork_.begin(plan.fork, static_cast<int64_t>(plan.rows.size()));
     plan_ = std::move(plan);
-    parked_ = nullptr;
     active_ = true;
     batch_.reset();
     written_layer_ = n_layer_; // the first layer written starts the first micro-batch
@@ -68,11 +68,32 @@ bool GraphPatch::callback(ggml_tensor * node, bool ask, void * self) {
         }
         patch.computed(node);
     } catch (...) {
-        patch.parked_ = std::current_exception();
-        patch.active_ = false;
-        patch.fork_.abandon();
+        patch.park_error();
     }
     return !ask;
+}
+
+// What fails later in a decode that is void already would hide why.
+void GraphPatch::park_error() {
+    if (parked_ == nullptr) {
+        parked_ = std::current_exception();
+    }
+    active_ = false;
+    fork_.abandon();
+}
+
+// `end` and `abandon` leave none behind, so it comes from a decode that neither followed.
+void GraphPatch::tell_parked_error() {
+    if (parked_ == nullptr) {
+        return;
+    }
+    try {
+        std::rethrow_exception(std::exchange(parked_, nullptr));
+    } catch (const std::exception & error) {
+        throw std::runtime_error(std::string("an earlier decode without a plan met an error, and "
+                                             "where image tokens lie is not known since: ") +
+                                 error.what());
+    }
 }
 
 bool GraphPatch::ask(ggml_tensor * node) {

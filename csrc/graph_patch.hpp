@@ -46,6 +46,8 @@ class GraphPatch {
     // For llama_context_params. The patch must outlive the context.
     static bool callback(ggml_tensor * node, bool ask, void * self);
 
+    // Throws std::runtime_error, once, if something went wrong in the callback since the last plan
+    // was dropped: in a decode without one. No plan is set then.
     void begin(Plan plan);
     // Drops the plan after a decode that succeeded. Rethrows what went wrong inside the callback:
     // nothing may be thrown through ggml, so errors are parked, the rest of that decode runs
@@ -69,6 +71,8 @@ class GraphPatch {
     void enter_layer(int32_t il, int64_t n_rows);
     void check_layers_attended(const Plan & plan) const;
     void record_cells(const ggml_tensor * node, int32_t il);
+    void park_error();
+    void tell_parked_error();
 
     int32_t n_layer_;
     Ledger ledger_;
@@ -78,8 +82,8 @@ class GraphPatch {
     ResidualStream stream_;
     Plan plan_;
     MicroBatch batch_{plan_};
-    bool active_ = false; // a plan is set and nothing has gone wrong in it
-    std::exception_ptr parked_;
+    bool active_ = false;       // a plan is set and nothing has gone wrong in it
+    std::exception_ptr parked_; // the first error of the decode
 
     // Where we are within the micro-batch.
     std::vector<char> unattended_; // [n_layer] K written, attention not asked yet

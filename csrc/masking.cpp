@@ -63,7 +63,7 @@ void Masking::mask(ggml_tensor * node, const AttentionNode & a, MicroBatch & bat
 // What ran before has been computed: llama.cpp has written the inputs of the graph to come.
 void Masking::begin_micro_batch() {
     if (made_.empty()) {
-        return; // rows without masks come between others, and what is small is kept over them
+        return; // nothing is freed for rows without masks, which come between others
     }
     for (auto & [il, mask] : masks_) {
         const bool used = std::any_of(made_.begin(), made_.end(),

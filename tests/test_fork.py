@@ -70,12 +70,17 @@ class Graph:
         added = self.project(rows if other is None else other)
         return self.node("add", rows, added, name=f"l_out-{il}")
 
-    def obstacles(self, *, leave_out: bool = True) -> list[str | None]:
-        """Why no fork can be at layers 1, 2, ...; "" = it can."""
-        patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
+    def ask(self, patch: _core.GraphPatch) -> None:
+        """Asks about every node, in order; none is computed."""
         callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(
             patch.callback
         )
+        for node in self.nodes:
+            callback(node, True, patch.user_data)
+
+    def obstacles(self, *, leave_out: bool = True) -> list[str | None]:
+        """Why no fork can be at layers 1, 2, ...; "" = it can."""
+        patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
         plan = _core.Plan(
             np.full((self.n_rows, 4), -1, np.int32),
             n_layer=N_LAYER,
@@ -86,8 +91,7 @@ class Graph:
             fork=_core.ForkPlan(layer=0, n_below=self.n_rows, slots=[], survey=True),
         )
         patch.begin(plan)
-        for node in self.nodes:
-            callback(node, True, patch.user_data)
+        self.ask(patch)
         with pytest.raises(RuntimeError, match="rows into its KV cache"):
             patch.end()
         n_below = 1 if leave_out else 0
