@@ -299,11 +299,11 @@ def test_an_error_without_a_plan_is_told_by_the_next_one_once(graph: Graph) -> N
         graph.node("set_rows", graph.leaf(f"cache_k_l{il}", N_EMBD, 16), rows, index)
     graph.ask(patch)
     nothing = plan([(0, NONE, NONE, NONE)] * graph.n_rows)
-    with pytest.raises(RuntimeError, match="without a plan .* layer 1: .* 64-bit cells"):
+    with pytest.raises(RuntimeError, match=r"without a plan .* layer 1: .* 64-bit cells"):
         patch.begin(nothing)
     patch.begin(nothing)
     graph.ask(patch)
-    with pytest.raises(RuntimeError, match="^layer 1: .* 64-bit cells"):
+    with pytest.raises(RuntimeError, match=r"^layer 1: .* 64-bit cells"):
         patch.end()
     patch.begin(nothing)
     graph.ask(patch)
