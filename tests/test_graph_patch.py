@@ -26,7 +26,7 @@ from tiny_llava import TinyConfig
 
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError
-from cmg_gguf.guidance import AttentionMass, Guidance, LowestCosine, Refresh, Scope, TopRatio
+from cmg_gguf.guidance import AttentionMass, Guidance, LowestCosine, Scope
 from cmg_gguf.runtime.context import LlamaContext
 from cmg_gguf.runtime.protocol import Prompt
 
@@ -311,100 +311,6 @@ def test_an_error_without_a_plan_is_told_by_the_next_one_once(graph: Graph) -> N
     patch.begin(nothing)
 
 
-def test_selections_know_their_slots_and_layers() -> None:
-    selections = _core.Selections(N_LAYER)
-    selections.resize(2)
-    selections.set_tokens(1, 5, np.array([3, 4], np.int32))
-    assert len(selections) == 2
-    assert selections.tokens(1, 5).tolist() == [3, 4]
-    assert selections.tokens(0, 5).tolist() == []
-    for slot, il in ((2, 0), (-1, 0), (0, N_LAYER), (0, -1)):
-        for read in (selections.tokens, selections.influence):
-            with pytest.raises(IndexError):
-                read(slot, il)
-
-
-# --- selections ---------------------------------------------------------------------------------
-
-
-def test_selections_give_back_what_was_set_in_ascending_order() -> None:
-    selections, random = _core.Selections(3), np.random.default_rng(0)
-    selections.resize(5)
-    expected: dict[tuple[int, int], list[int]] = {}
-    for n_tokens in (1, 63, 64, 65, 576, 577, 130):
-        for slot in random.permutation(5).tolist():
-            il = int(random.integers(3))
-            tokens = np.flatnonzero(random.random(n_tokens) < 0.5).astype(np.int32)
-            selections.set_tokens(slot, il, random.permutation(tokens))
-            expected[slot, il] = tokens.tolist()
-            for s in range(5):
-                for layer in range(3):
-                    found = selections.tokens(s, layer)
-                    assert found.dtype == np.int32
-                    assert found.tolist() == expected.get((s, layer), [])
-
-
-def test_an_image_token_below_0_is_refused() -> None:
-    selections = _core.Selections(N_LAYER)
-    selections.resize(1)
-    selections.set_tokens(0, 0, np.array([5], np.int32))
-    with pytest.raises(ValueError, match="image token -1 does not exist"):
-        selections.set_tokens(0, 0, np.array([2, -1], np.int32))
-    assert selections.tokens(0, 0).tolist() == [5]
-
-
-def test_slots_that_are_added_are_empty_and_the_others_stay() -> None:
-    selections, tokens = _core.Selections(2), np.array([0, 64, 575], np.int32)
-    selections.resize(2)
-    selections.set_tokens(1, 1, tokens)
-    selections.grow(4)
-    selections.grow(3)
-    assert len(selections) == 4
-    assert [selections.tokens(slot, 1).tolist() for slot in range(4)] == [[], [0, 64, 575], [], []]
-    selections.set_tokens(3, 1, tokens[1:])
-    assert selections.tokens(1, 1).tolist() == [0, 64, 575]
-    selections.keep_last()
-    assert len(selections) == 1
-    assert [selections.tokens(0, il).tolist() for il in range(2)] == [[], [64, 575]]
-    selections.resize(2)
-    assert [selections.tokens(slot, 1).tolist() for slot in range(2)] == [[], []]
-
-
-@pytest.mark.parametrize("shrink", ["resize", "keep_last"])
-def test_selections_take_a_bit_a_token_and_only_while_they_are_there(shrink: str) -> None:
-    n_rows, n_layer, n_tokens, overhead = 3000, 32, 576, 10_000
-    selections, observed = _core.Selections(n_layer), range(11, 32)
-    selections.resize(n_rows)
-    assert selections.n_bytes < overhead
-    for slot in range(n_rows):
-        for il in observed:
-            selections.set_tokens(slot, il, np.array([slot % n_tokens, n_tokens - 1], np.int32))
-    bits = n_rows * len(observed) * n_tokens // 8
-    assert bits <= selections.n_bytes <= bits + overhead
-    if shrink == "resize":
-        selections.resize(1)
-        assert selections.n_bytes < overhead
-    else:
-        selections.keep_last()
-        assert selections.n_bytes < overhead + len(observed) * n_tokens // 8
-        assert selections.tokens(0, 20).tolist() == [(n_rows - 1) % n_tokens, n_tokens - 1]
-
-
-def test_influence_is_kept_through_what_drops_the_other_slots(llama: Tiny) -> None:
-    rig, prompt = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE)
-    rig.selections.resize(3)
-    slots = np.full(prompt.n_tokens, NONE, np.int32)
-    slots[-1] = 2
-    rig.decode_prompt(prompt, slots)
-    kept = [rig.selections.influence(2, il).tolist() for il in range(N_LAYER)]
-    assert all(len(influence) == N_IMAGE and min(influence) > 0 for influence in kept)
-    assert rig.selections.influence(1, 0).tolist() == []
-    rig.selections.keep_last()
-    assert [rig.selections.influence(0, il).tolist() for il in range(N_LAYER)] == kept
-    rig.selections.resize(3)
-    assert rig.selections.influence(2, 0).tolist() == []
-
-
 # --- what it costs ------------------------------------------------------------------------------
 
 
@@ -458,71 +364,3 @@ def test_each_micro_batch_with_observed_rows_costs_its_own_boundaries(llama: Tin
     rig.decode_prompt(prompt, slots)
     assert len(prompt.segments) == 5
     assert patch.n_boundaries - before == N_LAYER * 4
-
-
-def n_sets(rig: Rig) -> int:
-    """How many different sets of image tokens the newest row hides, over all masked layers."""
-    return len({tuple(tokens.tolist()) for tokens in rig.engine.attended} - {()})
-
-
-@pytest.mark.parametrize("refresh", ["step", "prompt"])
-def test_layers_that_hide_the_same_share_one_mask(llama: Tiny, refresh: Refresh) -> None:
-    rig, prompt = Rig(llama), llama.prompt(TWO_IMAGES, *PICTURES)
-    patch = rig.contexts[0].patch
-    guidance = Guidance(tokens=TopRatio(1.0), layers=range(N_LAYER), refresh=refresh)
-    rig.engine.prefill(prompt, guidance)
-    n_segments = 2  # of text behind an image token
-    assert patch.n_masks == n_segments
-    for i, token in enumerate((300, 301, 302), 1):
-        rig.engine.step(token)
-        assert (len(rig.engine.attended), n_sets(rig)) == (N_LAYER, 1)
-        assert patch.n_masks == n_segments + i
-
-
-def test_layers_that_hide_other_tokens_have_masks_of_their_own(llama: Tiny) -> None:
-    rig, prompt = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE)
-    patch = rig.contexts[0].patch
-    rig.engine.prefill(prompt, Guidance(tokens=TopRatio(0.3), layers=range(N_LAYER)))
-    for token in (300, 301, 302):
-        before = patch.n_masks
-        rig.engine.step(token)
-        assert patch.n_masks - before == n_sets(rig) > 1
-
-
-def test_behind_a_sliding_window_layers_share_two_masks(gemma: Tiny) -> None:
-    rig, prompt = Rig(gemma), gemma.prompt(TWO_IMAGES, *PICTURES)
-    patch = rig.contexts[0].patch
-    rig.engine.prefill(prompt, Guidance(tokens=TopRatio(1.0), layers=range(N_LAYER)))
-    for token in (300, 301, 302):
-        before = patch.n_masks
-        rig.engine.step(token)
-        assert patch.n_masks - before == n_sets(rig) == 2
-
-
-def test_a_layer_shares_only_what_is_its_own_too(tiny: Tiny) -> None:
-    """Rows hide the same in some layers and not in others, in any order of them."""
-    rig, prompt, ref = Rig(tiny, n_seq_max=3), tiny.prompt(ONE_IMAGE, PICTURE), tiny.ref
-    context, n = rig.contexts[0], rig.decode_prompt(prompt)
-    hidden = [
-        [[1, 2], [1, 2], [3], [1, 2], [3], [1, 2]],
-        [[4], [4], [4], [5, 6], [4], []],
-    ]
-    rig.selections.resize(2)
-    for row, layers in enumerate(hidden):
-        context.share(0, 1 + row, n)
-        context.patch.copy_image_tokens(0, 1 + row, N_IMAGE)
-        for il, tokens in enumerate(layers):
-            rig.selections.set_tokens(row, il, np.array(tokens, np.int32))
-    rows = [(1, NONE, NONE, 0), (2, NONE, NONE, 1)]
-    before = context.patch.n_masks
-    decode(context, [(300, n, 1), (300, n, 2)], plan(rows, mask=range(N_LAYER)))
-    # 0 and 1 hide the same, and 2 and 4, of which 2 has no window; 3 and 5 differ in one row.
-    assert context.patch.n_masks - before == (5 if ref.hyper.arch == "gemma3" else 4)
-    image = np.flatnonzero(prompt.is_image)
-    inputs = np.concatenate([prompt_rows(ref, prompt), ref.embed([300])])
-    for row, layers in enumerate(hidden):
-        blocked = np.zeros((N_LAYER, len(inputs), len(inputs)), np.bool_)
-        for il, tokens in enumerate(layers):
-            blocked[il, -1, image[tokens]] = True
-        expected = ref.forward(inputs, blocked).logits[-1]
-        np.testing.assert_allclose(logits(context, row), expected, rtol=0, atol=TOLERANCE)
