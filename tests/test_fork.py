@@ -70,31 +70,41 @@ class Graph:
         added = self.project(rows if other is None else other)
         return self.node("add", rows, added, name=f"l_out-{il}")
 
-    def obstacles(self, *, leave_out: bool = True) -> list[str | None]:
-        """Why no fork can be at layers 1, 2, ...; "" = it can."""
-        patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
+    def ask(self, patch: _core.GraphPatch) -> None:
+        """Asks about every node, in order; none is computed."""
         callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(
             patch.callback
         )
-        plan = _core.Plan(
+        for node in self.nodes:
+            callback(node, True, patch.user_data)
+
+    def surveyed(self) -> _core.GraphPatch:
+        """A patch that has seen this graph in a decode without a fork."""
+        patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
+        patch.begin(self.plan(_core.ForkPlan(layer=0, n_below=self.n_rows, slots=[], survey=True)))
+        self.ask(patch)
+        with pytest.raises(RuntimeError, match="rows into its KV cache"):
+            patch.end()
+        return patch
+
+    def obstacles(self, *, leave_out: bool = True) -> list[str | None]:
+        """Why no fork can be at layers 1, 2, ...; "" = it can."""
+        patch, n_below = self.surveyed(), 1 if leave_out else 0
+        return [
+            patch.fork_obstacle(layer, n_rows=self.n_rows, n_below=n_below)
+            for layer in range(1, N_LAYER)
+        ]
+
+    def plan(self, fork: _core.ForkPlan) -> _core.Plan:
+        return _core.Plan(
             np.full((self.n_rows, 4), -1, np.int32),
             n_layer=N_LAYER,
             observe_layers=[],
             mask_layers=[],
             policy=ALL,
             n_image_tokens=0,
-            fork=_core.ForkPlan(layer=0, n_below=self.n_rows, slots=[], survey=True),
+            fork=fork,
         )
-        patch.begin(plan)
-        for node in self.nodes:
-            callback(node, True, patch.user_data)
-        with pytest.raises(RuntimeError, match="rows into its KV cache"):
-            patch.end()
-        n_below = 1 if leave_out else 0
-        return [
-            patch.fork_obstacle(layer, n_rows=self.n_rows, n_below=n_below)
-            for layer in range(1, N_LAYER)
-        ]
 
     def _named(self, tensor: int, name: str) -> int:
         _function("ggml_set_name", ctypes.c_void_p, ctypes.c_char_p)(tensor, name.encode())
@@ -265,6 +275,27 @@ def test_several_positions_a_row_are_not_understood(
     graph.nodes.append(made)
     finish(graph, rows, 0)
     assert (graph.obstacles() == [""] * 3) == understood, graph.obstacles()
+
+
+# --- graphs that are not as surveyed ------------------------------------------------------------
+
+
+def test_a_graph_of_another_order_is_noticed(graph: Graph) -> None:
+    """Even where the operations are the same one by one."""
+    rows, weight = graph.embed(), graph.leaf("weight", N_EMBD, N_EMBD)
+    q, k = (graph.node("mul_mat", weight, rows, name=name) for name in ("Qcur-0", "Kcur-0"))
+    below = list(graph.nodes)
+    finish(graph, graph.node("add", q, k, name="l_out-0"), 1)
+    patch = graph.surveyed()
+    embd, first, second = below
+    for graph.nodes, error in (
+        ([embd, first, second], "l_out-0, .* was not found"),  # all was well up to here
+        ([embd, second, first], "Kcur-0 is not as in the decode that was surveyed"),
+    ):
+        patch.begin(graph.plan(_core.ForkPlan(layer=1, n_below=1, slots=[0, 0])))
+        graph.ask(patch)
+        with pytest.raises(RuntimeError, match=error):
+            patch.end()
 
 
 # --- plans that cannot be ----------------------------------------------------------------------
