@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 # The judge's matrices are small: more threads only wait for each other. Before NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -19,14 +19,6 @@ from cmg_gguf.llama.log import set_verbose
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     set_verbose(False)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_memory_of_other_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is remembered in the user's cache folder would decide how tests decode."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")

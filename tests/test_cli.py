@@ -571,20 +571,6 @@ def test_info_for_people(bench: Bench) -> None:
     assert layer_bar([0, 2], 4).plain == "█░█░"
 
 
-def test_info_times_the_strategies_and_remembers_it(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    files = ["-m", str(bench.pair.llm), "-t", "1"]
-    costs = json.loads(invoke("info", *files, "--calibrate", "--json").stdout)["costs"]
-    assert costs["best"] in costs["per_token"]
-    assert list(costs["catch_up"]) == ["1", "4", "8"]
-    with GuidedVLM(*bench.pair, n_threads=1) as vlm:
-        assert vlm.strategy == costs["best"]
-    assert "<- the fastest" in flat(invoke("info", *files, "--calibrate").stdout)
-    assert "<- the fastest" in flat(invoke("info", "--calibrate").stdout)
-
-
 def test_info_refuses_a_layer_that_is_not_there(bench: Bench) -> None:
     result = invoke("info", *bench.model[:4], "--layers", "6")
     assert result.exit_code == 1

@@ -23,7 +23,9 @@ from cmg_gguf import (
     Sampling,
     Token,
     TopRatio,
+    UnsupportedError,
 )
+from cmg_gguf.engine.strategy import STEPPING
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment
 
 SYSTEM = {"role": "system", "content": "A curious human."}
@@ -318,3 +320,23 @@ def test_fewer_rows_than_sequences_do_not_end_the_process(
 ) -> None:
     with GuidedVLM(pair.llm, pair.mmproj, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=1) as vlm:
         assert vlm.generate("x", raw=True, max_tokens=2).tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"strategy": "quick"}, "strategy='quick' is unknown: one of auto, eager"),
+        ({"strategy": "lazy-approximate", "pairing": "contexts"}, "none in common"),
+    ],
+)
+def test_a_strategy_that_cannot_be_is_refused(
+    pair: TinyPair, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        open_vlm(pair, **settings)
+
+
+@pytest.mark.parametrize("name", list(STEPPING))
+def test_a_strategy_that_is_named_is_followed(pair: TinyPair, name: str) -> None:
+    with open_vlm(pair, strategy=name) as vlm:
+        assert (vlm.strategy, vlm.engine.stepping) == (name, STEPPING[name])
