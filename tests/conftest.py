@@ -62,3 +62,10 @@ def llama(open_tiny: Callable[[TinyConfig], Tiny]) -> Tiny:
 @pytest.fixture(scope="session")
 def gemma(open_tiny: Callable[[TinyConfig], Tiny]) -> Tiny:
     return open_tiny(TinyConfig(arch="gemma3"))
+
+
+@pytest.fixture(params=["llama", "gemma"])
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    """Either of them: one that sees all positions, one with windows."""
+    found: Tiny = request.getfixturevalue(request.param)
+    return found

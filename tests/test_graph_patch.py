@@ -8,20 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference
-from support import (
-    ALL_TOKENS,
-    EXACT,
-    PICTURE,
-    PICTURES,
-    TOLERANCE,
-    Rig,
-    Tiny,
-    Unhooked,
-    logits,
-    prompt_rows,
-)
-from test_reference import ONE_IMAGE, TWO_IMAGES
+from judge import prompt_rows
+from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES
+from support import ALL_TOKENS, EXACT, TOLERANCE, Rig, Tiny, logits
 from tiny_llava import TinyConfig
+from unhooked import Unhooked
 
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError
@@ -68,12 +59,6 @@ def occupy(context: LlamaContext, seq: int, n: int) -> None:
 def check(rig: Rig, prompt: Prompt, guidance: Guidance) -> None:
     errors = rig.follow(prompt, guidance, rig.tiny.verdict(prompt, guidance))
     assert errors.max() <= TOLERANCE
-
-
-@pytest.fixture(params=["llama", "gemma"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    found: Tiny = request.getfixturevalue(request.param)
-    return found
 
 
 # --- what it leaves behind ----------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 from guided import QUESTION, open_vlm
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import ModelError
@@ -65,7 +65,7 @@ sys.path[:0] = {path!r}
 import llama_cpp
 from llama_cpp import mtmd_cpp
 from guided import QUESTION, open_vlm
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 module, name = {function}

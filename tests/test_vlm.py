@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, data_url, ids, is_empty, open_vlm, png, user
 from PIL import Image
-from support import EXACT, Tiny, Unhooked
-from test_reference import picture
+from prompts import picture
+from support import EXACT, Tiny
 from tiny_llava import TinyPair
+from unhooked import Unhooked
 
 from cmg_gguf import (
     ContextLengthError,
