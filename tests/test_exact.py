@@ -247,6 +247,18 @@ def test_no_guidance_after_guidance_is_plain_decoding_bit_for_bit(
         agree(rig, prompt, Guidance())
 
 
+def test_image_cells_that_branches_share_behind_the_window_leave_room_for_the_rest(
+    gemma: Tiny,
+) -> None:
+    """llama.cpp gives no cell away that two sequences hold, and a windowed layer's cache of its
+    own would have 256 of them here."""
+    text = f"USER: <__media__>{' Please look at the photo of the street.' * 16} ASSISTANT:"
+    prompt = gemma.prompt(text, PICTURE)
+    rig = Rig(gemma, replace(EXACT, n_ctx=1024))
+    assert 256 - N_STEPS <= prompt.n_tokens < 512
+    agree(rig, prompt, Guidance(scope="decode"))
+
+
 # With a rounded cache the branches must still be the judge's, to an error that is stated and is
 # many times smaller than what guidance is about: the difference between the branches. Where a
 # selection hangs by a hair, rounding may turn it: the pictures for ratios below 1 are ones in which
