@@ -31,7 +31,7 @@ from benchmarks.schedule import (
 )
 from benchmarks.subjects import Messages, Subject
 from guided import open_vlm
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import Guidance, Sampling

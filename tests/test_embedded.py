@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import environment, flat, invoke
 from gguf import GGMLQuantizationType, GGUFReader
 from PIL import Image
-from test_cli import environment, flat, invoke
 
 from cmg_gguf import Guidance, GuidedVLM, ModelError
 from cmg_gguf.cli.demo import PROMPT, _marked, _named, _truth

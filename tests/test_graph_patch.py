@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import reference
-from support import (
-    ALL_TOKENS,
-    EXACT,
-    PICTURE,
-    PICTURES,
-    TOLERANCE,
-    Rig,
-    Tiny,
-    Unhooked,
-    logits,
-    prompt_rows,
-)
-from test_fork import I32, N_EMBD, Graph
-from test_reference import ONE_IMAGE, TWO_IMAGES
-from tiny_llava import TinyConfig
+from graphs import I32, N_EMBD, Graph
+from judge import prompt_rows
+from plans import N_IMAGE, N_LAYER, NONE, decode, plan
+from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES
+from support import ALL_TOKENS, EXACT, TOLERANCE, Rig, Tiny, logits
+from unhooked import Unhooked
 
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import AttentionMass, Guidance, LowestCosine, Scope
 from cmg_gguf.llama.context import LlamaContext
 from cmg_gguf.prompt.segments import Prompt
-
-N_LAYER = TinyConfig().n_layer
-N_IMAGE = TinyConfig().n_image_tokens
-NONE = -1
-
-
-def plan(
-    rows: Sequence[tuple[int, int, int, int]],
-    *,
-    observe: Sequence[int] = (),
-    mask: Sequence[int] = (),
-    n_layer: int = N_LAYER,
-) -> _core.Plan:
-    """rows: sequence, image token, slot observed into, slot hidden."""
-    return _core.Plan(
-        np.array(rows, np.int32),
-        n_layer=n_layer,
-        observe_layers=list(observe),
-        mask_layers=list(mask),
-        policy=ALL_TOKENS,
-        n_image_tokens=N_IMAGE,
-    )
-
-
-def decode(
-    context: LlamaContext, rows: Sequence[tuple[int, int, int]], plan: _core.Plan | None = None
-) -> None:
-    """rows: token, position, sequence."""
-    tokens, positions, seqs = np.array(rows, np.int32).T.copy()
-    context.decode(tokens, positions, seqs, outputs=np.ones(len(rows), np.bool_), plan=plan)
 
 
 def occupy(context: LlamaContext, seq: int, n: int) -> None:
@@ -69,19 +29,6 @@ def occupy(context: LlamaContext, seq: int, n: int) -> None:
 def check(rig: Rig, prompt: Prompt, guidance: Guidance) -> None:
     errors = rig.follow(prompt, guidance, rig.tiny.verdict(prompt, guidance))
     assert errors.max() <= TOLERANCE
-
-
-@pytest.fixture(params=["llama", "gemma"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    found: Tiny = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-def graph() -> Iterator[Graph]:
-    graph = Graph()
-    yield graph
-    graph.close()
 
 
 # --- what it leaves behind ----------------------------------------------------------------------

@@ -16,7 +16,7 @@ import llama_cpp
 import pytest
 from guided import QUESTION, open_vlm
 from llama_cpp import mtmd_cpp
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import ModelError, _core
@@ -173,7 +173,7 @@ sys.path[:0] = {path!r}
 import llama_cpp
 from llama_cpp import mtmd_cpp
 from guided import QUESTION, open_vlm
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 module, name = {function}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import PICTURE, PICTURES, TOLERANCE, Rig, Tiny, logits, prompt_rows
-from test_graph_patch import N_IMAGE, N_LAYER, NONE, decode, plan
-from test_reference import ONE_IMAGE, TWO_IMAGES
+from judge import prompt_rows
+from plans import N_IMAGE, N_LAYER, NONE, decode, plan
+from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES
+from support import TOLERANCE, Rig, Tiny, logits
 
 from cmg_gguf.guidance import Guidance, Refresh, TopRatio
 

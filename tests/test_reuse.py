@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from guided import PLAIN
-from support import EXACT, PICTURE, TOLERANCE, Pairing, Rig, Tiny
+from matrix import REFRESHES, SCOPES, every_refresh, every_scope
+from prompts import PICTURE
+from support import EXACT, TOLERANCE, Pairing, Rig, Tiny
 
 from cmg_gguf.engine.steps import Strategy
 from cmg_gguf.errors import BackendError
@@ -24,8 +26,6 @@ from cmg_gguf.guidance import (
 )
 from cmg_gguf.prompt.segments import Prompt, TextSegment
 
-SCOPES: tuple[Scope, ...] = ("decode", "text", "all")
-REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
 QUESTIONS = (
     "USER: Look at <__media__> Is there a dog? ASSISTANT:",
     "USER: Look at <__media__> Is there a red car near the tree? ASSISTANT:",
@@ -34,12 +34,6 @@ QUESTIONS = (
 TWO = "USER: <__media__> and <__media__> Is there a dog? ASSISTANT:"
 ROUNDING = 2e-5
 """Between two float32 forwards of the same rows in other batches."""
-
-
-@pytest.fixture(params=["llama", "gemma"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    found: Tiny = request.getfixturevalue(request.param)
-    return found
 
 
 def agree(rig: Rig, prompt: Prompt, guidance: Guidance) -> tuple[int, int]:
@@ -76,8 +70,8 @@ def n_alike(*prompts: Prompt) -> int:
 # --- what is reused, and that it is right ------------------------------------------------------
 
 
-@pytest.mark.parametrize("refresh", REFRESHES)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_refresh
+@every_scope
 def test_more_questions_about_an_image_are_the_judges(
     tiny: Tiny, scope: Scope, refresh: Refresh
 ) -> None:
@@ -99,7 +93,7 @@ def test_more_questions_about_an_image_are_the_judges(
             assert degraded == n - alike
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, scope: Scope) -> None:
     rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope)
     prompt = tiny.prompt(QUESTIONS[0], PICTURE)
@@ -117,7 +111,7 @@ def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, scope: Scope) -> No
         assert rig.engine.n_reused == n_held
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 def test_two_images_by_turns_are_both_kept(tiny: Tiny, scope: Scope) -> None:
     rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope)
     prompts = [tiny.prompt(QUESTIONS[0], seed) for seed in (PICTURE, 4)]
@@ -247,8 +241,8 @@ def test_what_the_degraded_branch_never_decoded_is_not_kept(llama: Tiny) -> None
         rig.engine.prefixes.forget()
 
 
-@pytest.mark.parametrize("refresh", REFRESHES)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_refresh
+@every_scope
 def test_an_unguided_prompt_serves_a_guided_one(tiny: Tiny, scope: Scope, refresh: Refresh) -> None:
     rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope, refresh=refresh)
     prompt = tiny.prompt(QUESTIONS[0], PICTURE)
@@ -262,7 +256,7 @@ def test_an_unguided_prompt_serves_a_guided_one(tiny: Tiny, scope: Scope, refres
     assert rig.engine.n_reused == reusable
 
 
-@pytest.mark.parametrize("refresh", REFRESHES)
+@every_refresh
 def test_two_contexts_reuse_what_the_original_branch_holds(tiny: Tiny, refresh: Refresh) -> None:
     rig, guidance = Rig(tiny, n_slots=2, pairing="contexts"), Guidance(refresh=refresh)
     for i, text in enumerate(QUESTIONS):

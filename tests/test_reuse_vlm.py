@@ -11,7 +11,7 @@ import pytest
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, held, ids, is_empty, open_vlm, user
 from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import (

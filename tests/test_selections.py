@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import PICTURE, Rig, Tiny
-from test_reference import ONE_IMAGE
+from prompts import ONE_IMAGE, PICTURE
+from support import Rig, Tiny
 from tiny_llava import TinyConfig
 
 from cmg_gguf import _core
