@@ -31,7 +31,7 @@ class _InitParams(ctypes.Structure):
     ]
 
 
-def _function(name: str, *arguments: Any) -> Callable[..., int]:
+def ggml_function(name: str, *arguments: Any) -> Callable[..., int]:
     prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, *arguments)
     return prototype((name, llama_cpp.llama_cpp._lib))
 
@@ -42,21 +42,23 @@ class Graph:
     def __init__(self, n_rows: int = 2) -> None:
         self.n_rows = n_rows
         self.nodes: list[int] = []
-        self._context = _function("ggml_init", _InitParams)(_InitParams(2**20, None, True))
+        self._context = ggml_function("ggml_init", _InitParams)(_InitParams(2**20, None, True))
 
     def close(self) -> None:
-        _function("ggml_free", ctypes.c_void_p)(self._context)
+        ggml_function("ggml_free", ctypes.c_void_p)(self._context)
 
     def leaf(self, name: str, *shape: int, kind: int = F32) -> int:
         ne = (*shape, *(1,) * (4 - len(shape)))
-        make = _function("ggml_new_tensor_4d", ctypes.c_void_p, ctypes.c_int, *[ctypes.c_int64] * 4)
+        make = ggml_function(
+            "ggml_new_tensor_4d", ctypes.c_void_p, ctypes.c_int, *[ctypes.c_int64] * 4
+        )
         return self._named(make(self._context, kind, *ne), name)
 
     def node(self, op: str, *sources: int, name: str = "", sizes: tuple[Any, ...] = ()) -> int:
         """The node that `ggml_<op>` makes. sizes: what follows the sources."""
         kinds = {int: ctypes.c_int64, float: ctypes.c_float}
         types = [ctypes.c_void_p] * (1 + len(sources)) + [kinds[type(s)] for s in sizes]
-        made = _function(f"ggml_{op}", *types)(self._context, *sources, *sizes)
+        made = ggml_function(f"ggml_{op}", *types)(self._context, *sources, *sizes)
         self.nodes.append(self._named(made, name or f"node_{len(self.nodes)}"))
         return made
 
@@ -109,5 +111,5 @@ class Graph:
         )
 
     def _named(self, tensor: int, name: str) -> int:
-        _function("ggml_set_name", ctypes.c_void_p, ctypes.c_char_p)(tensor, name.encode())
+        ggml_function("ggml_set_name", ctypes.c_void_p, ctypes.c_char_p)(tensor, name.encode())
         return tensor

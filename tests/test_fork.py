@@ -1,4 +1,4 @@
-"""What a fork reads off a graph: from which layer rows may enter, and which dimension counts them."""
+"""What a fork reads off a graph: where rows may enter, and which dimension counts them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from graphs import ALL, I32, I64, N_EMBD, N_HEAD, N_LAYER, Graph
+from graphs import ALL, I32, I64, N_EMBD, N_HEAD, N_LAYER, Graph, ggml_function
 
 from cmg_gguf import _core
 
@@ -88,7 +88,7 @@ def heads(graph: Graph, rows: int) -> int:
 
 
 def permuted(graph: Graph, tensor: int, *axes: int) -> int:
-    made = _function("ggml_permute", *[ctypes.c_void_p] * 2, *[ctypes.c_int] * 4)(
+    made = ggml_function("ggml_permute", *[ctypes.c_void_p] * 2, *[ctypes.c_int] * 4)(
         graph._context, tensor, *axes
     )
     graph.nodes.append(graph._named(made, f"permuted_{len(graph.nodes)}"))
@@ -146,13 +146,13 @@ def test_several_positions_a_row_are_not_understood(
 ) -> None:
     """Their places among the positions depend on the number of rows."""
     rows = graph.embed()
-    rope = _function("ggml_rope", *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
+    rope = ggml_function("ggml_rope", *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
     if n_positions == 2:
         made = rope(
             graph._context, heads(graph, rows), graph.leaf("pos", n_positions, kind=I32), 4, 0
         )
     else:
-        multi = _function(
+        multi = ggml_function(
             "ggml_rope_multi",
             *[ctypes.c_void_p] * 4,
             ctypes.c_int,

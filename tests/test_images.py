@@ -21,8 +21,8 @@ from PIL import Image, features
 from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 
-from cmg_gguf import images
 from cmg_gguf.errors import CMGError, ImageError
+from cmg_gguf.prompt import images
 from cmg_gguf.prompt.images import image_id, load_image
 
 Pixels = NDArray[np.uint8]

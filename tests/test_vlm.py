@@ -326,7 +326,7 @@ def test_fewer_rows_than_sequences_do_not_end_the_process(
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"strategy": "quick"}, "strategy='quick' is unknown: one of auto, eager"),
+        ({"strategy": "quick"}, "strategy='quick' is unknown: one of auto, exact"),
         ({"strategy": "approximate", "pairing": "contexts"}, "none in common"),
     ],
 )
