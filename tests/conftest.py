@@ -16,6 +16,8 @@ from tiny_llava import TinyConfig, TinyPair, write_pair
 
 from cmg_gguf.llama.log import set_verbose
 
+pytest_plugins = ["quick"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:

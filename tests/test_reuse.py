@@ -201,6 +201,15 @@ def test_degraded_rows_stay_kept_through_a_turn_that_did_not_need_them(llama: Ti
     assert rig.engine.n_reused == held
 
 
+def test_a_prompt_many_times_longer_than_the_window_is_kept_whole(gemma: Tiny) -> None:
+    """Windowed layers could do with 256 cells here, and this takes more of them: see `swa_full`."""
+    prompt = gemma.prompt(QUESTIONS[1].replace("near", "near the house and " * 100 + "near"), 0)
+    rig, guidance = Rig(gemma, replace(EXACT, n_ctx=1024), n_slots=3), Guidance(scope="all")
+    assert prompt.n_tokens > 256
+    agree(rig, prompt, guidance)
+    assert agree(rig, prompt, guidance) == (1, 1)
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("seed", [6, 9])
 def test_behind_a_window_cells_of_the_degraded_branch_are_not_given_away(
