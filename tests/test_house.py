@@ -25,8 +25,7 @@ HOUSE = {
     "arrays": "",
     "guidance": "errors arrays",
     "sampling": "errors arrays",
-    "reply": "errors arrays",
-    "settings": "errors arrays guidance sampling",
+    "reply": "errors arrays guidance",
     # --- prompts, and requests made of all that -------------------------------------------------
     "prompt": "errors arrays",
     "request": f"{VALUES} prompt",
@@ -37,16 +36,18 @@ HOUSE = {
     "answer": ASKING,
     "chat": ASKING,
     # --- where they are put together ------------------------------------------------------------
-    "opening": f"{ASKING} settings prompt _core engine llama answer chat",
-    "vlm": f"{ASKING} settings prompt _core engine llama answer chat opening",
-    "handler": f"{ASKING} chat vlm",
-    "": f"{ASKING} vlm handler",
+    "opening": f"{ASKING} prompt _core engine llama llama_cpp",
+    "stream": f"{ASKING} prompt engine llama answer opening",
+    "vlm": f"{ASKING} prompt llama llama_cpp answer chat opening stream",
+    "handler": f"{ASKING} opening vlm llama_cpp",
+    "facts": f"{VALUES} llama llama_cpp opening",
+    "__init__": f"{ASKING} stream vlm handler",
     # --- what is built on them ------------------------------------------------------------------
-    "tiny": f"{VALUES} settings",
-    "evaluation": f"{ASKING} settings prompt chat vlm tiny",
-    "cli": f"{ASKING} settings prompt chat vlm tiny evaluation",
+    "tiny": VALUES,
+    "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
+    "cli": f"{ASKING} prompt chat opening stream vlm facts tiny evaluation __init__",
 }
-"""`""` is the package's own `__init__`. A room named with a module ("prompt.segments") is known by
+"""`__init__` is the package's own. A room named with a module ("prompt.segments") is known by
 that module alone."""
 
 MAX_LINES = 400
@@ -56,7 +57,7 @@ MEDIAN_FUNCTION = 12
 
 class Module(NamedTuple):
     name: str
-    """Within the package: "engine.lazy"; "engine" for `engine/__init__.py`."""
+    """Within the package: "engine.rows"; "engine" for `engine/__init__.py`."""
     path: Path
     tree: ast.Module
 
@@ -69,7 +70,7 @@ def read_modules() -> list[Module]:
     found = []
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-        name = ".".join(parts).removesuffix("__init__").removesuffix(".")
+        name = ".".join(parts).removesuffix(".__init__")
         found.append(Module(name, path, ast.parse(path.read_text(encoding="utf-8"))))
     return found
 
@@ -92,7 +93,7 @@ def known(module: Module) -> Iterator[str]:
         for name in imported:
             root, _, rest = name.partition(".")
             if root == PACKAGE:
-                yield rest if rest in NAMES else rest.rpartition(".")[0]
+                yield rest if rest in NAMES else rest.rpartition(".")[0] or "__init__"
             elif root == "llama_cpp":
                 yield root
 
