@@ -28,7 +28,7 @@ MAX_PREFIXES = 8
 """Most prompts whose KV cells are kept: each takes two of llama.cpp's sequences."""
 IMAGE_CACHE_BYTES = 64 * 2**20
 
-_STEPS: dict[Strategy, Steps] = {"auto": AUTO, "exact": EXACT, "approximate": APPROXIMATE}
+STEPS: dict[Strategy, Steps] = {"auto": AUTO, "exact": EXACT, "approximate": APPROXIMATE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,9 @@ class PairOptions:
     def __post_init__(self) -> None:
         if self.pairing not in ("auto", "pair", "contexts"):
             raise UnsupportedError(f"pairing={self.pairing!r} is unknown: auto, pair or contexts")
-        if self.strategy not in _STEPS:
+        if self.strategy not in STEPS:
             raise UnsupportedError(
-                f"strategy={self.strategy!r} is unknown: one of {', '.join(_STEPS)}"
+                f"strategy={self.strategy!r} is unknown: one of {', '.join(STEPS)}"
             )
 
 
@@ -104,7 +104,7 @@ def open_pair(
         slots = [(1 + i, 0) for i in range(n_slots)]
     max_cells = _checked_cells(options.prefix_cells, contexts[0].n_ctx)
     prefixes = PrefixCache(branches, slots, max_cells)
-    strategy = _STEPS[options.strategy] if paired else EAGER
+    strategy = STEPS[options.strategy] if paired else EAGER
     engine = Engine(branches, selections, prefixes, strategy=strategy)
     return Pair(model, projector, template, engine, contexts)
 

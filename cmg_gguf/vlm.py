@@ -14,6 +14,7 @@ from cmg_gguf.answer.turns import Turns
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
 from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.llama.context import ContextOptions, usable_threads
+from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.prompts import tokenized
@@ -136,6 +137,8 @@ class GuidedVLM:
         self.template, self.engine = pair.template, pair.engine
         self.n_ctx = pair.contexts[0].n_ctx
         """KV cells of the context."""
+        self.image_size = projector_facts(pair.projector.path).image_size
+        """Pixels a side of what the image encoder sees; 0 where its file does not say."""
 
     def close(self) -> None:
         """Frees contexts, image encoder and weights. An answer under way ends with ModelError. The

@@ -114,6 +114,10 @@ int32_t layer_in_name(const ggml_tensor * t, const char * prefix) {
     return matches ? std::atoi(name + n) : -1;
 }
 
+std::runtime_error layer_error(int32_t il, const std::string & what) {
+    return std::runtime_error("layer " + std::to_string(il) + ": " + what);
+}
+
 void to_float(ggml_type type, const uint8_t * from, float * to, int64_t n) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));

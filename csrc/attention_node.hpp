@@ -5,6 +5,8 @@
 #include "ggml.h"
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace cmg {
@@ -39,6 +41,9 @@ AttentionNode find_attention(const ggml_tensor * node);
 // been computed. mask: [rows.size(), n_kv] float32.
 std::vector<float> read_attention(const AttentionNode & node, const std::vector<int32_t> & rows,
                                   const std::vector<float> & mask, int32_t n_threads);
+
+// An error that names the layer.
+std::runtime_error layer_error(int32_t il, const std::string & what);
 
 // n values of any type ggml can dequantise, as float32.
 void to_float(ggml_type type, const uint8_t * from, float * to, int64_t n);

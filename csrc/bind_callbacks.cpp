@@ -2,13 +2,12 @@
 // that ctypes calls: an interrupt that waits for Python to run (Ctrl-C) would be raised there, be
 // printed, and be lost.
 #include "bindings.hpp"
+#include "log.hpp"
 
 #include "ggml.h"
 
 #include <cstdint>
-#include <cstdio>
 #include <exception>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,43 +15,19 @@
 namespace cmg {
 namespace {
 
-// The process has one log, and so has this: what is logged as an error since the last `begin`.
-class Log {
-  public:
-    static void callback(ggml_log_level level, const char * text, void * /*user_data*/) {
-        Log & log = instance();
-        const std::lock_guard<std::mutex> lock(log.mutex_);
-        if (level == GGML_LOG_LEVEL_ERROR) {
-            log.errors_.emplace_back(text);
-        } else if (log.verbose_) {
-            std::fputs(text, stderr);
-        }
+// Addresses come as integers: Python has looked them up through ctypes.
+void bind_log_addresses(const std::vector<std::uintptr_t> & setters, std::uintptr_t usual) {
+    std::vector<LogSetter> functions;
+    for (const std::uintptr_t setter : setters) {
+        functions.push_back(reinterpret_cast<LogSetter>(setter));
     }
+    bind_log(std::move(functions), reinterpret_cast<ggml_log_callback>(usual));
+}
 
-    // verbose: what is no error goes to stderr.
-    static void begin(bool verbose) {
-        Log & log = instance();
-        const std::lock_guard<std::mutex> lock(log.mutex_);
-        log.verbose_ = verbose;
-        log.errors_.clear();
-    }
-
-    static std::vector<py::bytes> errors() {
-        Log & log = instance();
-        const std::lock_guard<std::mutex> lock(log.mutex_);
-        return {log.errors_.begin(), log.errors_.end()};
-    }
-
-  private:
-    static Log & instance() {
-        static Log log;
-        return log;
-    }
-
-    std::mutex mutex_;
-    std::vector<std::string> errors_;
-    bool verbose_ = false;
-};
+std::vector<py::bytes> close(LogCapture & capture) {
+    const std::vector<std::string> errors = capture.close();
+    return {errors.begin(), errors.end()};
+}
 
 // llama_progress_callback: calls report(share); what that raises ends the loading and is parked.
 class LoadProgress {
@@ -84,9 +59,10 @@ class LoadProgress {
 } // namespace
 
 void bind_callbacks(py::module_ & m) {
-    m.def("log_callback", [] { return reinterpret_cast<std::uintptr_t>(&Log::callback); });
-    m.def("log_begin", &Log::begin, py::arg("verbose"));
-    m.def("log_errors", &Log::errors);
+    m.def("bind_log", &bind_log_addresses, py::arg("setters"), py::arg("usual"));
+    py::class_<LogCapture>(m, "LogCapture")
+        .def(py::init<bool>(), py::arg("verbose"))
+        .def("close", &close);
     py::class_<LoadProgress>(m, "LoadProgress")
         .def(py::init<py::function>(), py::arg("report"))
         .def_property_readonly("callback",

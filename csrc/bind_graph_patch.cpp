@@ -49,20 +49,19 @@ Plan new_plan(const Array<int32_t> & rows, int32_t n_layer, const std::vector<in
 }
 
 void begin(GraphPatch & patch, const Plan & plan) {
-    if (static_cast<int32_t>(plan.mask_layers.size()) != patch.selections().n_layer()) {
+    if (static_cast<int32_t>(plan.mask_layers.size()) != patch.n_layer()) {
         throw std::invalid_argument("a plan for " + std::to_string(plan.mask_layers.size()) +
-                                    " layers, a patch for " +
-                                    std::to_string(patch.selections().n_layer()));
+                                    " layers, a patch for " + std::to_string(patch.n_layer()));
     }
     patch.begin(plan);
 }
 
-size_t layer_index(const Selections & s, int32_t il) {
-    if (il < 0 || il >= s.n_layer()) {
+std::vector<int64_t> cells(GraphPatch & patch, int32_t seq, int32_t il) {
+    if (il < 0 || il >= patch.n_layer()) {
         throw std::out_of_range("layer " + std::to_string(il) + " of " +
-                                std::to_string(s.n_layer()));
+                                std::to_string(patch.n_layer()));
     }
-    return static_cast<size_t>(il);
+    return patch.ledger().cells(seq, il);
 }
 
 } // namespace
@@ -74,15 +73,15 @@ void bind_graph_patch(py::module_ & m) {
         .def("keep_last", &Selections::keep_last)
         .def("grow", &Selections::grow, py::arg("n_slots"))
         .def("__len__", &Selections::size)
-        .def("tokens", [](Selections & s, int32_t slot,
-                          int32_t il) { return to_array(s.at(slot).tokens[layer_index(s, il)]); })
+        .def_property_readonly("n_bytes", &Selections::n_bytes)
+        .def("tokens", [](const Selections & s, int32_t slot,
+                          int32_t il) { return to_array(s.tokens(slot, il)); })
         .def("set_tokens",
              [](Selections & s, int32_t slot, int32_t il, const Array<int32_t> & tokens) {
-                 s.at(slot).tokens[layer_index(s, il)].assign(tokens.data(),
-                                                              tokens.data() + tokens.size());
+                 s.set_tokens(slot, il, {tokens.data(), tokens.data() + tokens.size()});
              })
-        .def("influence", [](Selections & s, int32_t slot, int32_t il) {
-            return to_array(s.at(slot).influence[layer_index(s, il)]);
+        .def("influence", [](const Selections & s, int32_t slot, int32_t il) {
+            return to_array(s.influence(slot, il));
         });
     py::class_<ForkPlan>(m, "ForkPlan")
         .def(py::init([](int32_t layer, int32_t n_below, std::vector<int32_t> slots, bool survey) {
@@ -105,7 +104,11 @@ void bind_graph_patch(py::module_ & m) {
         .def_property_readonly(
             "user_data",
             [](const GraphPatch & patch) { return reinterpret_cast<std::uintptr_t>(&patch); })
-        .def_property_readonly("n_boundaries", &GraphPatch::n_boundaries)
+        .def_property_readonly(
+            "n_boundaries",
+            [](const GraphPatch & patch) { return patch.observation().n_boundaries(); })
+        .def_property_readonly("n_masks",
+                               [](const GraphPatch & patch) { return patch.masking().n_masks(); })
         .def_property_readonly("cosines",
                                [](const GraphPatch & patch) { return to_array(patch.cosines()); })
         .def_property_readonly("n_left_out",
@@ -120,11 +123,8 @@ void bind_graph_patch(py::module_ & m) {
         .def("begin", &begin, py::arg("plan"))
         .def("end", &GraphPatch::end)
         .def("abandon", &GraphPatch::abandon)
-        .def("cells",
-             [](GraphPatch & patch, int32_t seq, int32_t il) {
-                 return to_array(patch.ledger().cells(
-                     seq, static_cast<int32_t>(layer_index(patch.selections(), il))));
-             })
+        .def("cells", [](GraphPatch & patch, int32_t seq,
+                         int32_t il) { return to_array(cells(patch, seq, il)); })
         .def("copy_image_tokens", [](GraphPatch & patch, int32_t src, int32_t dst,
                                      int32_t n_tokens) { patch.ledger().copy(src, dst, n_tokens); })
         .def("truncate_image_tokens",

@@ -76,7 +76,7 @@ void Fork::leave_out(ggml_tensor * node) {
     }
     const auto & nodes = pair_->nodes();
     const size_t i = n_asked_++;
-    if (i >= nodes.size() || nodes[i].op != node->op || nodes[i].row_dim == unclear_rows) {
+    if (i >= nodes.size() || !nodes[i].is(node) || nodes[i].row_dim == unclear_rows) {
         throw std::runtime_error(std::string(node->name) +
                                  " is not as in the decode that was surveyed");
     }

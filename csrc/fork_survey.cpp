@@ -118,7 +118,7 @@ void ForkSurvey::find_row_dims(const std::vector<ggml_tensor *> & nodes, const P
     };
     for (const ggml_tensor * node : nodes) {
         const int32_t dim = n_rows > 1 ? row_dim(node, n_rows, dim_of) : unclear_rows;
-        nodes_.push_back({node->op, dim});
+        nodes_.push_back({node->op, node->name, dim});
         if (dim != unclear_rows) {
             continue;
         }

@@ -26,10 +26,14 @@ class ForkSurvey {
     // Why rows cannot be left out of the nodes below `layer` while others are computed there.
     const std::string & cannot_shrink(int32_t layer) const { return at(cannot_shrink_, layer); }
 
-    // Of the i-th node that is asked about: its operation, and `row_dim`.
+    // Of the i-th node that is asked about: what tells it from others, and `row_dim`. llama.cpp
+    // names a node by what it computes, or by its place in the graph: not by the decode.
     struct Node {
         ggml_op op;
+        std::string name;
         int32_t row_dim;
+
+        bool is(const ggml_tensor * node) const { return op == node->op && name == node->name; }
     };
     const std::vector<Node> & nodes() const { return nodes_; }
 

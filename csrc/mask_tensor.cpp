@@ -9,26 +9,38 @@
 #include <string>
 
 namespace cmg {
+namespace {
+
+constexpr size_t large = 1u << 20; // bytes
+
+} // namespace
 
 MaskTensor::~MaskTensor() {
     release();
+}
+
+void MaskTensor::release_if_large() {
+    if (capacity_ > large) {
+        release();
+    }
 }
 
 void MaskTensor::release() {
     if (buffer_ != nullptr) {
         api().ggml_backend_buffer_free(buffer_);
         buffer_ = nullptr;
+        capacity_ = 0;
     }
 }
 
 ggml_tensor * MaskTensor::assign(const ggml_tensor * original, const std::vector<uint8_t> & bytes) {
     const auto type = api().ggml_backend_buffer_get_type(root(original)->buffer);
     // A long prompt's mask is not kept for the two rows of a decode step.
-    const bool too_large = capacity_ > (1u << 20) && capacity_ > 4 * bytes.size();
+    const bool too_large = capacity_ > large && capacity_ > 4 * bytes.size();
     if (buffer_ == nullptr || capacity_ < bytes.size() || too_large ||
         api().ggml_backend_buffer_get_type(buffer_) != type) {
         release();
-        capacity_ = bytes.size() + (bytes.size() < (1u << 20) ? bytes.size() / 4 : 0);
+        capacity_ = bytes.size() + (bytes.size() < large ? bytes.size() / 4 : 0);
         buffer_ = api().ggml_backend_buft_alloc_buffer(type, capacity_);
         if (buffer_ == nullptr) {
             throw std::runtime_error("no memory for a mask of " + std::to_string(capacity_) +

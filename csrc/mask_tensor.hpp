@@ -19,6 +19,8 @@ class MaskTensor {
     // Becomes a leaf of the type and shape of `original`, in a buffer of the same type, holding
     // `bytes`. The tensor's address stays the same; the buffer is reused while it fits.
     ggml_tensor * assign(const ggml_tensor * original, const std::vector<uint8_t> & bytes);
+    // Frees a buffer that only a long prompt's mask needs. The tensor's address stays the same.
+    void release_if_large();
 
   private:
     void release();

@@ -3,70 +3,66 @@
 // A slot holds, for every layer, the image tokens that the policy picked from one row's attention.
 // A row of the degraded branch names the slot whose tokens it may not see. Both rows can be in the
 // same batch (the slot is written and read within one forward), in two batches, or in two contexts.
+//
+// A long prompt has thousands of rows, so what they picked is kept as sets of bits: for each layer
+// that is observed one [n_slots, n_words] matrix of 64 tokens a word, a layer without any picks
+// takes nothing. 576 image tokens are 72 bytes a row and layer.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <utility>
+#include <unordered_map>
 #include <vector>
 
 namespace cmg {
 
-struct Slot {
-    std::vector<std::vector<int32_t>> tokens;  // [n_layer][...] image token numbers, ascending
-    std::vector<std::vector<float>> influence; // [n_layer][n_image_tokens], if it was kept
-};
-
 class Selections {
   public:
-    explicit Selections(int32_t n_layer) : n_layer_(n_layer) {}
+    explicit Selections(int32_t n_layer) : layers_(static_cast<size_t>(n_layer)) {}
 
-    // n_slots empty slots.
-    void resize(int32_t n_slots) {
-        size_ = 0;
-        grow(n_slots);
-    }
-
+    // n_slots empty slots; the memory of those there were is freed.
+    void resize(int32_t n_slots);
     // Adds empty slots behind those there are, up to n_slots.
-    void grow(int32_t n_slots) {
-        const auto n = static_cast<size_t>(n_layer_);
-        for (; size_ < n_slots; size_++) {
-            const auto i = static_cast<size_t>(size_);
-            if (i == slots_.size()) {
-                slots_.push_back(
-                    {std::vector<std::vector<int32_t>>(n), std::vector<std::vector<float>>(n)});
-            }
-            for (size_t il = 0; il < n; il++) {
-                slots_[i].tokens[il].clear();
-                slots_[i].influence[il].clear();
-            }
-        }
-    }
-
+    void grow(int32_t n_slots);
     // Drops all slots but the last, which becomes slot 0.
-    void keep_last() {
-        if (size_ > 1) {
-            std::swap(slots_.front(), slots_[static_cast<size_t>(size_ - 1)]);
-            size_ = 1;
-        }
-    }
+    void keep_last();
 
     int32_t size() const { return size_; }
-    int32_t n_layer() const { return n_layer_; }
+    int32_t n_layer() const { return static_cast<int32_t>(layers_.size()); }
+    // Memory that is held for all slots.
+    size_t n_bytes() const;
 
-    Slot & at(int32_t slot) {
-        if (slot < 0 || slot >= size()) {
-            throw std::out_of_range("slot " + std::to_string(slot) + " of " +
-                                    std::to_string(size()));
-        }
-        return slots_[static_cast<size_t>(slot)];
-    }
+    // All of these throw std::out_of_range for a slot or a layer that does not exist.
+    //
+    // Numbers of the image tokens that were picked, ascending.
+    std::vector<int32_t> tokens(int32_t slot, int32_t il) const;
+    // tokens: 0 or more each, in any order; else std::invalid_argument. n_tokens: that the prompt
+    // has, so that there is room for all of them at once; 0 = not known.
+    void set_tokens(int32_t slot, int32_t il, const std::vector<int32_t> & tokens,
+                    int32_t n_tokens = 0);
+    bool empty(int32_t slot, int32_t il) const;
+    // Whether the slot's tokens in two layers are the same.
+    bool same(int32_t slot, int32_t il, int32_t other_il) const;
+    // [n_image_tokens] by token number, or empty if it was not kept.
+    const std::vector<float> & influence(int32_t slot, int32_t il) const;
+    void set_influence(int32_t slot, int32_t il, std::vector<float> influence);
 
   private:
-    int32_t n_layer_;
+    struct Layer {
+        size_t n_words = 0;         // of a slot
+        std::vector<uint64_t> bits; // [n_slots, n_words]; slots behind its end are empty
+        std::unordered_map<int32_t, std::vector<float>> influence; // by slot
+    };
+    struct Line {
+        const uint64_t * begin;
+        size_t size;
+    };
+
+    Line line(int32_t slot, int32_t il) const;
+    void check(int32_t slot, int32_t il) const;
+
+    std::vector<Layer> layers_;
     int32_t size_ = 0;
-    std::vector<Slot> slots_; // the first `size_` count; the others keep their memory
 };
 
 } // namespace cmg

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # The judge's matrices are small: more threads only wait for each other. Before NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
+from graphs import Graph
 from support import Tiny
 from tiny_llava import TinyConfig, TinyPair, write_pair
 
 from cmg_gguf.llama.log import set_verbose
+
+pytest_plugins = ["quick"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,3 +65,18 @@ def llama(open_tiny: Callable[[TinyConfig], Tiny]) -> Tiny:
 @pytest.fixture(scope="session")
 def gemma(open_tiny: Callable[[TinyConfig], Tiny]) -> Tiny:
     return open_tiny(TinyConfig(arch="gemma3"))
+
+
+@pytest.fixture(params=["llama", "gemma"])
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    """Either of them: one that sees all positions, one with windows."""
+    found: Tiny = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def graph() -> Iterator[Graph]:
+    """A graph of two rows, written by hand."""
+    graph = Graph()
+    yield graph
+    graph.close()

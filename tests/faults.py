@@ -18,7 +18,7 @@ import pytest
 from guided import QUESTION, asked, png
 from numpy.typing import NDArray
 from PIL import Image
-from test_reference import picture
+from prompts import picture
 
 from cmg_gguf import (
     BackendError,

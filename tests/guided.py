@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
 from PIL import Image
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import Guidance, GuidedVLM, Reply
+from cmg_gguf.arrays import FloatArray, IntArray
 
 QUESTION = "What is there?"
 PLAIN = Guidance(alpha=0.0, beta=0.0)
@@ -39,6 +40,21 @@ def open_vlm(pair: TinyPair, **settings: Any) -> GuidedVLM:
 def ids(reply: Reply) -> list[int]:
     """The tokens of the answer."""
     return [token.id for token in reply.tokens]
+
+
+def forced(vlm: GuidedVLM, tokens: list[int], *asked: Any) -> list[FloatArray]:
+    """Plain logits of a prompt along an answer that is given."""
+
+    def only(said: IntArray, logits: FloatArray) -> FloatArray:
+        row = np.full_like(logits, -np.inf)
+        row[tokens[len(said)]] = 0
+        seen.append(logits.copy())
+        return row
+
+    seen: list[FloatArray] = []
+    said = vlm.generate(*asked, guidance=PLAIN, max_tokens=len(tokens), logits_processors=[only])
+    assert ids(said) == tokens
+    return seen
 
 
 def is_empty(vlm: GuidedVLM) -> bool:

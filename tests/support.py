@@ -11,19 +11,17 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
-import llama_cpp
 import numpy as np
-import reference
-from llama_cpp import mtmd_cpp as mtmd
+from judge import Verdict, judge
 from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
-from reference import F64, Mask, Policy, Reference, Step
+from prompts import picture
+from reference import F64, Reference, Step
 from stepped import PairedEngine
-from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import _core
@@ -31,34 +29,19 @@ from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.steps import EAGER, Strategy
-from cmg_gguf.guidance import (
-    AttentionMass,
-    CumulativeMass,
-    Guidance,
-    LayerRange,
-    LayerSet,
-    MeanStd,
-    TopRatio,
-)
-from cmg_gguf.llama.context import CACHE_TYPES, ContextOptions, LlamaContext
+from cmg_gguf.guidance import Guidance
+from cmg_gguf.llama.context import ContextOptions, LlamaContext
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 F32 = NDArray[np.float32]
 Pairing = Literal["pair", "contexts"]
-N_STEPS = 8
 EXACT = ContextOptions(
     n_ctx=256, n_ubatch=64, n_threads=1, flash_attn=False, type_k="f32", type_v="f32"
 )
 TOLERANCE = 1e-4
 """Largest logit error with EXACT; the logits have an RMS of about 3."""
-
-
-PICTURE = 2
-PICTURES = (3, 4)
-"""Seeds for which no choice hangs by a hair: in every row and layer the last token that is taken is
-ahead of the first one left by 0.03 percent and more. A float32 forward is off by 0.001 percent."""
 ALL_TOKENS = _core.TokenPolicy(_core.TokenRule.top_ratio, 1.0)
 
 
@@ -81,90 +64,6 @@ class Tiny:
         images = [picture(seed) for seed in image_seeds]
         ids = [str(seed) for seed in image_seeds]
         return self.projector.encode(self.projector.tokenize(text, images, ids=ids))
-
-
-def prompt_rows(ref: Reference, prompt: Prompt) -> F64:
-    """(n_tokens, n_embd): the prompt as the judge takes it."""
-    rows = []
-    for segment in prompt.segments:
-        if isinstance(segment, ImageSegment):
-            assert segment.embd is not None
-            rows.append(segment.embd.astype(np.float64))
-        else:
-            rows.append(ref.embed(segment.tokens.tolist()))
-    return np.concatenate(rows)
-
-
-class Verdict(NamedTuple):
-    """What guided decoding must give, by the judge.
-
-    `masked`: for each step and each layer of `layers`, the image tokens masked for its row.
-    """
-
-    steps: list[Step]
-    layers: tuple[int, ...]
-    masked: list[list[list[int]]]
-
-    @property
-    def tokens(self) -> list[int]:
-        return [step.token for step in self.steps]
-
-    @property
-    def gaps(self) -> F64:
-        """(n_steps,): largest difference between the two branches' logits."""
-        return np.array([np.abs(s.original - s.degraded).max() for s in self.steps])
-
-
-def judge(ref: Reference, prompt: Prompt, guidance: Guidance, n_steps: int = N_STEPS) -> Verdict:
-    """The judge's own greedy guided decoding after `prompt`."""
-    policy, rows, is_image = judge_policy(guidance), prompt_rows(ref, prompt), prompt.is_image
-    in_picture = prompt.in_picture
-    steps = reference.guided(ref, rows, is_image, n_steps, policy, in_picture=in_picture)
-    last = len(rows) - 1
-    rows = np.concatenate([rows, ref.embed([step.token for step in steps[:-1]])])
-    generated = np.zeros(n_steps - 1, np.bool_)
-    is_image, in_picture = np.append(is_image, generated), np.append(in_picture, generated)
-    forward = ref.forward(rows)
-    influence = reference.candidate_influence(ref, forward, is_image)
-    layers = np.flatnonzero(policy.layers(reference.layer_evidence(forward, influence, last)))
-    blocked = reference.blocked_pairs(influence, in_picture, last + 1, policy)[:, :, is_image]
-    masked = [
-        [np.flatnonzero(blocked[il, last + i]).tolist() for il in layers] for i in range(n_steps)
-    ]
-    return Verdict(steps, tuple(layers.tolist()), masked)
-
-
-def judge_policy(guidance: Guidance) -> Policy:
-    """The same settings in the judge's words."""
-    return Policy(
-        tokens=_token_policy(guidance),
-        layers=_layer_policy(guidance),
-        scope=guidance.scope,
-        refresh=guidance.refresh,
-        alpha=guidance.alpha,
-        beta=guidance.beta,
-    )
-
-
-def _token_policy(guidance: Guidance) -> Callable[[F64], Mask]:
-    tokens = guidance.tokens
-    if isinstance(tokens, TopRatio):
-        return partial(reference.top_ratio, ratio=tokens.ratio)
-    if isinstance(tokens, MeanStd):
-        return partial(reference.mean_std, lam=tokens.factor)
-    assert isinstance(tokens, CumulativeMass)
-    return partial(reference.cumulative_mass, mass=tokens.mass)
-
-
-def _layer_policy(guidance: Guidance) -> Callable[[reference.LayerEvidence], Mask]:
-    layers = guidance.layers
-    if isinstance(layers, LayerSet):
-        return partial(reference.explicit_layers, layers=layers.layers)
-    if isinstance(layers, LayerRange):
-        return partial(reference.layer_range, start=layers.start, stop=layers.stop)
-    if isinstance(layers, AttentionMass):
-        return partial(reference.attention_mass, gamma=layers.share)
-    return partial(reference.lowest_cosine, share=cast(Any, layers).share)
 
 
 class Counted(LlamaContext):
@@ -302,75 +201,12 @@ def logits(context: LlamaContext, row: int) -> F32:
     return np.array(pointer, np.float32)
 
 
-class Unhooked:
-    """A llama.cpp context without a callback, driven through llama_cpp alone."""
-
-    def __init__(self, tiny: Tiny, options: ContextOptions = EXACT, *, n_seq_max: int = 2) -> None:
-        self._tiny = tiny
-        self._n_ubatch = options.n_ubatch
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = options.n_ctx, n_seq_max
-        params.n_batch = params.n_ubatch = options.n_ubatch
-        params.n_threads = params.n_threads_batch = options.n_threads
-        params.kv_unified = params.swa_full = True
-        params.flash_attn_type = 1 if options.flash_attn else 0
-        params.type_k, params.type_v = CACHE_TYPES[options.type_k], CACHE_TYPES[options.type_v]
-        self.handle = llama_cpp.llama_init_from_model(tiny.model.handle, params)
-        assert self.handle
-
-    def close(self) -> None:
-        llama_cpp.llama_free(self.handle)
-
-    def prefill(self, prompt: Prompt, seq: int = 0) -> F32:
-        """(n_vocab,) logits of the last row; one batch a segment, the last row's output alone."""
-        n_past = 0
-        for segment in prompt.segments:
-            if isinstance(segment, ImageSegment):
-                self._decode_image(segment, n_past, seq)
-            else:
-                n = segment.n_tokens
-                outputs = [False] * n
-                outputs[-1] = n_past + n == prompt.n_tokens
-                self.decode(segment.tokens.tolist(), range(n_past, n_past + n), [seq] * n, outputs)
-            n_past += segment.n_pos
-        return self.logits(prompt.segments[-1].n_tokens - 1)
-
-    def decode(
-        self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        seqs: Sequence[int],
-        outputs: Sequence[bool],
-    ) -> None:
-        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-        batch.n_tokens = len(tokens)
-        for i, row in enumerate(zip(tokens, positions, seqs, outputs, strict=True)):
-            batch.token[i], batch.pos[i], batch.seq_id[i][0], batch.logits[i] = row
-            batch.n_seq_id[i] = 1
-        status = llama_cpp.llama_decode(self.handle, batch)
-        llama_cpp.llama_batch_free(batch)
-        assert status == 0
-
-    def share(self, source: int, target: int) -> None:
-        memory = llama_cpp.llama_get_memory(self.handle)
-        llama_cpp.llama_memory_seq_cp(memory, source, target, -1, -1)
-
-    def logits(self, row: int) -> F32:
-        pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
-        return np.array(np.ctypeslib.as_array(pointer, (self._tiny.model.n_vocab,)))
-
-    def _decode_image(self, image: ImageSegment, n_past: int, seq: int) -> None:
-        assert image.embd is not None
-        status = mtmd.mtmd_helper_decode_image_chunk(
-            self._tiny.projector.handle,
-            self.handle,
-            image.chunk.handle,
-            image.embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-            n_past,
-            seq,
-            self._n_ubatch,
-            ctypes.byref(llama_cpp.llama_pos()),
-            mtmd.mtmd_helper_post_decode_callback(),
-            ctypes.c_void_p(0),
-        )
-        assert status == 0
+def agree(rig: Rig, prompt: Prompt, guidance: Guidance) -> tuple[int, int]:
+    """Asserts that both branches are the judge's; the prompt's rows that each of them decoded."""
+    verdict = rig.tiny.verdict(prompt, guidance)
+    rig.n_decoded()
+    errors = rig.follow(prompt, guidance, verdict)
+    assert errors.max() <= TOLERANCE, errors.max(axis=0)
+    original, degraded = rig.n_decoded()
+    n_steps = len(verdict.steps) - 1
+    return original - n_steps, degraded - n_steps

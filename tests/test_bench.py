@@ -31,7 +31,7 @@ from benchmarks.schedule import (
 )
 from benchmarks.subjects import Messages, Subject
 from guided import open_vlm
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import Guidance, Sampling
@@ -74,6 +74,7 @@ def figures(ran: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row.name}, {row.against}" for row in ROWS])
 def test_every_row_is_computed_for_every_model(figures: dict[str, Any], row: Any) -> None:
     found = next(r for r in figures["rows"] if (r["name"], r["base"]) == (row.name, row.base))
@@ -85,6 +86,7 @@ def test_every_row_is_computed_for_every_model(figures: dict[str, Any], row: Any
         assert result["met"] == (None if row.wanted is None else result["median"] <= row.wanted)
 
 
+@pytest.mark.slow
 def test_absolute_figures_are_computed(figures: dict[str, Any]) -> None:
     assert figures["drawing_ms"]["n_vocab"] == 152_000
     assert 0 < figures["drawing_ms"]["median"] < math.inf
@@ -92,6 +94,7 @@ def test_absolute_figures_are_computed(figures: dict[str, Any]) -> None:
         assert subject["n_prompt_tokens"] > subject["n_image_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_the_table_says_what_it_was_measured_on(ran: subprocess.CompletedProcess[str]) -> None:
     table = ran.stdout.splitlines()[:-1]
     assert "RANDOM weights" in ran.stdout
@@ -256,6 +259,7 @@ def test_what_is_recorded_is_what_a_sampler_asks_for(pair: TinyPair, beta: float
     assert beta < 0.5 or not all(watched.asked)
 
 
+@pytest.mark.slow
 def test_captions_are_recorded_and_compared(pair: TinyPair, tmp_path: Path) -> None:
     class Named(Subject):
         def messages(self, question: int = 0) -> Messages:

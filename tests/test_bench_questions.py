@@ -8,6 +8,7 @@ import bench_questions
 import pytest
 
 
+@pytest.mark.slow
 def test_one_json_object_comes_last_with_both_bounds(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--images", "2", "--rounds", "1", "--threads", "2", "--max-tokens", "2"]
     assert bench_questions.main(arguments) == 0
@@ -20,6 +21,7 @@ def test_one_json_object_comes_last_with_both_bounds(capsys: pytest.CaptureFixtu
     assert any("ms a question" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_plain_answers_are_those_of_the_chat_handler(capsys: pytest.CaptureFixture[str]) -> None:
     bench_questions.main(["--images", "2", "--rounds", "1", "--threads", "2"])
     about = json.loads(capsys.readouterr().out.splitlines()[-1])["about"]

@@ -12,7 +12,7 @@ import pytest
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, ids, open_vlm
 from llama_cpp import LlamaGrammar
 from offload import N_GPU_LAYERS
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import (

@@ -19,10 +19,10 @@ from typing import Any, get_args
 
 import pytest
 import typer.main
+from commands import PROGRAM, environment, flat, invoke
 from PIL import Image
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
-from typer.testing import CliRunner, Result
 
 import cmg_gguf
 from cmg_gguf.cli.app import app
@@ -64,8 +64,6 @@ GUIDANCE_FLAGS = (
     *("--alpha", "--beta", "--tokens", "--layers", "--scope", "--refresh", "--no-guidance"),
     *("--pairing", "--strategy"),
 )
-PROGRAM = [sys.executable, "-c", "from cmg_gguf.cli import main; main()"]
-COLOURS = ("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE")
 
 
 @dataclass(frozen=True)
@@ -96,21 +94,6 @@ def bench(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     Image.fromarray(picture(0)).save(image)
     with GuidedVLM(pair.llm, pair.mmproj, n_ctx=2048, n_threads=1) as vlm:
         yield Bench(pair, image, vlm)
-
-
-def invoke(*arguments: str, **settings: Any) -> Result:
-    """In this process; standard input is no terminal."""
-    clean: dict[str, str | None] = {"COLUMNS": "80", **dict.fromkeys(COLOURS)}
-    return CliRunner().invoke(app, arguments, env=clean, **settings)
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in COLOURS}
-
-
-def flat(text: str) -> str:
-    """Without the frames and line breaks of rich."""
-    return " ".join(text.replace("│", " ").split())
 
 
 # --- Policies as text ---

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import Rig, prompt
-from guided import PLAIN, QUESTION, ids, is_empty, open_vlm
+from guided import PLAIN, QUESTION, forced, ids, is_empty, open_vlm
+from prompts import picture
 from stepped import ContrastEngine
-from test_reference import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import ContextLengthError, Contrast, Guidance, GuidedVLM, Reply
@@ -38,21 +38,6 @@ def scores(vlm: GuidedVLM, *asked: Any, **settings: Any) -> tuple[Reply, list[Fl
         seen.append(score())
 
     return vlm.generate(*asked, max_tokens=N, watch=watch, **settings), seen
-
-
-def forced(vlm: GuidedVLM, tokens: list[int], *asked: Any) -> list[FloatArray]:
-    """Plain logits of a prompt along an answer that is given."""
-
-    def only(said: IntArray, logits: FloatArray) -> FloatArray:
-        row = np.full_like(logits, -np.inf)
-        row[tokens[len(said)]] = 0
-        seen.append(logits.copy())
-        return row
-
-    seen: list[FloatArray] = []
-    said = vlm.generate(*asked, guidance=PLAIN, max_tokens=len(tokens), logits_processors=[only])
-    assert ids(said) == tokens
-    return seen
 
 
 @pytest.mark.parametrize(

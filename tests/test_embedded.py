@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import environment, flat, invoke
 from gguf import GGMLQuantizationType, GGUFReader
 from PIL import Image
-from test_cli import environment, flat, invoke
 
 from cmg_gguf import Guidance, GuidedVLM, ModelError
 from cmg_gguf.cli.demo import PROMPT, _marked, _named, _truth
@@ -54,6 +54,7 @@ def test_importing_the_package_does_not_touch_the_model() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_it_sees_what_is_there() -> None:
     """Far from a benchmark: that the files are the trained ones and not noise."""
     right = []
@@ -72,6 +73,7 @@ def test_it_sees_what_is_there() -> None:
     assert np.mean(right) > 0.85
 
 
+@pytest.mark.slow
 def test_the_demo_prints_truth_and_both_answers_and_writes_pictures(tmp_path: Path) -> None:
     result = invoke("demo", "--scene", "3", "--save", str(tmp_path / "new"))
     assert result.exit_code == 0, result.stderr
@@ -88,6 +90,7 @@ def test_the_demo_prints_truth_and_both_answers_and_writes_pictures(tmp_path: Pa
         assert image.size == (448, 448)
 
 
+@pytest.mark.slow
 def test_by_itself_the_demo_shows_the_first_scene_where_guidance_changes_what_is_named(
     tmp_path: Path,
 ) -> None:

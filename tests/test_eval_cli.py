@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import typer.main
-from test_cli import PROGRAM, environment, flat, invoke
+from commands import PROGRAM, environment, flat, invoke
 from tiny_llava import TinyPair
 
 from cmg_gguf.cli.app import app

@@ -53,6 +53,7 @@ def test_a_worker_that_dies_costs_no_item(cluster: Any, pair: TinyPair, tmp_path
     assert untimed(spread.records) == untimed(reference.records)
 
 
+@pytest.mark.slow
 def test_no_scheduler_is_an_error_that_names_the_address(pair: TinyPair, tmp_path: Path) -> None:
     task: Squares = squares(tmp_path / "pictures", n=1)
     import dask

@@ -16,7 +16,7 @@ import evals
 import pytest
 from guided import PLAIN, open_vlm
 from PIL import Image
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import Guidance

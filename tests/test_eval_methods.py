@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evals import GUIDANCE, Squares, methods, ran, squares
-from guided import PLAIN, ids, open_vlm
+from guided import PLAIN, forced, ids, open_vlm
 from numpy.typing import NDArray
-from test_contrast import forced
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import GuidedVLM, Reply, Sampling

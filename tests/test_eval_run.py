@@ -111,6 +111,7 @@ def test_a_finished_run_is_not_asked_again(
     assert {key: r for key, r in ((r.key, r) for r in again.records) if key in before} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_end(
     task: Squares, pair: TinyPair, home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -7,21 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from judge import N_STEPS, Verdict
+from matrix import HALF_FLASH, REFRESHES, SCOPES, WIDE, every_refresh, every_scope
+from prompts import ONE_IMAGE, PICTURE, PICTURES, THREE_AND_A_LONG_END, TWO_IMAGES, TWO_IN_A_ROW
 from reference import F64
-from support import (
-    EXACT,
-    N_STEPS,
-    PICTURE,
-    PICTURES,
-    TOLERANCE,
-    Pairing,
-    Rig,
-    Tiny,
-    Unhooked,
-    Verdict,
-)
-from test_reference import ONE_IMAGE, TWO_IMAGES
+from support import EXACT, TOLERANCE, Pairing, Rig, Tiny
 from tiny_llava import TinyConfig
+from unhooked import Unhooked
 
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -39,25 +31,6 @@ from cmg_gguf.guidance import (
 )
 from cmg_gguf.llama.context import ContextOptions
 from cmg_gguf.prompt.segments import Prompt
-
-SCOPES: tuple[Scope, ...] = ("decode", "question", "text", "all")
-REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
-TWO_IN_A_ROW = "USER: <__media__><__media__> What is near the red car? ASSISTANT:"
-THREE_AND_A_LONG_END = (
-    "<__media__> USER: <__media__> and <__media__> Please answer the question about the left "
-    "photo and the right photo: how many people are there in the street? ASSISTANT:"
-)
-HALF_FLASH = replace(EXACT, flash_attn=True, type_k="f16", type_v="f16")
-WIDE = TinyConfig(n_embd=128)  # heads of 32, as a Q8_0 cache needs
-
-every_scope = pytest.mark.parametrize("scope", SCOPES)
-every_refresh = pytest.mark.parametrize("refresh", REFRESHES)
-
-
-@pytest.fixture(params=["llama", "gemma"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    found: Tiny = request.getfixturevalue(request.param)
-    return found
 
 
 def agree(rig: Rig, prompt: Prompt, guidance: Guidance) -> Verdict:
@@ -272,6 +245,18 @@ def test_no_guidance_after_guidance_is_plain_decoding_bit_for_bit(
     plain.close()
     if options is EXACT:
         agree(rig, prompt, Guidance())
+
+
+def test_image_cells_that_branches_share_behind_the_window_leave_room_for_the_rest(
+    gemma: Tiny,
+) -> None:
+    """llama.cpp gives no cell away that two sequences hold, and a windowed layer's cache of its
+    own would have 256 of them here."""
+    text = f"USER: <__media__>{' Please look at the photo of the street.' * 16} ASSISTANT:"
+    prompt = gemma.prompt(text, PICTURE)
+    rig = Rig(gemma, replace(EXACT, n_ctx=1024))
+    assert 256 - N_STEPS <= prompt.n_tokens < 512
+    agree(rig, prompt, Guidance(scope="decode"))
 
 
 # With a rounded cache the branches must still be the judge's, to an error that is stated and is

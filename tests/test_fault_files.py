@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 from guided import QUESTION, ids, is_empty, open_vlm
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyConfig, TinyPair
 
 from cmg_gguf import GuidedVLM, ModelError, ProjectorError

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from faults import EARLY, FAULTS, PICTURE, UNDER_WAY, Fault
 from guided import QUESTION, held, ids, is_empty, open_vlm
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import Guidance, GuidedVLM, PromptError, Sampling

@@ -1,111 +1,15 @@
-"""What a fork reads off a graph: from which layer rows may enter, and which dimension counts them.
-
-The graphs are ggml's, written by hand and never computed: the patch is asked about their nodes as
-llama.cpp would ask.
-"""
+"""What a fork reads off a graph: where rows may enter, and which dimension counts them."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
+from graphs import ALL, I32, I64, N_EMBD, N_HEAD, N_LAYER, Graph, ggml_function
 
 from cmg_gguf import _core
-
-N_LAYER, N_EMBD, N_HEAD = 4, 8, 2
-F32, I32, I64 = 0, 26, 27
-ALL = _core.TokenPolicy(_core.TokenRule.top_ratio, 1.0)
-
-
-class _InitParams(ctypes.Structure):
-    _fields_ = [
-        ("mem_size", ctypes.c_size_t),
-        ("mem_buffer", ctypes.c_void_p),
-        ("no_alloc", ctypes.c_bool),
-    ]
-
-
-def _function(name: str, *arguments: Any) -> Callable[..., int]:
-    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, *arguments)
-    return prototype((name, llama_cpp.llama_cpp._lib))
-
-
-class Graph:
-    """Nodes in the order in which they were made. n_rows: rows of the batch."""
-
-    def __init__(self, n_rows: int = 2) -> None:
-        self.n_rows = n_rows
-        self.nodes: list[int] = []
-        self._context = _function("ggml_init", _InitParams)(_InitParams(2**20, None, True))
-
-    def close(self) -> None:
-        _function("ggml_free", ctypes.c_void_p)(self._context)
-
-    def leaf(self, name: str, *shape: int, kind: int = F32) -> int:
-        ne = (*shape, *(1,) * (4 - len(shape)))
-        make = _function("ggml_new_tensor_4d", ctypes.c_void_p, ctypes.c_int, *[ctypes.c_int64] * 4)
-        return self._named(make(self._context, kind, *ne), name)
-
-    def node(self, op: str, *sources: int, name: str = "", sizes: tuple[Any, ...] = ()) -> int:
-        """The node that `ggml_<op>` makes. sizes: what follows the sources."""
-        kinds = {int: ctypes.c_int64, float: ctypes.c_float}
-        types = [ctypes.c_void_p] * (1 + len(sources)) + [kinds[type(s)] for s in sizes]
-        made = _function(f"ggml_{op}", *types)(self._context, *sources, *sizes)
-        self.nodes.append(self._named(made, name or f"node_{len(self.nodes)}"))
-        return made
-
-    def embed(self) -> int:
-        tokens = self.leaf("inp_tokens", self.n_rows, kind=I32)
-        return self.node("get_rows", self.leaf("tokens.weight", N_EMBD, 30), tokens, name="embd")
-
-    def project(self, rows: int, n_out: int = N_EMBD) -> int:
-        return self.node("mul_mat", self.leaf("weight", N_EMBD, n_out), rows)
-
-    def layer(self, il: int, rows: int, other: int | None = None) -> int:
-        """A residual layer: rows + weight * (rows or `other`)."""
-        added = self.project(rows if other is None else other)
-        return self.node("add", rows, added, name=f"l_out-{il}")
-
-    def obstacles(self, *, leave_out: bool = True) -> list[str | None]:
-        """Why no fork can be at layers 1, 2, ...; "" = it can."""
-        patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
-        callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(
-            patch.callback
-        )
-        plan = _core.Plan(
-            np.full((self.n_rows, 4), -1, np.int32),
-            n_layer=N_LAYER,
-            observe_layers=[],
-            mask_layers=[],
-            policy=ALL,
-            n_image_tokens=0,
-            fork=_core.ForkPlan(layer=0, n_below=self.n_rows, slots=[], survey=True),
-        )
-        patch.begin(plan)
-        for node in self.nodes:
-            callback(node, True, patch.user_data)
-        with pytest.raises(RuntimeError, match="rows into its KV cache"):
-            patch.end()
-        n_below = 1 if leave_out else 0
-        return [
-            patch.fork_obstacle(layer, n_rows=self.n_rows, n_below=n_below)
-            for layer in range(1, N_LAYER)
-        ]
-
-    def _named(self, tensor: int, name: str) -> int:
-        _function("ggml_set_name", ctypes.c_void_p, ctypes.c_char_p)(tensor, name.encode())
-        return tensor
-
-
-@pytest.fixture
-def graph() -> Iterator[Graph]:
-    graph = Graph()
-    yield graph
-    graph.close()
 
 
 @pytest.fixture
@@ -184,7 +88,7 @@ def heads(graph: Graph, rows: int) -> int:
 
 
 def permuted(graph: Graph, tensor: int, *axes: int) -> int:
-    made = _function("ggml_permute", *[ctypes.c_void_p] * 2, *[ctypes.c_int] * 4)(
+    made = ggml_function("ggml_permute", *[ctypes.c_void_p] * 2, *[ctypes.c_int] * 4)(
         graph._context, tensor, *axes
     )
     graph.nodes.append(graph._named(made, f"permuted_{len(graph.nodes)}"))
@@ -242,13 +146,13 @@ def test_several_positions_a_row_are_not_understood(
 ) -> None:
     """Their places among the positions depend on the number of rows."""
     rows = graph.embed()
-    rope = _function("ggml_rope", *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
+    rope = ggml_function("ggml_rope", *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
     if n_positions == 2:
         made = rope(
             graph._context, heads(graph, rows), graph.leaf("pos", n_positions, kind=I32), 4, 0
         )
     else:
-        multi = _function(
+        multi = ggml_function(
             "ggml_rope_multi",
             *[ctypes.c_void_p] * 4,
             ctypes.c_int,
@@ -265,6 +169,27 @@ def test_several_positions_a_row_are_not_understood(
     graph.nodes.append(made)
     finish(graph, rows, 0)
     assert (graph.obstacles() == [""] * 3) == understood, graph.obstacles()
+
+
+# --- graphs that are not as surveyed ------------------------------------------------------------
+
+
+def test_a_graph_of_another_order_is_noticed(graph: Graph) -> None:
+    """Even where the operations are the same one by one."""
+    rows, weight = graph.embed(), graph.leaf("weight", N_EMBD, N_EMBD)
+    q, k = (graph.node("mul_mat", weight, rows, name=name) for name in ("Qcur-0", "Kcur-0"))
+    below = list(graph.nodes)
+    finish(graph, graph.node("add", q, k, name="l_out-0"), 1)
+    patch = graph.surveyed()
+    embd, first, second = below
+    for graph.nodes, error in (
+        ([embd, first, second], "l_out-0, .* was not found"),  # all was well up to here
+        ([embd, second, first], "Kcur-0 is not as in the decode that was surveyed"),
+    ):
+        patch.begin(graph.plan(_core.ForkPlan(layer=1, n_below=1, slots=[0, 0])))
+        graph.ask(patch)
+        with pytest.raises(RuntimeError, match=error):
+            patch.end()
 
 
 # --- plans that cannot be ----------------------------------------------------------------------

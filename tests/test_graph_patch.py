@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import reference
-from support import (
-    ALL_TOKENS,
-    EXACT,
-    PICTURE,
-    PICTURES,
-    TOLERANCE,
-    Rig,
-    Tiny,
-    Unhooked,
-    logits,
-    prompt_rows,
-)
-from test_reference import ONE_IMAGE, TWO_IMAGES
-from tiny_llava import TinyConfig
+from graphs import I32, N_EMBD, Graph
+from judge import prompt_rows
+from plans import N_IMAGE, N_LAYER, NONE, decode, plan
+from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES
+from support import ALL_TOKENS, EXACT, TOLERANCE, Rig, Tiny, logits
+from unhooked import Unhooked
 
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import AttentionMass, Guidance, LowestCosine, Scope
 from cmg_gguf.llama.context import LlamaContext
 from cmg_gguf.prompt.segments import Prompt
-
-N_LAYER = TinyConfig().n_layer
-N_IMAGE = TinyConfig().n_image_tokens
-NONE = -1
-
-
-def plan(
-    rows: Sequence[tuple[int, int, int, int]],
-    *,
-    observe: Sequence[int] = (),
-    mask: Sequence[int] = (),
-    n_layer: int = N_LAYER,
-) -> _core.Plan:
-    """rows: sequence, image token, slot observed into, slot hidden."""
-    return _core.Plan(
-        np.array(rows, np.int32),
-        n_layer=n_layer,
-        observe_layers=list(observe),
-        mask_layers=list(mask),
-        policy=ALL_TOKENS,
-        n_image_tokens=N_IMAGE,
-    )
-
-
-def decode(
-    context: LlamaContext, rows: Sequence[tuple[int, int, int]], plan: _core.Plan | None = None
-) -> None:
-    """rows: token, position, sequence."""
-    tokens, positions, seqs = np.array(rows, np.int32).T.copy()
-    context.decode(tokens, positions, seqs, outputs=np.ones(len(rows), np.bool_), plan=plan)
 
 
 def occupy(context: LlamaContext, seq: int, n: int) -> None:
@@ -68,12 +29,6 @@ def occupy(context: LlamaContext, seq: int, n: int) -> None:
 def check(rig: Rig, prompt: Prompt, guidance: Guidance) -> None:
     errors = rig.follow(prompt, guidance, rig.tiny.verdict(prompt, guidance))
     assert errors.max() <= TOLERANCE
-
-
-@pytest.fixture(params=["llama", "gemma"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    found: Tiny = request.getfixturevalue(request.param)
-    return found
 
 
 # --- what it leaves behind ----------------------------------------------------------------------
@@ -229,7 +184,7 @@ def test_masks_grow_with_the_part_of_the_cache_in_use(tiny: Tiny, scope: Scope) 
 # --- errors -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("token", [-1, N_IMAGE, 10**6])
+@pytest.mark.parametrize("token", [N_IMAGE, 10**6])
 def test_an_image_token_that_does_not_exist_ends_only_that_request(llama: Tiny, token: int) -> None:
     rig, prompt, guidance = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE), Guidance(refresh="prompt")
     rig.engine.prefill(prompt, guidance)
@@ -283,17 +238,24 @@ def test_a_plan_for_another_model_is_refused_and_leaves_no_trace(llama: Tiny) ->
     check(rig, prompt, Guidance())
 
 
-def test_selections_know_their_slots_and_layers() -> None:
-    selections = _core.Selections(N_LAYER)
-    selections.resize(2)
-    selections.set_tokens(1, 5, np.array([3, 4], np.int32))
-    assert len(selections) == 2
-    assert selections.tokens(1, 5).tolist() == [3, 4]
-    assert selections.tokens(0, 5).tolist() == []
-    for slot, il in ((2, 0), (-1, 0), (0, N_LAYER), (0, -1)):
-        for read in (selections.tokens, selections.influence):
-            with pytest.raises(IndexError):
-                read(slot, il)
+def test_an_error_without_a_plan_is_told_by_the_next_one_once(graph: Graph) -> None:
+    patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
+    rows = graph.embed()
+    for il in (1, 2):  # the first of them is told
+        index = graph.leaf("index", graph.n_rows, kind=I32)
+        graph.node("set_rows", graph.leaf(f"cache_k_l{il}", N_EMBD, 16), rows, index)
+    graph.ask(patch)
+    nothing = plan([(0, NONE, NONE, NONE)] * graph.n_rows)
+    with pytest.raises(RuntimeError, match=r"without a plan .* layer 1: .* 64-bit cells"):
+        patch.begin(nothing)
+    patch.begin(nothing)
+    graph.ask(patch)
+    with pytest.raises(RuntimeError, match=r"^layer 1: .* 64-bit cells"):
+        patch.end()
+    patch.begin(nothing)
+    graph.ask(patch)
+    patch.abandon()
+    patch.begin(nothing)
 
 
 # --- what it costs ------------------------------------------------------------------------------

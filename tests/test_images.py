@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, features
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngInfo
 
 from cmg_gguf.errors import CMGError, ImageError
+from cmg_gguf.prompt import images
 from cmg_gguf.prompt.images import image_id, load_image
 
 Pixels = NDArray[np.uint8]
@@ -506,21 +509,231 @@ def test_a_limit_below_one_pixel_is_refused(rgb: Pixels, limit: int) -> None:
     assert f"max_pixels={limit}" in refused(rgb, max_pixels=limit)
 
 
-def test_the_callers_warning_filters_survive_many_threads(rgb: Pixels) -> None:
-    content, bad = encoded(rgb), png(10_000, 10_000)
+# --- large images -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of more than 100 pixels are scaled down, and bands hold few rows."""
+    monkeypatch.setattr(images, "KEPT_PIXELS", 100)
+    monkeypatch.setattr(images, "_BAND_PIXELS", 64)
+
+
+def whole(source: Any) -> Pixels:
+    """What `load_image` gives where nothing is scaled down."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "KEPT_PIXELS", 10**9)
+        return load_image(source)
+
+
+def box_mean(full: Pixels, factor: int) -> NDArray[np.float64]:
+    """The mean of each factor x factor square, and of what is left of one at the edges."""
+    rows = [full[top : top + factor] for top in range(0, len(full), factor)]
+    columns = range(0, full.shape[1], factor)
+    return np.array(
+        [[r[:, left : left + factor].mean(axis=(0, 1)) for left in columns] for r in rows]
+    )
+
+
+def large(mode: str, height: int = 30, width: int = 26) -> Image.Image:
+    rng = np.random.default_rng(3)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+    if mode == "F":
+        return Image.fromarray(rng.random((height, width), dtype=np.float32))
+    noise = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
+    if mode == "P":
+        palette = noise.convert("RGB").quantize(16)
+        palette.info["transparency"] = bytes(range(0, 256, 16))
+        return palette
+    return noise if mode == "RGBA" else noise.convert("RGB").convert(mode)
+
+
+@pytest.mark.usefixtures("kept_100")
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "I;16", "F", "RGBA", "LA", "CMYK"])
+def test_a_large_image_becomes_the_box_mean_of_its_pixels_on_white(mode: str) -> None:
+    source = large(mode)
+    out = load_image(source)
+    assert out.shape == (10, 9, 3)  # 30 x 26 by 3: by 2 it would have 15 x 13 = 195 pixels
+    assert np.abs(out - box_mean(whole(source), 3)).max() <= 1
+    if mode not in ("F", "CMYK"):
+        np.testing.assert_array_equal(load_image(encoded(source)), out)
+
+
+@pytest.mark.usefixtures("kept_100")
+def test_the_range_of_float_grey_is_that_of_all_rows() -> None:
+    grey = np.ones((90, 1), np.float32)
+    grey[-1] = 200
+    assert load_image(Image.fromarray(grey))[[0, -1], 0, 0].tolist() == [1, 200]
+    grey[-1] = np.nan
+    assert "from nan to nan" in refused(Image.fromarray(grey))
+
+
+@pytest.mark.usefixtures("kept_100")
+def test_colour_under_full_transparency_does_not_bleed_into_a_large_image() -> None:
+    pixels = np.zeros((20, 20, 4), np.uint8)
+    pixels[::2] = [200, 100, 50, 255]  # between rows of transparent black
+    mean = [(255 + 200) / 2, (255 + 100) / 2, (255 + 50) / 2]
+    assert np.abs(load_image(encoded(pixels)) - mean).max() <= 0.5
+
+
+@pytest.mark.usefixtures("kept_100")
+def test_an_image_at_the_limit_is_untouched_and_one_above_it_is_not() -> None:
+    noise = np.random.default_rng(4).integers(0, 256, (11, 10, 3), dtype=np.uint8)
+    for at_limit in (noise[:10], encoded(noise[:10])):
+        np.testing.assert_array_equal(load_image(at_limit), noise[:10])
+    for above in (noise, encoded(noise), Image.fromarray(noise)):
+        assert load_image(above).shape == (6, 5, 3)
+
+
+@pytest.mark.usefixtures("kept_100")
+def test_every_source_of_a_large_image_has_one_id_and_loading_twice_changes_nothing() -> None:
+    noise = np.array(large("RGB"))
+    first = load_image(noise)
+    for source in (encoded(noise), Image.fromarray(noise), np.asfortranarray(noise), first):
+        assert image_id(load_image(source)) == image_id(first)
+
+
+@pytest.mark.usefixtures("kept_100")
+@pytest.mark.parametrize("shape", [(1, 1001), (1001, 1), (3, 700), (150, 150)])
+def test_no_shape_keeps_more_than_the_limit(shape: tuple[int, int]) -> None:
+    height, width, _ = load_image(np.zeros((*shape, 3), np.uint8)).shape
+    assert height * width <= 100
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_turned_image_is_the_turned_small_one(
+    orientation: int, fmt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "KEPT_PIXELS", 80)
+    small = np.arange(0, 240, 3, dtype=np.uint8).reshape(8, 10)
+    source = Image.fromarray(np.kron(small, np.ones((16, 16), np.uint8))).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = load_image(encoded(source, fmt, exif=exif, **({"quality": 100} if fmt == "JPEG" else {})))
+    upright = {
+        1: small,
+        2: small[:, ::-1],
+        3: small[::-1, ::-1],
+        4: small[::-1],
+        5: small.T,
+        6: np.rot90(small, -1),
+        7: np.rot90(small.T, 2),
+        8: np.rot90(small, 1),
+    }[orientation]
+    assert out.shape == (*upright.shape, 3)
+    assert np.abs(out.astype(int) - upright[..., np.newaxis]).max() <= 3
+
+
+def test_a_large_jpeg_is_decoded_small_and_close_to_the_box_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    y, x = np.mgrid[:320, :240]
+    waves = np.stack([127 + 100 * np.sin(x / 9), 127 + 100 * np.cos(y / 7), (x + y) / 3], -1)
+    content = encoded(waves.astype(np.uint8), "JPEG", quality=95)
+    full = load_image(content)
+    sizes: list[tuple[int, int]] = []
+    core: Any = vars(Image)["core"]
+    new = core.new
+
+    def counted(mode: str, size: tuple[int, int]) -> Any:
+        sizes.append(size)
+        return new(mode, size)
+
+    for limit, factor in ((320 * 240 // 4, 2), (320 * 240 // 16, 4), (320 * 240 // 144, 12)):
+        monkeypatch.setattr(images, "KEPT_PIXELS", limit)
+        monkeypatch.setattr(core, "new", counted)
+        out = load_image(content)
+        assert max(width * height for width, height in sizes) <= 320 * 240 // min(factor, 8) ** 2
+        sizes.clear()
+        # By 12 is by 8 while decoding and by 2 after it.
+        error = np.abs(out - box_mean(full, 16 if factor == 12 else factor))
+        assert error.mean() <= 1.5
+        assert error.max() <= 12
+
+
+# --- threads and warnings -----------------------------------------------------------------------
+
+
+def test_a_small_image_is_loaded_while_another_thread_is_inside_its_decoder(
+    rgb: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    load = ImageFile.load
+
+    def load_slowly(self: ImageFile) -> Any:
+        if self.size == (50, 50):
+            entered.set()
+            assert leave.wait(10)
+        return load(self)
+
+    monkeypatch.setattr(ImageFile, "load", load_slowly)
+    content = encoded(np.full((50, 50, 3), 7, np.uint8))
+    large: list[Pixels] = []
+    small: list[Pixels] = []
+    slow = threading.Thread(target=lambda: large.append(load_image(content)))
+    quick = threading.Thread(target=lambda: small.append(load_image(encoded(rgb))))
+    slow.start()
+    assert entered.wait(10)
+    quick.start()
+    quick.join(10)
+    arrived = len(small), len(large)
+    leave.set()
+    slow.join()
+    quick.join()
+    assert arrived == (1, 0)
+    np.testing.assert_array_equal(small[0], rgb)
+    assert (large[0] == 7).all()
+
+
+def test_many_threads_get_their_own_pixels_or_their_own_error(rgb: Pixels) -> None:
     before = list(warnings.filters)
+    failures: list[str] = []
 
-    def work() -> None:
+    def work(number: int) -> None:
+        mine = rgb + np.uint8(number)
+        good = [encoded(mine, fmt) for fmt in ("PNG", "BMP", "TIFF", "PPM")]
+        bad = {bytes(number + 1): f"of {number + 1} bytes is no image"}
+        bad[png(10_000 + number, 10_000)] = f"has {10_000 + number} x 10000"
+        bad[encoded(mine)[: 50 + number]] = f"of {50 + number} bytes is damaged"
         for _ in range(20):
-            load_image(content)
-            refused(bad)
+            if not all(np.array_equal(load_image(content), mine) for content in good):
+                failures.append(f"thread {number} got other pixels")
+            for content, says in bad.items():
+                try:
+                    load_image(content)
+                    failures.append(f"thread {number}: nothing raised, not {says!r}")
+                except ImageError as exc:
+                    if says not in str(exc):
+                        failures.append(f"thread {number}: {exc}")
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert failures == []
     assert list(warnings.filters) == before
+
+
+@pytest.mark.parametrize("action", ["error", "ignore"])
+def test_pixels_do_not_depend_on_the_warning_filters(rgb: Pixels, action: Any) -> None:
+    entry = struct.pack("<HHII", 0x010F, 2, 99, 9999) + struct.pack("<HHIHH", 0x0112, 3, 1, 3, 0)
+    broken = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entry  # a maker's name that lies outside; no end
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        np.testing.assert_array_equal(load_image(encoded(rgb, exif=broken)), rgb[::-1, ::-1])
+        jpeg = encoded(rgb, "JPEG", quality=100, subsampling=0, exif=broken)
+        plain = encoded(rgb, "JPEG", quality=100, subsampling=0)
+        np.testing.assert_array_equal(load_image(jpeg), load_image(plain)[::-1, ::-1])
+        assert "has 10000 x 10000" in refused(png(10_000, 10_000))
+
+
+def test_an_orientation_in_xmp_is_applied_where_exif_has_none(rgb: Pixels) -> None:
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="3"/>')
+    np.testing.assert_array_equal(load_image(encoded(rgb, pnginfo=info)), rgb[::-1, ::-1])
 
 
 # --- identity -----------------------------------------------------------------------------------

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import reference
+from judge import prompt_rows
+from matrix import HALF_FLASH, WIDE
 from numpy.typing import NDArray
+from prompts import TWO_IMAGES
 from reference import F64
-from support import EXACT, F32, Rig, Tiny, prompt_rows
-from test_reference import TWO_IMAGES
+from support import EXACT, F32, Rig, Tiny
 from tiny_llava import TinyConfig
 
 from cmg_gguf import _core
 from cmg_gguf.llama.context import ContextOptions
 from cmg_gguf.prompt.segments import Prompt
-
-WIDE = TinyConfig(n_embd=128)  # heads of 32, as a Q8_0 cache needs
 
 
 def judged(tiny: Tiny, prompt: Prompt) -> F64:
@@ -44,7 +44,6 @@ def observed(tiny: Tiny, prompt: Prompt, options: ContextOptions, rows: NDArray[
 
 FLOAT = replace(EXACT, flash_attn=True)
 HALF = replace(EXACT, type_k="f16", type_v="f16")
-HALF_FLASH = replace(HALF, flash_attn=True)
 EIGHT = replace(EXACT, type_k="q8_0")  # V can be quantised under flash attention alone
 EIGHT_FLASH = replace(HALF_FLASH, type_k="q8_0", type_v="q8_0")
 

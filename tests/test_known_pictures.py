@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from llama_cpp import mtmd_cpp as mtmd
 from numpy.typing import NDArray
+from prompts import picture
 from support import Tiny
-from test_reference import picture
 from tiny_llava import TinyConfig
 
 from cmg_gguf.errors import ImageError

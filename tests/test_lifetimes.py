@@ -16,7 +16,7 @@ import psutil
 import pytest
 from guided import QUESTION, asked, ids, is_empty, open_vlm
 from offload import N_GPU_LAYERS
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import BackendError, CMGChatHandler, GuidedVLM, ImageError, ModelError, Stream

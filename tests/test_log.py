@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llama_cpp
 import pytest
 from guided import QUESTION, open_vlm
-from test_reference import picture
+from llama_cpp import mtmd_cpp
+from prompts import picture
 from tiny_llava import TinyPair
 
-from cmg_gguf import ModelError
+from cmg_gguf import ModelError, _core
 from cmg_gguf.llama.log import captured_errors, set_verbose
 
 
@@ -59,13 +64,116 @@ def test_errors_are_collected_in_order_and_others_are_not(pair: TinyPair, tmp_pa
         assert all("\n" not in line and line.strip() == line for line in errors)
 
 
+def load(path: Path) -> None:
+    """Has llama.cpp log that the file, which is not there, cannot be opened."""
+    params = llama_cpp.llama_model_default_params()
+    assert not llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+
+
+def load_projector(path: Path) -> None:
+    """The same of mtmd, whose log is its own."""
+    params = mtmd_cpp.mtmd_context_params_default()
+    assert not mtmd_cpp.mtmd_init_from_file(os.fsencode(path), None, params)
+
+
+def files_named(errors: list[str]) -> set[str]:
+    return set(re.findall(r"missing_\w+", " ".join(errors)))
+
+
+@pytest.mark.parametrize("fail", [load, load_projector])
+def test_threads_that_fail_at_once_have_their_own_errors(
+    fail: Callable[[Path], None], tmp_path: Path
+) -> None:
+    n_threads, n_rounds = 4, 100
+    start = threading.Barrier(n_threads)
+
+    def rounds(thread: int) -> list[set[str]]:
+        found = []
+        start.wait()
+        for i in range(n_rounds):
+            with captured_errors() as errors:
+                fail(tmp_path / f"missing_{thread}_{i}")
+            found.append(files_named(errors))
+        return found
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        for thread, found in enumerate(pool.map(rounds, range(n_threads))):
+            assert found == [{f"missing_{thread}_{i}"} for i in range(n_rounds)]
+
+
+def test_the_inner_of_two_captures_has_the_errors(tmp_path: Path) -> None:
+    with captured_errors() as outer:
+        load(tmp_path / "missing_1")
+        with captured_errors() as inner:
+            load(tmp_path / "missing_2")
+        load(tmp_path / "missing_3")
+    assert files_named(inner) == {"missing_2"}
+    assert files_named(outer) == {"missing_1", "missing_3"}
+
+
+def test_a_capture_stays_open_when_that_of_another_thread_ends(tmp_path: Path) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def other() -> list[str]:
+        with captured_errors() as errors:
+            begun.set()
+            ended.wait()
+            load(tmp_path / "missing_other")
+        return errors
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(other)
+        begun.wait()
+        with captured_errors() as errors:
+            load(tmp_path / "missing_own")
+        ended.set()
+        assert files_named(errors) == {"missing_own"}
+        assert files_named(future.result()) == {"missing_other"}
+
+
+@pytest.mark.usefixtures("quiet_again")
+def test_what_a_thread_without_a_capture_logs_goes_where_it_went(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    set_verbose(True)
+    written = []
+    for capturing in (False, True, False):
+        block: contextlib.AbstractContextManager[list[str]] = contextlib.nullcontext([])
+        with captured_errors() if capturing else block as errors:
+            thread = threading.Thread(target=load, args=(tmp_path / "missing",))
+            thread.start()
+            thread.join()
+        assert errors == []
+        written.append(capfd.readouterr())
+    assert "failed to open" in written[0].err
+    assert written[1:] == written[:1] * 2
+
+
+def test_a_capture_that_is_dropped_is_closed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As when Ctrl-C comes before the block is entered; here also by another thread."""
+    with captured_errors() as errors:
+        dropped = [_core.LogCapture(False), _core.LogCapture(False)]
+        dropped.pop()
+        thread = threading.Thread(target=dropped.clear)
+        thread.start()
+        thread.join()
+        load(tmp_path / "missing_file")
+    assert files_named(errors) == {"missing_file"}
+    capture = _core.LogCapture(False)
+    load(tmp_path / "missing_file")
+    assert capture.close() != []
+    assert capture.close() == []
+
+
 PROGRAM = """
 import _thread, sys, threading
 sys.path[:0] = {path!r}
 import llama_cpp
 from llama_cpp import mtmd_cpp
 from guided import QUESTION, open_vlm
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 module, name = {function}

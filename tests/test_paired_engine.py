@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fakes import PROMPT, PROMPTS, Call, Pairing, Rig, filled, prompt
+from matrix import every_refresh, every_scope
 
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import (
@@ -18,8 +19,6 @@ from cmg_gguf.errors import (
 from cmg_gguf.guidance import Guidance, LayerRange, Refresh, Scope
 from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
-SCOPES: tuple[Scope, ...] = ("decode", "question", "text", "all")
-REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
 PAIRINGS: tuple[Pairing, ...] = ("pair", "contexts")
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 
@@ -66,8 +65,8 @@ def test_text_before_the_first_masked_row_is_shared_even_behind_other_images() -
     assert asked[-3] == ("decode", [4, 5], [8, 9], [0, 0])
 
 
-@pytest.mark.parametrize("refresh", REFRESHES)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_refresh
+@every_scope
 def test_sequence_ids_are_respected(scope: Scope, refresh: Refresh) -> None:
     guidance = Guidance(scope=scope, refresh=refresh)
     rigs = Rig(seqs=(0, 1)), Rig(seqs=(7, 3))
@@ -109,7 +108,7 @@ def test_without_contrast_the_degraded_sequence_is_never_touched(
     assert rig.engine.degraded_address == 0
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 def test_two_contexts_each_see_the_whole_prompt_and_share_nothing(scope: Scope) -> None:
     rig = Rig("contexts", seqs=(0, 0))
     rig.asked(PROMPT, Guidance(scope=scope))
@@ -141,7 +140,7 @@ def test_positions_go_on_behind_an_image_that_takes_fewer_of_them() -> None:
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 @pytest.mark.parametrize("asked", PROMPTS)
 def test_both_rows_are_those_of_the_newest_token(
     asked: Prompt, scope: Scope, pairing: Pairing
@@ -162,7 +161,7 @@ def test_both_rows_are_those_of_the_newest_token(
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("asked", PROMPTS)
 def test_cells_are_counted_as_they_are_taken(
@@ -245,7 +244,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 def test_a_prefill_that_fails_anywhere_leaves_the_engine_empty_and_usable(
     scope: Scope, pairing: Pairing
 ) -> None:
@@ -319,7 +318,7 @@ def assert_empty(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 @pytest.mark.parametrize("asked", PROMPTS)
 def test_progress_counts_every_computed_row_up_to_the_total(
     asked: Prompt, scope: Scope, pairing: Pairing

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import Pairing, Rig
+from matrix import REFRESHES, SCOPES
 
 from cmg_gguf.engine.prefixes import (
     NO_CELLS,
@@ -24,12 +25,10 @@ from cmg_gguf.engine.prefixes import (
 )
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.errors import BackendError
-from cmg_gguf.guidance import AttentionMass, Guidance, Refresh, Scope, TopRatio
+from cmg_gguf.guidance import AttentionMass, Guidance, TopRatio
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
-SCOPES: tuple[Scope, ...] = ("decode", "question", "text", "all")
-REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
 CAT, DOG = ImageItem("cat", 4, 2), ImageItem("dog", 4, 2)
 
 

@@ -16,14 +16,13 @@ import reference
 from llama_cpp import mtmd_cpp as mtmd
 from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
+from prompts import ONE_IMAGE, TWO_IMAGES, picture
 from reference import F64, LayerEvidence, Mask, Policy, Reference
 from tiny_llava import EOS_TOKEN, TinyConfig, TinyPair, vocabulary, write_pair
 
 F32 = NDArray[np.float32]
 N_GENERATED = 8
 N_BATCH = 512
-ONE_IMAGE = "USER: Is there a dog in this photo? <__media__> Please answer yes or no. ASSISTANT:"
-TWO_IMAGES = "USER: <__media__> and <__media__> What is near the red car, and how many? ASSISTANT:"
 
 
 class Prompt(NamedTuple):
@@ -146,12 +145,6 @@ def _bitmap(image: NDArray[np.uint8]) -> Any:
     height, width, _ = image.shape
     pixels = (ctypes.c_uint8 * image.size).from_buffer_copy(image.tobytes())
     return mtmd.mtmd_bitmap_init(width, height, pixels)
-
-
-def picture(seed: int, size: int = 56) -> NDArray[np.uint8]:
-    """(size, size, 3) coloured squares."""
-    squares = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
-    return np.ascontiguousarray(squares.repeat(size // 4, axis=0).repeat(size // 4, axis=1))
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from guided import PLAIN
-from support import EXACT, PICTURE, TOLERANCE, Pairing, Rig, Tiny
+from matrix import REFRESHES, SCOPES, every_refresh, every_scope
+from prompts import PICTURE
+from support import EXACT, TOLERANCE, Pairing, Rig, Tiny, agree
 
 from cmg_gguf.engine.steps import Strategy
 from cmg_gguf.errors import BackendError
@@ -24,8 +26,6 @@ from cmg_gguf.guidance import (
 )
 from cmg_gguf.prompt.segments import Prompt, TextSegment
 
-SCOPES: tuple[Scope, ...] = ("decode", "question", "text", "all")
-REFRESHES: tuple[Refresh, ...] = ("prompt", "step")
 QUESTIONS = (
     "USER: Look at <__media__> Is there a dog? ASSISTANT:",
     "USER: Look at <__media__> Is there a red car near the tree? ASSISTANT:",
@@ -34,23 +34,6 @@ QUESTIONS = (
 TWO = "USER: <__media__> and <__media__> Is there a dog? ASSISTANT:"
 ROUNDING = 2e-5
 """Between two float32 forwards of the same rows in other batches."""
-
-
-@pytest.fixture(params=["llama", "gemma"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    found: Tiny = request.getfixturevalue(request.param)
-    return found
-
-
-def agree(rig: Rig, prompt: Prompt, guidance: Guidance) -> tuple[int, int]:
-    """Asserts that both branches are the judge's; the prompt's rows that each of them decoded."""
-    verdict = rig.tiny.verdict(prompt, guidance)
-    rig.n_decoded()
-    errors = rig.follow(prompt, guidance, verdict)
-    assert errors.max() <= TOLERANCE, errors.max(axis=0)
-    original, degraded = rig.n_decoded()
-    n_steps = len(verdict.steps) - 1
-    return original - n_steps, degraded - n_steps
 
 
 def longer(prompt: Prompt, *tokens: int) -> Prompt:
@@ -76,8 +59,8 @@ def n_alike(*prompts: Prompt) -> int:
 # --- what is reused, and that it is right ------------------------------------------------------
 
 
-@pytest.mark.parametrize("refresh", REFRESHES)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_refresh
+@every_scope
 def test_more_questions_about_an_image_are_the_judges(
     tiny: Tiny, scope: Scope, refresh: Refresh
 ) -> None:
@@ -99,7 +82,7 @@ def test_more_questions_about_an_image_are_the_judges(
             assert degraded == n - alike
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, scope: Scope) -> None:
     rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope)
     prompt = tiny.prompt(QUESTIONS[0], PICTURE)
@@ -117,7 +100,7 @@ def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, scope: Scope) -> No
         assert rig.engine.n_reused == n_held
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@every_scope
 def test_two_images_by_turns_are_both_kept(tiny: Tiny, scope: Scope) -> None:
     rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope)
     prompts = [tiny.prompt(QUESTIONS[0], seed) for seed in (PICTURE, 4)]
@@ -207,6 +190,15 @@ def test_degraded_rows_stay_kept_through_a_turn_that_did_not_need_them(llama: Ti
     assert rig.engine.n_reused == held
 
 
+def test_a_prompt_many_times_longer_than_the_window_is_kept_whole(gemma: Tiny) -> None:
+    """Windowed layers could do with 256 cells here, and this takes more of them: see `swa_full`."""
+    prompt = gemma.prompt(QUESTIONS[1].replace("near", "near the house and " * 100 + "near"), 0)
+    rig, guidance = Rig(gemma, replace(EXACT, n_ctx=1024), n_slots=3), Guidance(scope="all")
+    assert prompt.n_tokens > 256
+    agree(rig, prompt, guidance)
+    assert agree(rig, prompt, guidance) == (1, 1)
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("seed", [6, 9])
 def test_behind_a_window_cells_of_the_degraded_branch_are_not_given_away(
@@ -247,8 +239,8 @@ def test_what_the_degraded_branch_never_decoded_is_not_kept(llama: Tiny) -> None
         rig.engine.prefixes.forget()
 
 
-@pytest.mark.parametrize("refresh", REFRESHES)
-@pytest.mark.parametrize("scope", SCOPES)
+@every_refresh
+@every_scope
 def test_an_unguided_prompt_serves_a_guided_one(tiny: Tiny, scope: Scope, refresh: Refresh) -> None:
     rig, guidance = Rig(tiny, n_slots=2), Guidance(scope=scope, refresh=refresh)
     prompt = tiny.prompt(QUESTIONS[0], PICTURE)
@@ -264,7 +256,7 @@ def test_an_unguided_prompt_serves_a_guided_one(tiny: Tiny, scope: Scope, refres
     assert rig.engine.n_reused == reusable
 
 
-@pytest.mark.parametrize("refresh", REFRESHES)
+@every_refresh
 def test_two_contexts_reuse_what_the_original_branch_holds(tiny: Tiny, refresh: Refresh) -> None:
     rig, guidance = Rig(tiny, n_slots=2, pairing="contexts"), Guidance(refresh=refresh)
     for i, text in enumerate(QUESTIONS):

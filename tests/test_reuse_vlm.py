@@ -11,7 +11,7 @@ import pytest
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, held, ids, is_empty, open_vlm, user
 from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
-from test_reference import picture
+from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import (
@@ -78,7 +78,6 @@ def test_a_second_question_computes_neither_image_nor_what_stands_before_it(
     assert second.n_reused_tokens > N_IMAGE_TOKENS
     assert encoded == [N_IMAGE_TOKENS]
     assert ids(second) == ids(ask(fresh, OTHER, [picture(0)]))
-    assert second.seconds.encode < first.seconds.encode
 
 
 def test_a_plain_answer_then_a_guided_one_share_the_image(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prompts import picture
 from support import Tiny
-from test_reference import picture
 from tiny_llava import BOS_TOKEN, EOS_TOKEN, TinyConfig
 
 from cmg_gguf.errors import PromptError

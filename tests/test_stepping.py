@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from fakes import PROMPT, filled
 from fakes import Rig as FakeRig
+from judge import Verdict
+from matrix import HALF_FLASH, SCOPES, WIDE, every_refresh, every_scope
+from prompts import ONE_IMAGE, PICTURE, PICTURES, THREE_AND_A_LONG_END, TWO_IMAGES
 from reference import F64
-from support import EXACT, PICTURE, PICTURES, TOLERANCE, Rig, Tiny, Unhooked, Verdict
-from test_exact import HALF_FLASH, REFRESHES, SCOPES, THREE_AND_A_LONG_END, WIDE
-from test_reference import ONE_IMAGE, TWO_IMAGES
+from support import EXACT, TOLERANCE, Rig, Tiny
 from tiny_llava import TinyConfig, TinyPair, write_pair
+from unhooked import Unhooked
 
 from cmg_gguf import BackendError, GuidedVLM, Sampling
 from cmg_gguf.engine.rows import masked_rows
@@ -44,8 +46,6 @@ WAYS = {"eager": EAGER, "fork": FORK, "lazy": BOTH, "auto": AUTO}
 EVERY = frozenset(range(100))
 SOME = frozenset({2, 3, 6})
 
-every_scope = pytest.mark.parametrize("scope", SCOPES)
-every_refresh = pytest.mark.parametrize("refresh", REFRESHES)
 every_way = pytest.mark.parametrize(
     "way", [FORK, LAZY, BOTH, ADAPTIVE], ids=["fork", "lazy", "lazy_fork", "adaptive"]
 )
@@ -53,12 +53,6 @@ every_lazy_way = pytest.mark.parametrize(
     "way", [LAZY, BOTH, ADAPTIVE], ids=["lazy", "lazy_fork", "adaptive"]
 )
 asked_at = pytest.mark.parametrize("asked", [EVERY, SOME, frozenset({7})], ids=["all", "some", "7"])
-
-
-@pytest.fixture(params=["llama", "gemma"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    found: Tiny = request.getfixturevalue(request.param)
-    return found
 
 
 def agree(

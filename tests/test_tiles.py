@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support import Rig, Tiny
-from test_exact import SCOPES
-from test_reference import picture
-from test_reuse import agree
+from matrix import every_refresh, every_scope
+from prompts import picture
+from support import Rig, Tiny, agree
 from tiny_llava import TinyConfig, TinyPair, vocabulary
 
 from cmg_gguf.engine.rows import masked_rows
@@ -93,8 +92,8 @@ def test_scopes_leave_the_text_inside_a_picture_to_it(tiled: Tiny, seed: int) ->
 # --- the judge ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("refresh", ["prompt", "step"])
-@pytest.mark.parametrize("scope", SCOPES)
+@every_refresh
+@every_scope
 @pytest.mark.parametrize(("text", "seeds"), [(ONE, (2,)), (TWO, (3, 4))], ids=["one", "two"])
 def test_tiles_are_the_judges(
     tiled: Tiny, text: str, seeds: tuple[int, ...], scope: Scope, refresh: Refresh

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, data_url, ids, is_empty, open_vlm, png, user
 from PIL import Image
-from support import EXACT, Tiny, Unhooked
-from test_reference import picture
+from prompts import picture
+from support import EXACT, Tiny
 from tiny_llava import TinyPair
+from unhooked import Unhooked
 
 from cmg_gguf import (
     ContextLengthError,
@@ -23,7 +24,9 @@ from cmg_gguf import (
     Sampling,
     Token,
     TopRatio,
+    UnsupportedError,
 )
+from cmg_gguf.opening import STEPS, Strategy
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment
 
 SYSTEM = {"role": "system", "content": "A curious human."}
@@ -318,3 +321,23 @@ def test_fewer_rows_than_sequences_do_not_end_the_process(
 ) -> None:
     with GuidedVLM(pair.llm, pair.mmproj, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=1) as vlm:
         assert vlm.generate("x", raw=True, max_tokens=2).tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"strategy": "quick"}, "strategy='quick' is unknown: one of auto, exact"),
+        ({"strategy": "approximate", "pairing": "contexts"}, "none in common"),
+    ],
+)
+def test_a_strategy_that_cannot_be_is_refused(
+    pair: TinyPair, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        open_vlm(pair, **settings)
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_a_strategy_that_is_named_is_followed(pair: TinyPair, name: Strategy) -> None:
+    with open_vlm(pair, strategy=name) as vlm:
+        assert vlm.engine.strategy == STEPS[name]

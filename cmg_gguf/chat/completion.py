@@ -40,39 +40,57 @@ def request_of(
     messages: Messages,
     *,
     guidance: Guidance | None = None,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    logprobs: bool | None = None,
+    top_logprobs: int | None = None,
+    **sampling: Any,
+) -> Request:
+    """The request of a chat completion.
+
+    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance` is
+    ours. max_tokens: None or <= 0 = until the context is full. logprobs: of the guided
+    distribution, before the other samplers. sampling: see `sampling_of`. Raises what it, `Request`
+    and `Guidance` raise.
+    """
+    return Request(
+        messages,
+        guidance=guidance if guidance is not None else Guidance(),
+        sampling=sampling_of(**sampling),
+        max_tokens=max_tokens if max_tokens is not None and max_tokens > 0 else None,
+        stop=stop or (),
+        top_logprobs=_top_logprobs(logprobs, top_logprobs),
+        logits_processors=logits_processor or (),
+    )
+
+
+def sampling_of(
+    *,
     temperature: float = 0.2,
     top_p: float = 0.95,
     top_k: int = 40,
     min_p: float = 0.05,
     typical_p: float = 1.0,
-    stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     response_format: Mapping[str, Any] | None = None,
-    max_tokens: int | None = None,
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
     repeat_penalty: float = 1.0,
     mirostat_mode: int = 0,
     mirostat_tau: float = 5.0,
     mirostat_eta: float = 0.1,
-    logits_processor: Sequence[LogitsProcessor] | None = None,
     grammar: Any = None,
     logit_bias: Mapping[Any, float] | None = None,
-    logprobs: bool | None = None,
-    top_logprobs: int | None = None,
     **unsupported: Any,
-) -> Request:
-    """The request of a chat completion.
+) -> Sampling:
+    """The sampling of a chat completion, with llama-cpp-python's defaults.
 
-    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance` is
-    ours. grammar: a `LlamaGrammar` or GBNF text. max_tokens: None or <= 0 = until the context is
-    full. logprobs: of the guided distribution, before the other samplers.
-
-    Tools, functions and tail-free sampling are not supported: UnsupportedError, unless left at
-    their default. Otherwise raises what `Request`, `Sampling` and `Guidance` raise.
+    grammar: a `LlamaGrammar` or GBNF text. Tools, functions and tail-free sampling are not
+    supported: UnsupportedError, unless left at their default. Raises what `Sampling` raises.
     """
     _refuse(unsupported)
-    sampling = Sampling(
+    return Sampling(
         temperature=max(temperature, 0.0),
         top_k=max(top_k, 0),
         top_p=top_p,
@@ -88,15 +106,6 @@ def request_of(
         grammar=_grammar(grammar),
         response_format=response_format,
         seed=None if seed == -1 else seed,
-    )
-    return Request(
-        messages,
-        guidance=guidance if guidance is not None else Guidance(),
-        sampling=sampling,
-        max_tokens=max_tokens if max_tokens is not None and max_tokens > 0 else None,
-        stop=stop or (),
-        top_logprobs=_top_logprobs(logprobs, top_logprobs),
-        logits_processors=logits_processor or (),
     )
 
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from cmg_gguf import __version__
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import LAYERS, Layers
 from cmg_gguf.cli.model_flags import ModelFile, ModelFlags, ProjectorFile
 from cmg_gguf.cli.options import format_numbers, parse_layers
 from cmg_gguf.cli.output import write_json, write_rendered
 from cmg_gguf.guidance import LayerRange, LayerSet, static_layers
-
-if TYPE_CHECKING:
-    from cmg_gguf.llama.model import Model
 
 EXAMPLES = """\
 Examples:
@@ -30,8 +25,6 @@ Examples:
 
   cmg-gguf info -m llava.gguf --layers 10-20   which layers that means
 """
-SIZE_IF_UNKNOWN = 336
-"""Pixels a side of the image whose tokens are counted, where the projector names no size."""
 
 
 @manners()
@@ -48,74 +41,23 @@ def info(
     load_library()
     if model is None:
         model, mmproj = ModelFlags(mmproj=mmproj).pair()
-    facts = {**system_facts(), **pair_facts(model, mmproj, layers)}
+    from cmg_gguf.facts import pair_facts, system_facts
+
+    facts = {"cmg_gguf": __version__, **system_facts(), **pair_facts(model, mmproj)}
+    facts["guidance"] = _guidance_facts(layers, facts["model"]["layers"])
     if as_json:
         write_json(facts)
     else:
         write_rendered(table(facts))
 
 
-def system_facts() -> dict[str, Any]:
-    """Versions and devices, JSON-ready."""
-    import llama_cpp
-
-    from cmg_gguf import __version__
-    from cmg_gguf.llama.about import devices, features
-
-    return {
-        "cmg_gguf": __version__,
-        "llama_cpp_python": llama_cpp.__version__,
-        "python": platform.python_version(),
-        "devices": [vars(device) for device in devices()],
-        "features": features(),
-    }
-
-
-def pair_facts(path: Path, mmproj: Path | None, layers: str) -> dict[str, Any]:
-    """What the files hold, JSON-ready. Raises ModelError, ProjectorError, GuidanceError."""
-    from cmg_gguf.llama.log import set_verbose
-    from cmg_gguf.llama.model import Model
-    from cmg_gguf.opening import DEFAULT_TEMPLATE
-
-    set_verbose(False)
-    model = Model.load(path, n_gpu_layers=0)
+def _guidance_facts(layers: str, n_layer: int) -> dict[str, Any]:
+    """Which layers a flag means, JSON-ready. Raises GuidanceError."""
     policy = parse_layers(layers)
     masked: tuple[int, ...] | None = None  # the others depend on what a prompt looks at
     if isinstance(policy, LayerSet | LayerRange):
-        masked = static_layers(policy, model.n_layer)
-    return {
-        "model": {
-            "path": str(path),
-            "description": model.describe(),
-            "bytes": model.size,
-            "layers": model.n_layer,
-            "vocabulary": model.n_vocab,
-            "context": model.n_ctx_train,
-            "chat_template": "own" if model.chat_template() else DEFAULT_TEMPLATE,
-        },
-        "mmproj": projector_block(mmproj, model) if mmproj else None,
-        "guidance": {
-            "layers": layers,
-            "masked": masked,
-        },
-    }
-
-
-def projector_block(path: Path, model: Model) -> dict[str, Any]:
-    """What an mmproj file holds, and the tokens it makes of a square image."""
-    from cmg_gguf.llama.header import projector_facts
-    from cmg_gguf.llama.projector import Projector
-
-    projector = Projector(path, model, use_gpu=False)
-    facts = projector_facts(path)
-    size = facts.image_size or SIZE_IF_UNKNOWN
-    square = np.zeros((size, size, 3), np.uint8)
-    return {
-        "path": str(path),
-        "projector": facts.kind,
-        "image_size": size,
-        "image_tokens": projector.tokenize(projector.marker, [square]).n_image_tokens,
-    }
+        masked = static_layers(policy, n_layer)
+    return {"layers": layers, "masked": masked}
 
 
 def table(facts: dict[str, Any]) -> Table:

@@ -83,17 +83,11 @@ def run(
     load_library()
     model.pair()
     settings = guidance.guidance(model.own_settings)
-    if compare and not settings.contrasts:
-        raise typer.BadParameter(
-            "there is nothing to compare without guidance", param_hint="'--compare'"
-        )
+    _check_compares(settings, compare)
     draw, text = sampling.sampling(), _prompt(prompt)
     pixels = question.load_images()
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
-    if idle := sampling.idle():
-        err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
-    if not pixels and settings.contrasts:
-        err.note("no --image, so there is nothing to guide by")
+    _note_idle(err, sampling.idle(), blind=not pixels and settings.contrasts)
     asker = Asker.open(model, err, max_tokens=question.max_tokens)
     messages = [*system_messages(question.system_prompt), user_message(text, pixels)]
     with asker.vlm:
@@ -106,6 +100,21 @@ def run(
             _stream(asker, messages, settings, draw, show_changes=screen.show_changes)
         if as_json:
             write_json({**question_block(asker.vlm, question.images, text), **blocks})
+
+
+def _check_compares(guidance: Guidance, compare: bool) -> None:
+    if compare and not guidance.contrasts:
+        raise typer.BadParameter(
+            "there is nothing to compare without guidance", param_hint="'--compare'"
+        )
+
+
+def _note_idle(err: Screen, flags: list[str], *, blind: bool) -> None:
+    """Says what is without effect: sampling flags, and guidance where no picture is shown."""
+    if flags:
+        err.note(f"{', '.join(flags)} without effect: --temp 0 always takes the best token")
+    if blind:
+        err.note("no --image, so there is nothing to guide by")
 
 
 def _stream(

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -191,7 +191,7 @@ class SamplingFlags:
             mirostat_mode=self.mirostat,
             mirostat_tau=self.mirostat_ent,
             mirostat_eta=self.mirostat_lr,
-            grammar=self._grammar(),
+            **self._constraints(),
             seed=None if self.seed == RANDOM_SEED else self.seed,
         )
 
@@ -206,7 +206,7 @@ class SamplingFlags:
             if field.name in drawing and getattr(self, field.name) != field.default
         ]
 
-    def _grammar(self) -> str | None:
+    def _constraints(self) -> dict[str, Any]:
         given = [x for x in (self.grammar, self.grammar_file, self.json_schema) if x is not None]
         if len(given) > 1:
             raise typer.BadParameter(
@@ -214,10 +214,10 @@ class SamplingFlags:
                 param_hint="'--grammar', '--grammar-file' and '--json-schema'",
             )
         if self.grammar_file is not None:
-            return _read(self.grammar_file)
+            return {"grammar": _read(self.grammar_file)}
         if self.json_schema is not None:
-            return _schema_grammar(self.json_schema)
-        return self.grammar
+            return {"response_format": _response_format(self.json_schema)}
+        return {"grammar": self.grammar}
 
 
 def _read(path: Path) -> str:
@@ -229,13 +229,11 @@ def _read(path: Path) -> str:
         ) from exc
 
 
-def _schema_grammar(text: str) -> str | None:
-    from cmg_gguf.llama.grammar import grammar_for
-
+def _response_format(text: str) -> dict[str, Any]:
     try:
         schema = json.loads(text)
     except ValueError as exc:
         raise typer.BadParameter(f"no JSON: {exc}", param_hint="'--json-schema' / '-j'") from exc
     if not isinstance(schema, dict):
         raise typer.BadParameter("no JSON object", param_hint="'--json-schema' / '-j'")
-    return grammar_for({"type": "json_object", "schema": schema or None})
+    return {"type": "json_object", "schema": schema or None}

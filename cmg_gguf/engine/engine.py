@@ -190,12 +190,19 @@ class Engine:
         with closing(decodes):
             batch = next(decodes, None)
             while batch is not None:
-                decoded = _decoded(batch)
+                decoded = self._decoded(batch)
                 report(batch.n_rows)
                 try:
                     batch = decodes.send(decoded)
                 except StopIteration:
                     return
+
+    def _decoded(self, batch: Batch | ImageBatch) -> Decoded:
+        try:
+            return _decoded(batch)
+        except BackendError:
+            self.prefixes.forget()  # it is not known what of a failed decode the cells hold
+            raise
 
     def _check_current(self, session: AnySession) -> None:
         if session is not self.session:

@@ -140,6 +140,8 @@ class Session:
             decoded = yield text_batch(self.branches.original, [token], [self.n_past], None)
             np.copyto(self.l_o, decoded.logits[0])
         elif self._takes_together():
+            if self._waiting:
+                yield from self._decode_waiting()
             yield from self._step_together(token)
         else:
             yield from self._step_alone(token)
@@ -199,7 +201,8 @@ class Session:
         self.lease.is_complete = True
 
     def _takes_together(self) -> bool:
-        """Whether both branches are decoded at once. Nothing may wait then."""
+        """Whether both branches are decoded at once. The prompt's rows are not hurried for it: an
+        answer of one word may never need them."""
         if not self._may_wait:
             return True
         # A pair that cannot fork would attend to cells that forks left unwritten.
@@ -207,7 +210,7 @@ class Session:
         if self._strategy.waiting != "cheapest" or not self.branches.paired or not mixes:
             return False
         self._pace.step(asked=self._asked)
-        return self._pace.takes_together and not self._prompt_waits and not self._waiting
+        return self._pace.takes_together and not self._prompt_waits
 
     def _step_together(self, token: int) -> Decodes:
         original, degraded = self.branches.original, self.branches.degraded

@@ -62,14 +62,16 @@ class Pace:
 
     N_TRIED = 5
     """Steps of each way before they are compared."""
-    TRIED_AGAIN = 256
+    N_NEWEST = 9
+    """Times that count: so few that one more try can change the verdict."""
+    TRIED_AGAIN = 512
     """Steps after which the dearer way is tried again."""
     MARGIN = 0.02
     """How much cheaper the other way must be: changing over makes llama.cpp build a new graph."""
 
     def __init__(self) -> None:
-        self._together: deque[float] = deque(maxlen=15)
-        self._alone: deque[float] = deque(maxlen=15)
+        self._together: deque[float] = deque(maxlen=self.N_NEWEST)
+        self._alone: deque[float] = deque(maxlen=self.N_NEWEST)
         self._catch_up: dict[int, deque[float]] = {}
         self._share_asked = SHARE_ASKED
         self._is_together = True

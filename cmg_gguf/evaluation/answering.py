@@ -18,7 +18,6 @@ from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.task import Item, Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
-from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.prompt.images import image_id, load_image
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class Answerer:
         self._job = job
         self._vlm = vlm
         self._words = YesNoTokens.of(vlm.model)
-        self._image_size = projector_facts(vlm.projector.path).image_size or SIZE_IF_UNKNOWN
+        self._image_size = vlm.image_size or SIZE_IF_UNKNOWN
 
     def answers(self, work: Work) -> Iterator[Record]:
         """A record for each item and method of the work.

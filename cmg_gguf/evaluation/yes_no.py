@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cmg_gguf.arrays import FloatArray, IntArray
-from cmg_gguf.llama.model import Model
+
+
+class Vocabulary(Protocol):
+    """The words of a model."""
+
+    n_vocab: int
+
+    def token_bytes(self, token: int) -> bytes: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +30,7 @@ class YesNoTokens:
     no: IntArray
 
     @classmethod
-    def of(cls, model: Model) -> YesNoTokens:
+    def of(cls, model: Vocabulary) -> YesNoTokens:
         """Those of a model's vocabulary."""
         words = [model.token_bytes(t).strip().lower() for t in range(model.n_vocab)]
         yes, no = (

@@ -212,22 +212,29 @@ class LlamaContext:
         if plan is None:
             yield
             return
-        self.patch.begin(plan)
+        with _patch_errors():
+            self.patch.begin(plan)
         try:
             yield
         except BaseException:
             self.patch.abandon()
             raise
-        try:
+        with _patch_errors():
             self.patch.end()
-        except (RuntimeError, IndexError) as exc:
-            raise BackendError(f"the graph cannot be patched: {exc}") from exc
 
 
 def usable_threads() -> int:
     """How many threads to compute with: all CPUs we may use up to 4, else half of them."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return usable if usable is not None and usable <= 4 else (usable or 2) // 2
+
+
+@contextmanager
+def _patch_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, IndexError) as exc:
+        raise BackendError(f"the graph cannot be patched: {exc}") from exc
 
 
 class _Batch:

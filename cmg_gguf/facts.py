@@ -1,0 +1,62 @@
+"""What a model pair is and what runs it, JSON-ready: for people who ask before they load."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from cmg_gguf.llama.about import devices, features
+from cmg_gguf.llama.header import projector_facts
+from cmg_gguf.llama.log import set_verbose
+from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.projector import Projector
+from cmg_gguf.opening import DEFAULT_TEMPLATE
+
+SIZE_IF_UNKNOWN = 336
+"""Pixels a side of the image whose tokens are counted, where the projector names no size."""
+
+
+def system_facts() -> dict[str, Any]:
+    """Versions and devices."""
+    return {
+        "llama_cpp_python": llama_cpp.__version__,
+        "python": platform.python_version(),
+        "devices": [vars(device) for device in devices()],
+        "features": features(),
+    }
+
+
+def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
+    """What the files hold. Raises ModelError, ProjectorError."""
+    set_verbose(False)
+    model = Model.load(path, n_gpu_layers=0)
+    return {
+        "model": {
+            "path": str(path),
+            "description": model.describe(),
+            "bytes": model.size,
+            "layers": model.n_layer,
+            "vocabulary": model.n_vocab,
+            "context": model.n_ctx_train,
+            "chat_template": "own" if model.chat_template() else DEFAULT_TEMPLATE,
+        },
+        "mmproj": _projector_block(mmproj, model) if mmproj else None,
+    }
+
+
+def _projector_block(path: Path, model: Model) -> dict[str, Any]:
+    """What an mmproj file holds, and the tokens it makes of a square image."""
+    projector = Projector(path, model, use_gpu=False)
+    facts = projector_facts(path)
+    size = facts.image_size or SIZE_IF_UNKNOWN
+    square = np.zeros((size, size, 3), np.uint8)
+    return {
+        "path": str(path),
+        "projector": facts.kind,
+        "image_size": size,
+        "image_tokens": projector.tokenize(projector.marker, [square]).n_image_tokens,
+    }

@@ -1,0 +1,45 @@
+#include "micro_batch.hpp"
+
+#include "api.hpp"
+
+namespace cmg {
+
+void MicroBatch::reset() {
+    first_ = 0;
+    n_rows_ = 0;
+    observed_.clear();
+    masked_.clear();
+    copies_.clear();
+}
+
+void MicroBatch::next(int64_t n_rows) {
+    const int64_t first = n_seen();
+    reset();
+    first_ = first;
+    n_rows_ = n_rows;
+    for (int32_t r = 0; r < n_rows; r++) {
+        if (row(r).observe >= 0) {
+            observed_.push_back(r);
+        }
+        if (row(r).mask >= 0) {
+            masked_.push_back(r);
+        }
+    }
+}
+
+const Row & MicroBatch::row(int32_t r) const {
+    static const Row nothing;
+    const auto i = static_cast<size_t>(first_ + r);
+    return i < plan_.rows.size() ? plan_.rows[i] : nothing;
+}
+
+const std::vector<uint8_t> & MicroBatch::host_copy(const ggml_tensor * input) {
+    auto & bytes = copies_[input];
+    if (bytes.empty()) {
+        bytes.resize(api().ggml_nbytes(input));
+        api().ggml_backend_tensor_get(input, bytes.data(), 0, bytes.size());
+    }
+    return bytes;
+}
+
+} // namespace cmg

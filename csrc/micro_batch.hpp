@@ -1,0 +1,45 @@
+// The rows that are in the graph now: llama.cpp cuts a batch into micro-batches, one graph each.
+#pragma once
+
+#include "plan.hpp"
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+namespace cmg {
+
+class MicroBatch {
+  public:
+    // plan: of the batch, looked at whenever a micro-batch begins. Rows that it does not name are
+    // `Row{}`; without a decode to plan it names none.
+    explicit MicroBatch(const Plan & plan) : plan_(plan) {}
+
+    // Before the batch's first micro-batch, and behind its last.
+    void reset();
+    // The next n_rows rows of the batch.
+    void next(int64_t n_rows);
+
+    const Plan & plan() const { return plan_; }
+    int64_t n_rows() const { return n_rows_; }
+    // Rows of the batch so far, with those of this micro-batch.
+    int64_t n_seen() const { return first_ + n_rows_; }
+    // r: 0 to n_rows - 1, as in the two lists.
+    const Row & row(int32_t r) const;
+    const std::vector<int32_t> & observed() const { return observed_; }
+    const std::vector<int32_t> & masked() const { return masked_; }
+    // The bytes of an input of the graph, read once.
+    const std::vector<uint8_t> & host_copy(const ggml_tensor * input);
+
+  private:
+    const Plan & plan_;
+    int64_t first_ = 0; // row of the batch that comes first here
+    int64_t n_rows_ = 0;
+    std::vector<int32_t> observed_;
+    std::vector<int32_t> masked_;
+    std::unordered_map<const ggml_tensor *, std::vector<uint8_t>> copies_;
+};
+
+} // namespace cmg

@@ -1,0 +1,86 @@
+"""`--quick`: about a minute in which every module of the package is at work.
+
+Left out are tests marked `slow`, and all but the first and the last case of a test that has many.
+A run of all that is left then fails if it called no function of some module.
+"""
+
+from __future__ import annotations
+
+import ast
+import cProfile
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+import cmg_gguf
+
+PACKAGE = Path(cmg_gguf.__file__).parent
+UNSEEN = {"cli/__init__.py", "cli/__main__.py", "llama/native.py"}
+"""Modules that are called where it is not seen: in programs of their own, or when imported."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="a minute that covers every module")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    if config.option.quick and whole and not (config.option.keyword or config.option.markexpr):
+        config.pluginmanager.register(Reached(), "reached")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.quick:
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {item for alike in cases.values() for item in (alike[0], alike[-1])}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+class Reached:
+    """Fails a run that called no function of some module."""
+
+    def __init__(self) -> None:
+        self._missed: list[str] = []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        profile = cProfile.Profile()
+        profile.enable(subcalls=False, builtins=False)
+        try:
+            result = yield
+        finally:
+            profile.disable()
+        called = {
+            entry.code.co_filename
+            for entry in profile.getstats()
+            if not isinstance(entry.code, str) and entry.code.co_name != "<module>"
+        }
+        self._missed = sorted(callable_modules() - called)
+        session.testsfailed += bool(self._missed)
+        return result
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for path in self._missed:
+            terminalreporter.write_line(f"NO FUNCTION CALLED in {path}", red=True)
+
+
+def callable_modules() -> set[str]:
+    """Files of the package in which a function does something."""
+    return {
+        str(path)
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).as_posix() not in UNSEEN
+        and any(_does_something(node) for node in ast.walk(ast.parse(path.read_bytes())))
+    }
+
+
+def _does_something(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not all(
+        isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in node.body
+    )
