@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from prompts import picture
 from support import Rig, Tiny, agree
 from tiny_llava import TinyConfig, TinyPair, vocabulary
 
-from cmg_gguf.engine.rows import masked_rows
+from cmg_gguf.engine.rows import PromptRows, masked_rows
 from cmg_gguf.engine.steps import EXACT
 from cmg_gguf.guidance import Guidance, Refresh, Scope
 from cmg_gguf.llama.projector import Projector
@@ -109,6 +110,19 @@ def test_the_degraded_branch_decodes_the_question_and_no_tile(tiled: Tiny) -> No
     behind = prompt.n_tokens - 1 - int(np.flatnonzero(prompt.is_image)[-1])
     for scope in ("text", "question"):
         assert agree(Rig(tiled), prompt, Guidance(scope=scope)) == (prompt.n_tokens, behind)
+
+
+def test_a_question_about_tiles_may_enter_at_a_later_layer(tiled: Tiny) -> None:
+    for text, seeds, scope, forks in (
+        (ONE, (2,), "text", True),
+        (ONE, (2,), "all", False),
+        (TWO, (3, 4), "text", False),
+        (TWO, (3, 4), "question", True),
+    ):
+        prompt, guidance = tiled.prompt(text, *seeds), Guidance(scope=cast(Scope, scope))
+        rows = PromptRows(prompt, guidance, tiled.model.n_layer, guided=True)
+        rows.fork_at(2)
+        assert (rows.fork_layer == 2) == forks
 
 
 # --- tiles are told apart -----------------------------------------------------------------------

@@ -7,6 +7,9 @@ Tokenised one by one, with special tokens looked for where the flag says so, the
 tokens of the whole text, but for the special tokens that were spelled in messages. That holds
 because a tokenizer itself cuts a text at its special tokens and takes each run between them as if
 it stood alone: the parts end nowhere else, so no merge and no leading space is lost or gained.
+
+Special are control tokens. What a vocabulary calls user-defined is a word like any other: llama.cpp
+finds those in every text.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ from cmg_gguf import Guidance, GuidedVLM, LayerRange
 from cmg_gguf.answer.generate import Answer, generate
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, EXACT, Strategy
-from cmg_gguf.prompt.images import image_id, load_image
-from cmg_gguf.prompt.messages import render_messages
+from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.prompt.segments import Prompt
 from cmg_gguf.request import Request
 
@@ -172,7 +171,5 @@ class Words:
 
 def encoded_prompt(vlm: GuidedVLM, subject: Subject) -> Prompt:
     """The subject's first question, its picture encoded."""
-    rendered = render_messages(subject.messages(), vlm.template, marker=vlm.projector.marker)
-    pixels = [load_image(source) for source in rendered.images]
-    ids = [image_id(rgb) for rgb in pixels]
-    return vlm.projector.encode(vlm.projector.tokenize(rendered.text, pixels, ids=ids))
+    prompt = tokenized(subject.messages(), template=vlm.template, projector=vlm.projector)
+    return vlm.projector.encode(prompt)
