@@ -28,7 +28,7 @@ from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.prefix_cache import PrefixCache
-from cmg_gguf.engine.steps import EAGER, Strategy
+from cmg_gguf.engine.steps import EAGER, Pace, Strategy
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.llama.context import ContextOptions, LlamaContext
 from cmg_gguf.llama.model import Model
@@ -98,6 +98,7 @@ class Rig:
         n_slots: int = 0,
         max_cells: int = 10**6,
         stepping: Strategy = EAGER,
+        pace: Pace | None = None,
     ) -> None:
         self.tiny = tiny
         n_seq_max = max(n_seq_max, 2 + 2 * n_slots)
@@ -109,7 +110,7 @@ class Rig:
         branches = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
         slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
         reuse = PrefixCache(Branches(*branches), slots, max_cells)
-        self.engine = PairedEngine(*branches, self.selections, reuse, stepping=stepping)
+        self.engine = PairedEngine(*branches, self.selections, reuse, stepping=stepping, pace=pace)
 
     def n_decoded(self) -> tuple[int, int]:
         """Rows that each branch has decoded since the last call."""

@@ -106,6 +106,18 @@ def test_few_steps_that_ask_make_waiting_worth_it() -> None:
         assert pace.takes_together is expected
 
 
+def test_a_batch_is_filled_up_where_that_has_been_cheaper() -> None:
+    """1, 2, 3, 4, ... rows by the clock of a CPU whose kernels take rows by four."""
+    seconds = {1: 0.48, 2: 0.78, 3: 1.06, 4: 0.85, 5: 1.17, 6: 1.45, 7: 1.75, 8: 1.51}
+    pace = Pace()
+    for _ in range(6):
+        for n in range(1, 9):
+            n_rows = pace.batch_of(n)
+            assert n_rows in (n, 4, 8)
+            pace.catch_up_took(n_rows, seconds[n_rows])
+    assert [pace.batch_of(n) for n in range(1, 9)] == [1, 2, 4, 4, 5, 6, 8, 8]
+
+
 def test_one_slow_step_decides_nothing() -> None:
     clock = Clock(1.2, 1.0, 0.9, 0.4)
     clock.run(100)

@@ -17,6 +17,7 @@ from judge import Verdict
 from matrix import HALF_FLASH, SCOPES, WIDE, every_refresh, every_scope
 from prompts import ONE_IMAGE, PICTURE, PICTURES, THREE_AND_A_LONG_END, TWO_IMAGES
 from reference import F64
+from stepped import SharePace
 from support import EXACT, TOLERANCE, Rig, Tiny
 from tiny_llava import TinyConfig, TinyPair, write_pair
 from unhooked import Unhooked
@@ -238,6 +239,53 @@ def test_any_sequence_ids_and_request_after_request(tiny: Tiny, way: Strategy) -
     for scope in SCOPES:
         agree(rig, tiny.prompt(ONE_IMAGE, PICTURE), Guidance(scope=scope), SOME)
         agree(rig, tiny.prompt(TWO_IMAGES, *PICTURES), Guidance(layers=[3, 4], scope=scope), EVERY)
+
+
+class Filling(SharePace):
+    """Fills every batch up, and never decodes both branches together."""
+
+    def __init__(self) -> None:
+        super().__init__(share=1.0)
+
+    def batch_of(self, n_rows: int) -> int:
+        return -(-n_rows // 4) * 4
+
+
+@pytest.mark.parametrize("asked", [EVERY, SOME, frozenset({7})], ids=["all", "some", "7"])
+@every_refresh
+@every_scope
+def test_rows_that_fill_a_batch_up_leave_no_trace(
+    tiny: Tiny, scope: Scope, refresh: Refresh, asked: frozenset[int]
+) -> None:
+    prompt, guidance = tiny.prompt(ONE_IMAGE, PICTURE), Guidance(scope=scope, refresh=refresh)
+    rig = Rig(tiny, stepping=ADAPTIVE, pace=Filling())
+    agree(rig, prompt, guidance, asked)
+    rig.n_decoded()  # among them those of the survey
+    agree(rig, prompt, guidance, asked)
+    waited = sum(1 for step in asked if 0 < step < 8)
+    _, degraded = rig.n_decoded()
+    assert degraded % 4 == n_own(prompt, guidance) % 4
+    assert degraded > n_own(prompt, guidance) + waited
+
+
+def n_own(prompt: Prompt, guidance: Guidance) -> int:
+    """Rows of the prompt that the degraded branch decodes itself."""
+    return prompt.n_tokens - int(masked_rows(prompt.is_image, guidance.scope).argmax())
+
+
+def test_a_batch_is_not_filled_up_where_cells_are_taken() -> None:
+    rig = FakeRig(n_ctx=22)
+    rig.engine.stepping = ADAPTIVE
+    rig.engine.whole._pace = Filling()
+    rig.asked(PROMPT, Guidance())
+    assert rig.engine.degraded_address
+    for token in (1, 2, 3):
+        rig.engine.step(token)
+    n_free = 22 - rig.engine.n_cells
+    rig.forget()
+    assert rig.engine.degraded_address
+    (call,) = [call for call in rig.calls if call[0] == "decode"]
+    assert len(call[1]) == 3 + min(n_free, 1)
 
 
 # --- against the pair --------------------------------------------------------------------------

@@ -72,11 +72,12 @@ def text_batch(
     positions: Sequence[int] | IntArray,
     plan: _core.Plan | None,
     *,
-    wants_last: bool = True,
+    wanted: int | None = -1,
 ) -> Batch:
-    """Rows of one branch. wants_last: the last row's logits are wanted, else none."""
+    """Rows of one branch. wanted: the row whose logits are, as an index; None = none."""
     outputs = np.zeros(len(tokens), bool)
-    outputs[-1] = wants_last
+    if wanted is not None:
+        outputs[wanted] = True
     return Batch(
         branch.context,
         np.asarray(tokens, np.int32),

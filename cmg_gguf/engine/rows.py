@@ -170,10 +170,10 @@ class PromptRows:
                     tokens = segment.tokens[start : start + n_ubatch]
                     part = slice(row + start, row + start + len(tokens))
                     positions = np.arange(len(tokens), dtype=np.int32) + position + start
-                    is_last = part.stop == self.n
+                    wanted = -1 if part.stop == self.n else None
                     yield (
                         part,
-                        text_batch(branch, tokens, positions, plan(part), wants_last=is_last),
+                        text_batch(branch, tokens, positions, plan(part), wanted=wanted),
                     )
             row += segment.n_tokens
             position += segment.n_pos

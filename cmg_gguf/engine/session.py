@@ -257,15 +257,29 @@ class Session:
             first, newest = self._waiting[0][1], self._waiting[-1][1]
             degraded.context.share_more(original.seq, degraded.seq, first, newest)
             self._waiting[:] = self._waiting[-1:]
-        tokens, positions = np.array(self._waiting, np.int32).T.copy()
+        n, n_padding = len(self._waiting), self._n_padding()
+        tokens, positions = np.array(self._waiting, np.int32).T
+        tokens = np.append(tokens, [tokens[-1]] * n_padding)
+        positions = np.arange(positions[0], positions[0] + len(tokens))
         degraded.context.truncate(degraded.seq, int(positions[0]))  # what a failed attempt left
-        slots = [self._slot(i) for i in range(len(tokens))]
+        slots = [self._slot(min(i, n - 1)) for i in range(len(tokens))]
         hide = [(degraded.seq, NONE, slot if self._observed else 0) for slot in slots]
         plan = self._masking.plan(hide, self._forking.entering(slots))
-        decoded = yield text_batch(degraded, tokens, positions, plan)
+        decoded = yield text_batch(degraded, tokens, positions, plan, wanted=n - 1)
         self._pace.catch_up_took(len(tokens), decoded.seconds)
         self._take_degraded(decoded.logits[0])
+        if n_padding:
+            degraded.context.truncate(degraded.seq, int(positions[n]))
         self._waiting.clear()
+
+    def _n_padding(self) -> int:
+        """Rows behind those that catch up, of which nothing is kept: a batch that the kernels take
+        in their stride can cost less than a smaller one."""
+        if self._strategy.waiting != "cheapest" or not self.branches.paired:
+            return 0
+        context, n = self.branches.original.context, len(self._waiting)
+        n_free = context.n_ctx - self.n_cells - self.lease.n_beside
+        return min(self._pace.batch_of(n), n + max(n_free, 0), context.n_ubatch) - n
 
     def _take_degraded(self, logits: FloatArray) -> None:
         np.copyto(self._l_d, logits)

@@ -107,6 +107,19 @@ class Pace:
         """Notes what it took to decode n_rows rows that had waited."""
         self._catch_up.setdefault(n_rows, deque(maxlen=5)).append(seconds)
 
+    def batch_of(self, n_rows: int) -> int:
+        """In how many rows n_rows that waited are best decoded: as they are, or filled up to a
+        multiple of four, as many as CPU kernels take at once. Both are tried."""
+        filled = -(-n_rows // 4) * 4
+        if filled == n_rows or n_rows < 2:
+            return n_rows
+        times = [self._catch_up.get(n, ()) for n in (n_rows, filled)]
+        if len(times[0]) < self.N_TRIED // 2:
+            return n_rows
+        if len(times[1]) < self.N_TRIED // 2:
+            return filled
+        return filled if median(times[1]) < (1 - self.MARGIN) * median(times[0]) else n_rows
+
     def _together_is_cheaper(self) -> bool:
         together, waiting = median(self._together), self._waiting_costs()
         if self._is_together:
@@ -117,7 +130,7 @@ class Pace:
         """Rows that catch up: as many as steps lie between two that ask."""
         n_rows = 1 / max(self._share_asked, 1e-3)
         known = sorted(self._catch_up)
-        costs = [median(self._catch_up[n]) for n in known]
+        costs = [median(self._catch_up.get(self.batch_of(n), self._catch_up[n])) for n in known]
         beyond = max(1.0, n_rows / known[-1])
         return median(self._alone) + self._share_asked * beyond * float(
             np.interp(n_rows, known, costs)
