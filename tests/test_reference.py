@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
 from prompts import ONE_IMAGE, TWO_IMAGES, picture
 from reference import F64, LayerEvidence, Mask, Policy, Reference
-from tiny_llava import EOS_TOKEN, TinyConfig, TinyPair, vocabulary, write_pair
+from tiny_llava import TinyConfig, TinyPair, write_pair
+from tiny_vocabulary import EOS_TOKEN, vocabulary
 
 F32 = NDArray[np.float32]
 N_GENERATED = 8

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from support import Rig, Tiny
-from tiny_llava import EOS_TOKEN
+from tiny_vocabulary import EOS_TOKEN
 
 from cmg_gguf.answer.logits import combine, log_softmax
 from cmg_gguf.arrays import FloatArray

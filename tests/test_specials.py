@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from prompts import picture
 from support import Tiny
-from tiny_llava import BOS_TOKEN, EOS_TOKEN, TinyConfig
+from tiny_llava import TinyConfig
+from tiny_vocabulary import BOS_TOKEN, EOS_TOKEN
 
 from cmg_gguf.errors import PromptError
 from cmg_gguf.llama.prompts import tokenized

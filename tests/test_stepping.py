@@ -270,7 +270,7 @@ def test_rows_that_fill_a_batch_up_leave_no_trace(
 
 def n_own(prompt: Prompt, guidance: Guidance) -> int:
     """Rows of the prompt that the degraded branch decodes itself."""
-    return prompt.n_tokens - int(masked_rows(prompt.is_image, guidance.scope).argmax())
+    return prompt.n_tokens - int(masked_rows(prompt, guidance.scope).argmax())
 
 
 def test_a_batch_is_not_filled_up_where_cells_are_taken() -> None:

@@ -10,7 +10,8 @@ import pytest
 from matrix import every_refresh, every_scope
 from prompts import picture
 from support import Rig, Tiny, agree
-from tiny_llava import TinyConfig, TinyPair, vocabulary
+from tiny_llava import TinyConfig, TinyPair
+from tiny_vocabulary import vocabulary
 
 from cmg_gguf.engine.rows import PromptRows, masked_rows
 from cmg_gguf.engine.steps import EXACT
