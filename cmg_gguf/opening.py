@@ -109,6 +109,21 @@ def open_pair(
     return Pair(model, projector, template, engine, contexts)
 
 
+def open_on_llama(llama: llama_cpp.Llama, mmproj_path: str | Path, options: PairOptions) -> Pair:
+    """A pair on the weights of a `llama_cpp.Llama`, in contexts of its own with its settings.
+
+    Raises what `open_pair` raises; UnsupportedError where `llama` has a LoRA adapter.
+    """
+    if getattr(llama, "_lora_adapter", None) is not None:
+        raise UnsupportedError(
+            "this Llama has a LoRA adapter, which guidance would not see; merge it into the model "
+            "(llama-export-lora)"
+        )
+    model = Model(llama.model, path=Path(llama.model_path), owner=llama)
+    context = ContextOptions.from_params(llama.context_params)
+    return open_pair(model, mmproj_path, context, options)
+
+
 def _is_paired(options: PairOptions, model: Model) -> bool:
     if options.pairing == "pair" and model.has_recurrent_layers:
         raise UnsupportedError(

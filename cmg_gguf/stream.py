@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from typing import Literal
 
 from cmg_gguf.answer.generate import Answer, generate
@@ -15,6 +16,7 @@ from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.engine import AnySession
 from cmg_gguf.engine.session import Session
 from cmg_gguf.errors import BackendError
+from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.llama.sampler import Sampler
 from cmg_gguf.opening import Pair
 from cmg_gguf.prompt.segments import Prompt
@@ -77,19 +79,20 @@ class Run:
         pair: Pair,
         turns: Turns,
         request: Request,
-        prompts: tuple[Prompt, Prompt | None],
         progress: Progress | None,
     ) -> None:
-        """prompts: of the request, and of the degraded branch where it has one of its own. Raises
-        SamplingError for a grammar or token that the model does not know."""
+        """Raises what is wrong with the request: PromptError, ImageError, ContextLengthError,
+        GuidanceError, SamplingError."""
         sampling, guidance = request.sampling, request.guidance
         self.turns, self.notifier = turns, Notifier(progress)
         self._pair, self._request = pair, request
-        self._prompt, self._contrasted = prompts
         self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
-        self._sampler = Sampler(
-            pair.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
-        )
+        with turns:
+            turns.check()
+            self._prompt, self._contrasted = _prompts(pair, request)
+            self._sampler = Sampler(
+                pair.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
+            )
         self._session: AnySession | None = None
         self.answer = Answer()
         self.reply: Reply | None = None
@@ -168,3 +171,17 @@ class Run:
             seed=self._seed,
             seconds=seconds,
         )
+
+
+def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
+    """Of the request, and of the degraded branch where it has one of its own; both fit."""
+    tokens_of = partial(
+        tokenized, raw=request.raw, template=pair.template, projector=pair.projector
+    )
+    prompt, contrast = tokens_of(request.prompt, request.images), request.contrast
+    if contrast is None:
+        pair.engine.check(prompt, request.guidance)
+        return prompt, None
+    degraded = tokens_of(contrast.prompt, contrast.images)
+    pair.engine.check_contrast(prompt, degraded)
+    return prompt, degraded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,19 @@ import llama_cpp
 
 from cmg_gguf.answer.turns import Turns
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
-from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.llama.context import ContextOptions, usable_threads
 from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
-from cmg_gguf.llama.prompts import tokenized
-from cmg_gguf.opening import IMAGE_CACHE_BYTES, Pair, Pairing, PairOptions, Strategy, open_pair
+from cmg_gguf.opening import (
+    IMAGE_CACHE_BYTES,
+    Pair,
+    Pairing,
+    PairOptions,
+    Strategy,
+    open_on_llama,
+    open_pair,
+)
 from cmg_gguf.prompt.images import ImageSource
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Messages, Request
@@ -117,15 +122,8 @@ class GuidedVLM:
         the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that belongs to its own
         context.
         """
-        if getattr(llama, "_lora_adapter", None) is not None:
-            raise UnsupportedError(
-                "this Llama has a LoRA adapter, which guidance would not see; merge it into the "
-                "model (llama-export-lora)"
-            )
-        model = Model(llama.model, path=Path(llama.model_path), owner=llama)
-        context = ContextOptions.from_params(llama.context_params)
         vlm = cls.__new__(cls)
-        vlm._set_up(open_pair(model, mmproj_path, context, PairOptions(**options)))
+        vlm._set_up(open_on_llama(llama, mmproj_path, PairOptions(**options)))
         # What is made from the weights must be freed before them.
         close = weakref.WeakMethod(vlm.close)
         llama._stack.callback(lambda: (closing := close()) is not None and closing())
@@ -225,16 +223,4 @@ class GuidedVLM:
         else:
             given = {name: value for name, value in settings.items() if value is not None}
             request = Request(prompt, images, **given)
-        with self._turns:
-            self._turns.check()
-            prompt_of = partial(
-                tokenized, raw=request.raw, template=self.template, projector=self.projector
-            )
-            asked = prompt_of(request.prompt, request.images)
-            degraded, contrast = None, request.contrast
-            if contrast is None:
-                self.engine.check(asked, request.guidance)
-            else:
-                degraded = prompt_of(contrast.prompt, contrast.images)
-                self.engine.check_contrast(asked, degraded)
-            return Run(self._pair, self._turns, request, (asked, degraded), progress)
+        return Run(self._pair, self._turns, request, progress)
