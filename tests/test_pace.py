@@ -41,8 +41,9 @@ class Clock:
                 self.waiting += 1
             self.asked = self.rng.random() < self.share
             if self.asked and self.waiting:
-                caught_up = self.row * self.waiting * noise()
-                self.pace.catch_up_took(self.waiting, caught_up)
+                n_rows = self.pace.batch_of(self.waiting)
+                caught_up = self.row * n_rows * noise()
+                self.pace.catch_up_took(n_rows, caught_up)
                 seconds += caught_up
                 self.waiting = 0
             spent += seconds

@@ -110,7 +110,7 @@ class Pace:
     def batch_of(self, n_rows: int) -> int:
         """In how many rows n_rows that waited are best decoded: as they are, or filled up to a
         multiple of four, as many as CPU kernels take at once. Both are tried."""
-        filled = -(-n_rows // 4) * 4
+        filled = _filled(n_rows)
         if filled == n_rows or n_rows < 2:
             return n_rows
         times = [self._catch_up.get(n, ()) for n in (n_rows, filled)]
@@ -130,11 +130,20 @@ class Pace:
         """Rows that catch up: as many as steps lie between two that ask."""
         n_rows = 1 / max(self._share_asked, 1e-3)
         known = sorted(self._catch_up)
-        costs = [median(self._catch_up.get(self.batch_of(n), self._catch_up[n])) for n in known]
+        costs = [self._catch_up_costs(n) for n in known]
         beyond = max(1.0, n_rows / known[-1])
         return median(self._alone) + self._share_asked * beyond * float(
             np.interp(n_rows, known, costs)
         )
+
+    def _catch_up_costs(self, n_rows: int) -> float:
+        """Of that many rows, in the cheaper batch of those that were tried."""
+        tried = [self._catch_up[n] for n in (n_rows, _filled(n_rows)) if n in self._catch_up]
+        return min(median(times) for times in tried)
+
+
+def _filled(n_rows: int) -> int:
+    return -(-n_rows // 4) * 4
 
 
 @dataclass(frozen=True, kw_only=True)
