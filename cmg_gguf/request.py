@@ -44,10 +44,11 @@ class Request:
     contrast: None = the degraded branch is the same prompt with image tokens masked; else it is
     that prompt, unmasked, and of `guidance` alpha and beta alone count. sampling: greedy by
     default. max_tokens: at most this many; None = until the context is full. stop: strings that end
-    the answer. raw: `prompt` is the full text for the model, without template; each "<__media__>"
-    in it stands for one image. top_logprobs: None = no log-probabilities, else how many
-    alternatives a token. logits_processors: change the logits that are drawn from, before
-    everything else in the chain. watch: called before each draw, see `cmg_gguf.sampling.Watch`.
+    the answer. raw: `prompt` is the full text for the model, without template: special tokens
+    are special in it, and each "<__media__>" stands for one image. top_logprobs: None = no
+    log-probabilities, else how many alternatives a token. logits_processors: change the logits that
+    are drawn from, before everything else in the chain. watch: called before each draw, see
+    `cmg_gguf.sampling.Watch`.
 
     Raises PromptError or SamplingError for what cannot be.
     """

@@ -44,8 +44,10 @@ class Stream(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         with self._run.turns:
-            piece = next(self._pieces)
+            piece = next(self._pieces, None)
         self._run.notifier.settle()
+        if piece is None:
+            raise StopIteration
         return piece
 
     def close(self) -> None:

@@ -19,7 +19,15 @@ from offload import N_GPU_LAYERS
 from prompts import picture
 from tiny_llava import TinyPair
 
-from cmg_gguf import BackendError, CMGChatHandler, GuidedVLM, ImageError, ModelError, Stream
+from cmg_gguf import (
+    BackendError,
+    CMGChatHandler,
+    GuidedVLM,
+    ImageError,
+    ModelError,
+    Sampling,
+    Stream,
+)
 from cmg_gguf.answer.turns import Turns
 
 
@@ -235,6 +243,20 @@ def test_who_stops_waiting_lets_those_behind_pass() -> None:
         assert not passed.is_set()
     second.join()
     assert passed.is_set()
+
+
+def test_progress_is_told_before_an_answer_that_says_nothing_ends(vlm: GuidedVLM) -> None:
+    vlm.forget()
+    told: list[str] = []
+
+    def slow(phase: str, done: int, total: int) -> None:
+        time.sleep(0.02)
+        told.append(phase)
+
+    nothing = Sampling(grammar='root ::= ""')
+    assert list(vlm.stream(QUESTION, [picture(0)], sampling=nothing, progress=slow)) == []
+    assert told[0] == "encode"
+    assert told[-1] == "prefill"
 
 
 @pytest.mark.parametrize("phase", ["encode", "prefill"])

@@ -283,8 +283,8 @@ def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
     # llama.cpp reserves an output for each sequence, and aborts where a batch holds fewer rows.
     params.n_outputs_max = max(params.n_batch, n_seq_max)
     params.kv_unified = True
-    # Without the full cache, image tokens behind the window lose their cells to later tokens, and
-    # a sequence cannot be cut back.
+    # Without the full cache, a windowed layer has cells for about the window and a micro-batch: an
+    # image that both branches share fills it, and a kept prompt that is longer is lost.
     params.swa_full = True
     if options.n_threads > 0:
         params.n_threads = params.n_threads_batch = options.n_threads
