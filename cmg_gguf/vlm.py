@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,17 @@ class GuidedVLM:
                 raise TypeError("a Request holds its images and settings; give nothing beside it")
             request = prompt
         else:
+            _check_names(settings)
             given = {name: value for name, value in settings.items() if value is not None}
             request = Request(prompt, images, **given)
         return Run(self._pair, self._turns, request, progress)
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(Request) if f.name not in ("prompt", "images")]
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f"there is no setting {name!r}: there are {', '.join(known)}; temperature and its "
+                "like are settings of sampling=Sampling(...)"
+            )
