@@ -341,3 +341,8 @@ def test_a_strategy_that_cannot_be_is_refused(
 def test_a_strategy_that_is_named_is_followed(pair: TinyPair, name: Strategy) -> None:
     with open_vlm(pair, strategy=name) as vlm:
         assert vlm.engine.strategy == STEPS[name]
+
+
+def test_a_setting_that_there_is_not_is_named_with_those_that_there_are(vlm: GuidedVLM) -> None:
+    with pytest.raises(TypeError, match=r"no setting 'temperature'.* guidance, .*Sampling\("):
+        vlm.generate(QUESTION, temperature=1.0)
