@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import cmg_gguf
 
@@ -76,3 +80,22 @@ def test_importing_the_package_prints_and_warns_of_nothing() -> None:
         cwd="/",  # not in this folder: the package is the installed one
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["GuidedVLM", "Stream", "CMGChatHandler"])
+def test_without_its_extension_the_package_says_how_to_install_it(
+    tmp_path: Path, name: str
+) -> None:
+    folder = Path(cmg_gguf.__file__).parent
+    shutil.copytree(
+        folder, tmp_path / "cmg_gguf", ignore=shutil.ignore_patterns("_core.*", "models", "scenes")
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", f"from cmg_gguf import {name}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 1
+    assert "Install the package itself, `pip install .`" in run.stderr

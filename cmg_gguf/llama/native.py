@@ -16,13 +16,7 @@ from pathlib import Path
 import llama_cpp
 from llama_cpp._ctypes_extensions import load_shared_library
 
-try:
-    from cmg_gguf import _core
-except ImportError as exc:
-    raise ImportError(
-        f"{exc}\ncmg_gguf's extension module is missing or was built for another Python. Install "
-        "the package itself, `pip install .`, instead of importing its source folder."
-    ) from exc
+from cmg_gguf import _core
 
 TESTED = ((0, 3, 36), (0, 3, 37))  # at least, below
 REMEDY = 'pip install "llama-cpp-python>=0.3.36,<0.3.37" --force-reinstall'
