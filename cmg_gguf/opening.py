@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import llama_cpp
 
@@ -107,6 +108,22 @@ def open_pair(
     strategy = STEPS[options.strategy] if paired else EAGER
     engine = Engine(branches, selections, prefixes, strategy=strategy)
     return Pair(model, projector, template, engine, contexts)
+
+
+def open_files(
+    model_path: str | Path,
+    mmproj_path: str | Path,
+    context: ContextOptions,
+    options: PairOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **loading: Any,
+) -> Pair:
+    """A pair from its two files. progress: called with percent done and 100. loading: see
+    `Model.load`. Raises what it and `open_pair` raise."""
+    told = None if progress is None else lambda share: progress(round(share * 100), 100)
+    model = Model.load(model_path, progress=told, **loading)
+    return open_pair(model, mmproj_path, context, options)
 
 
 def open_on_llama(llama: llama_cpp.Llama, mmproj_path: str | Path, options: PairOptions) -> Pair:

@@ -7,7 +7,7 @@ Request(messages, guidance=Guidance(alpha=2.0), max_tokens=64, stop=["\n"])
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 from cmg_gguf.errors import PromptError, SamplingError, shown
@@ -82,6 +82,28 @@ class Request:
     def strength(self) -> Callable[[int], float] | None:
         """alpha of the draw behind n tokens, by n; None = `Guidance.alpha` for all."""
         return None if self.contrast is None else self.contrast.strength
+
+
+def request_from(
+    prompt: str | Messages | Request, images: Sequence[ImageSource], settings: Mapping[str, Any]
+) -> Request:
+    """The request that was made before, or one of these; a setting that is None is the default.
+
+    Raises TypeError for a setting that there is not, or one beside a `Request`.
+    """
+    if isinstance(prompt, Request):
+        if images or settings:
+            raise TypeError("a Request holds its images and settings; give nothing beside it")
+        return prompt
+    known = [f.name for f in fields(Request) if f.name not in ("prompt", "images")]
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f"there is no setting {name!r}: there are {', '.join(known)}; temperature and its "
+                "like are settings of sampling=Sampling(...)"
+            )
+    given = {name: value for name, value in settings.items() if value is not None}
+    return Request(prompt, images, **given)
 
 
 def checked_stops(stops: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,18 @@ from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
 from cmg_gguf.llama.context import ContextOptions, usable_threads
 from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
-from cmg_gguf.llama.model import Model
 from cmg_gguf.opening import (
     IMAGE_CACHE_BYTES,
     Pair,
     Pairing,
     PairOptions,
     Strategy,
+    open_files,
     open_on_llama,
-    open_pair,
 )
 from cmg_gguf.prompt.images import ImageSource
 from cmg_gguf.reply import Reply
-from cmg_gguf.request import Messages, Request
+from cmg_gguf.request import Messages, Request, request_from
 from cmg_gguf.stream import Progress, Run, Stream
 
 
@@ -100,16 +99,18 @@ class GuidedVLM:
             type_v=type_v,
             offload_kqv=offload_kqv,
         )
-        model = Model.load(
-            model_path,
-            n_gpu_layers=n_gpu_layers,
-            main_gpu=main_gpu,
-            use_mmap=use_mmap,
-            progress=(lambda share: progress("load", round(share * 100), 100))
-            if progress
-            else None,
+        self._set_up(
+            open_files(
+                model_path,
+                mmproj_path,
+                context,
+                options,
+                n_gpu_layers=n_gpu_layers,
+                main_gpu=main_gpu,
+                use_mmap=use_mmap,
+                progress=progress and partial(progress, "load"),
+            )
         )
-        self._set_up(open_pair(model, mmproj_path, context, options))
 
     @classmethod
     def from_llama(
@@ -217,22 +218,4 @@ class GuidedVLM:
         progress: Progress | None,
         settings: Mapping[str, Any],
     ) -> Run:
-        if isinstance(prompt, Request):
-            if images or settings:
-                raise TypeError("a Request holds its images and settings; give nothing beside it")
-            request = prompt
-        else:
-            _check_names(settings)
-            given = {name: value for name, value in settings.items() if value is not None}
-            request = Request(prompt, images, **given)
-        return Run(self._pair, self._turns, request, progress)
-
-
-def _check_names(settings: Mapping[str, Any]) -> None:
-    known = [f.name for f in fields(Request) if f.name not in ("prompt", "images")]
-    for name in settings:
-        if name not in known:
-            raise TypeError(
-                f"there is no setting {name!r}: there are {', '.join(known)}; temperature and its "
-                "like are settings of sampling=Sampling(...)"
-            )
+        return Run(self._pair, self._turns, request_from(prompt, images, settings), progress)
