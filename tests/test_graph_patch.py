@@ -15,6 +15,7 @@ from support import ALL_TOKENS, EXACT, TOLERANCE, Rig, Tiny, logits
 from unhooked import Unhooked
 
 from cmg_gguf import _core
+from cmg_gguf.engine.steps import Strategy
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import AttentionMass, Guidance, LowestCosine, Scope
 from cmg_gguf.llama.context import LlamaContext
@@ -311,3 +312,43 @@ def test_each_micro_batch_with_observed_rows_costs_its_own_boundaries(llama: Tin
     rig.decode_prompt(prompt, slots)
     assert len(prompt.segments) == 5
     assert patch.n_boundaries - before == N_LAYER * 4
+
+
+class Interrupted:
+    """A patch in whose `begin` or `end` an interrupt comes, when the work is done or not yet."""
+
+    def __init__(self, patch: _core.GraphPatch, where: str) -> None:
+        self._patch, self._where = patch, where
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._patch, name)
+
+    def begin(self, plan: _core.Plan) -> None:
+        self._patch.begin(plan)
+        if self._where == "behind begin":
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        if self._where == "before end":
+            raise KeyboardInterrupt
+        self._patch.end()
+
+
+@pytest.mark.parametrize("where", ["behind begin", "before end"])
+def test_an_interrupt_leaves_no_plan_behind(
+    tiny: Tiny, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, plain, prompt = (
+        Rig(tiny, stepping=Strategy(fork=True)),
+        Unhooked(tiny),
+        tiny.prompt(ONE_IMAGE, PICTURE),
+    )
+    rig.engine.prefill(prompt, Guidance())
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.contexts[0], "patch", Interrupted(rig.contexts[0].patch, where))
+        with pytest.raises(KeyboardInterrupt):
+            rig.engine.step(300)  # a fork, whose plan would leave out rows of the next decode
+    rig.engine.prefill(prompt, Guidance(alpha=0.0))
+    np.testing.assert_array_equal(rig.engine.original_logits, plain.prefill(prompt))
+    plain.close()
+    check(rig, prompt, Guidance())

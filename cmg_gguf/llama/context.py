@@ -212,15 +212,15 @@ class LlamaContext:
         if plan is None:
             yield
             return
-        with _patch_errors():
-            self.patch.begin(plan)
-        try:
+        try:  # from the first to the last: a plan that an interrupt left behind would mask others
+            with _patch_errors():
+                self.patch.begin(plan)
             yield
+            with _patch_errors():
+                self.patch.end()
         except BaseException:
             self.patch.abandon()
             raise
-        with _patch_errors():
-            self.patch.end()
 
 
 def usable_threads() -> int:
