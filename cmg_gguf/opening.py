@@ -54,7 +54,7 @@ class PairOptions:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A language model and its image projector, opened. paired: both branches in one context."""
+    """A language model and its image projector, opened, and the contexts of its engine."""
 
     model: Model
     projector: Projector
@@ -158,9 +158,8 @@ def _is_paired(options: PairOptions, model: Model) -> bool:
 
 def _template(model: Model, chosen: str | None) -> ChatTemplate:
     # The tokenizer writes BOS itself where the model wants one.
-    adds_bos = llama_cpp.llama_vocab_get_add_bos(model.vocab)
     texts = {
-        "bos": "" if adds_bos else model.special_text("bos"),
+        "bos": "" if model.adds_bos else model.special_text("bos"),
         "eos": model.special_text("eos"),
     }
     source = chosen if chosen is not None else model.chat_template() or DEFAULT_TEMPLATE

@@ -4,7 +4,7 @@ def step(self, token) -> Decodes:          # a session's side
     decoded = yield Batch(...)
     use(decoded.logits)
 
-engine.run(session.step(token))            # the engine's side: decodes each batch that comes
+engine.step(session, token)            # the engine's side: decodes each batch that comes
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """One answer: where it stands in both branches, and which rows it wants decoded next.
 
-    engine.run(session.prefill())      # the prompt
+    engine.prefill(session)            # runs session.prefill(): the prompt
     session.l_o                        # (n_vocab,) float32: logits of the newest row
-    engine.run(session.catch_up())     # degraded rows that wait, if any
+    engine.degraded(session)           # runs session.catch_up(): degraded rows that wait, if any
     session.l_d                        # the same of the degraded branch; None while it waits
-    engine.run(session.step(token))    # one token more
+    engine.step(session, token)        # runs session.step(token): one token more
 
 `prefill`, `catch_up` and `step` decode nothing: they are generators that yield batches and are sent
 what came of them (`cmg_gguf.engine.batch`). A session knows its two branches and no other session.

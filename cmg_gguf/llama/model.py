@@ -41,6 +41,7 @@ class Model:
         self.n_embd: int = llama_cpp.llama_model_n_embd_inp(handle)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(handle)
         self.size: int = llama_cpp.llama_model_size(handle)
+        self.adds_bos: bool = llama_cpp.llama_vocab_get_add_bos(self.vocab)
         self.has_recurrent_layers: bool = llama_cpp.llama_model_is_recurrent(
             handle
         ) or llama_cpp.llama_model_is_hybrid(handle)
