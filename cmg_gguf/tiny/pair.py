@@ -37,5 +37,5 @@ def embedded_guidance() -> Guidance:
 
 
 def settings_file() -> Path:
-    """Those settings as a file: see `cmg_gguf.settings`."""
+    """Those settings as a file: see `cmg_gguf.guidance.load_settings`."""
     return FOLDER / f"{NAME}.settings.json"
