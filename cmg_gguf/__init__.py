@@ -63,6 +63,7 @@ __all__ = [
     "LowestCosine",
     "MeanStd",
     "ModelError",
+    "Outcome",
     "Piece",
     "ProjectorError",
     "PromptError",
@@ -79,7 +80,17 @@ __all__ = [
 ]
 
 # What is imported on first use, llama.cpp with it: `cmg-gguf --help` needs none. Light ones first.
-_MODULES = ("errors", "guidance", "sampling", "reply", "request", "stream", "vlm", "handler")
+_MODULES = (
+    "errors",
+    "guidance",
+    "sampling",
+    "reply",
+    "request",
+    "stream",
+    "many",
+    "vlm",
+    "handler",
+)
 
 
 def __getattr__(name: str) -> Any:

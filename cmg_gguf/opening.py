@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import llama_cpp
 
-from cmg_gguf import _core
 from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.engine import Engine
 from cmg_gguf.engine.prefix_cache import PrefixCache
@@ -25,6 +24,12 @@ Pairing = Literal["auto", "pair", "contexts"]
 Strategy = Literal["auto", "exact", "approximate"]
 
 DEFAULT_TEMPLATE = "vicuna"
+PARALLEL_ON_CPU = 4
+"""A CPU's kernels take rows by four, and four answers fill them."""
+PARALLEL_ON_DEVICE = 8
+"""A device computes more rows at the price of one, but the answers share one context's cells."""
+MAX_PARALLEL = 64
+"""Each takes two of llama.cpp's 256 sequences."""
 MAX_PREFIXES = 8
 """Most prompts whose KV cells are kept: each takes two of llama.cpp's sequences."""
 IMAGE_CACHE_BYTES = 64 * 2**20
@@ -41,9 +46,15 @@ class PairOptions:
     prefix_cells: int | None = None
     image_cache_bytes: int = IMAGE_CACHE_BYTES
     strategy: Strategy = "auto"
+    n_parallel: int | None = None
     use_gpu: bool = True
 
     def __post_init__(self) -> None:
+        if self.n_parallel is not None and not 1 <= self.n_parallel <= MAX_PARALLEL:
+            raise UnsupportedError(
+                f"n_parallel={self.n_parallel} is out of range: 1 to {MAX_PARALLEL}, or None for "
+                f"{PARALLEL_ON_CPU} on a CPU and {PARALLEL_ON_DEVICE} on an accelerator"
+            )
         if self.pairing not in ("auto", "pair", "contexts"):
             raise UnsupportedError(f"pairing={self.pairing!r} is unknown: auto, pair or contexts")
         if self.strategy not in STEPS:
@@ -61,6 +72,7 @@ class Pair:
     template: ChatTemplate
     engine: Engine
     contexts: tuple[LlamaContext, ...]
+    n_parallel: int
 
     def close(self) -> None:
         """Frees contexts, image encoder and weights. Nothing of it may be used afterwards."""
@@ -86,28 +98,27 @@ def open_pair(
         n_threads=context.n_threads,
         cache_bytes=options.image_cache_bytes,
     )
-    selections = _core.Selections(model.n_layer)
     # A recurrent state cannot be cut back to where two prompts part.
     keeps = options.prefix_cells != 0 and not model.has_recurrent_layers
-    n_slots = MAX_PREFIXES if keeps else 0
-
-    def opened(n_seq_max: int) -> LlamaContext:
-        return LlamaContext(model, projector, selections, context, n_seq_max=n_seq_max)
-
+    n_parallel, n_slots = _n_parallel(options, model), MAX_PREFIXES if keeps else 0
+    n_seqs = n_parallel + n_slots
     contexts: tuple[LlamaContext, ...]
     if paired:
-        contexts = (opened(2 + 2 * n_slots),)
-        branches = Branches(Branch(contexts[0], 0), Branch(contexts[0], 1))
-        slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
+        contexts = (LlamaContext(model, context, n_seq_max=2 * n_seqs),)
+        seqs = [(2 * i, 2 * i + 1) for i in range(n_seqs)]
     else:
-        contexts = (opened(1 + n_slots), opened(1))
-        branches = Branches(Branch(contexts[0], 0), Branch(contexts[1], 0))
-        slots = [(1 + i, 0) for i in range(n_slots)]
-    max_cells = _checked_cells(options.prefix_cells, contexts[0].n_ctx)
-    prefixes = PrefixCache(branches, slots, max_cells)
+        contexts = (
+            LlamaContext(model, context, n_seq_max=n_seqs),
+            LlamaContext(model, context, n_seq_max=n_parallel),
+        )
+        seqs = [(i, i if i < n_parallel else 0) for i in range(n_seqs)]
+    first, second = contexts[0], contexts[-1]
+    lanes = [Branches(Branch(first, a), Branch(second, b)) for a, b in seqs[:n_parallel]]
+    max_cells = _checked_cells(options.prefix_cells, first.n_ctx)
+    prefixes = PrefixCache((first, second), seqs[n_parallel:], max_cells)
     strategy = STEPS[options.strategy] if paired else EAGER
-    engine = Engine(branches, selections, prefixes, strategy=strategy)
-    return Pair(model, projector, template, engine, contexts)
+    engine = Engine(lanes, prefixes, strategy=strategy)
+    return Pair(model, projector, template, engine, contexts, n_parallel)
 
 
 def open_files(
@@ -154,6 +165,15 @@ def _is_paired(options: PairOptions, model: Model) -> bool:
             'use "exact"'
         )
     return paired
+
+
+def _n_parallel(options: PairOptions, model: Model) -> int:
+    if options.n_parallel is not None:
+        return options.n_parallel
+    if model.has_recurrent_layers:
+        return 1  # their rows never share a decode
+    on_device = options.use_gpu and llama_cpp.llama_supports_gpu_offload()
+    return PARALLEL_ON_DEVICE if on_device else PARALLEL_ON_CPU
 
 
 def _template(model: Model, chosen: str | None) -> ChatTemplate:

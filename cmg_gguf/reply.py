@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.guidance import Guidance
 
 FinishReason = Literal["stop", "length"]
@@ -60,7 +61,9 @@ class Reply:
     without the end token.
     finish_reason: "stop" (end token or stop string), "length" (max_tokens, or the context is full).
     layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
-    prompt tokens whose KV cells were there from an earlier prompt that began alike.
+    prompt tokens whose KV cells were there from an earlier prompt that began alike. scores: of the
+    first `Request.n_scores` draws, the end token's included: (n_vocab,) float32, the logits under
+    guidance before the plausibility cut and all samplers.
     """
 
     text: str
@@ -73,6 +76,7 @@ class Reply:
     seed: int
     seconds: Seconds
     n_reused_tokens: int = 0
+    scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def n_changed(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from cmg_gguf.errors import PromptError, SamplingError, shown
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.images import ImageSource
-from cmg_gguf.sampling import LogitsProcessor, Sampling, Watch
+from cmg_gguf.sampling import LogitsProcessor, Sampling
 
 Messages = Sequence[Mapping[str, Any]]
 """Chat messages as in OpenAI's API."""
@@ -47,8 +47,9 @@ class Request:
     the answer. raw: `prompt` is the full text for the model, without template: special tokens
     are special in it, and each "<__media__>" stands for one image. top_logprobs: None = no
     log-probabilities, else how many alternatives a token. logits_processors: change the logits that
-    are drawn from, before everything else in the chain. watch: called before each draw, see
-    `cmg_gguf.sampling.Watch`.
+    are drawn from, before everything else in the chain; called while other answers wait, so they
+    must be quick. n_scores: of so many tokens from the first on, the reply has the scores of the
+    whole vocabulary. salt: kept prompts and images are found by requests of the same salt alone.
 
     Raises PromptError or SamplingError for what cannot be.
     """
@@ -64,7 +65,8 @@ class Request:
     raw: bool = False
     top_logprobs: int | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
-    watch: Watch | None = None
+    n_scores: int = 0
+    salt: str | None = None
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, self.images, raw=self.raw)
@@ -75,6 +77,8 @@ class Request:
             raise PromptError(
                 f"max_tokens={self.max_tokens} is out of range: 1 and up, or None for no limit"
             )
+        if self.n_scores < 0:
+            raise SamplingError(f"n_scores={self.n_scores} is out of range: 0 and up")
         if self.top_logprobs is not None and self.top_logprobs < 0:
             raise SamplingError(f"top_logprobs={self.top_logprobs} is out of range: 0 and up")
 

@@ -24,10 +24,6 @@ from cmg_gguf.errors import SamplingError, shown
 LogitsProcessor = Callable[[IntArray, FloatArray], FloatArray]
 """(tokens so far (n,) int32, logits (n_vocab,) float32) -> logits (n_vocab,) float32."""
 
-Watch = Callable[[IntArray, Callable[[], FloatArray]], None]
-"""(tokens so far (n,) int32, score). score() computes (n_vocab,) float32: the logits under guidance
-before the plausibility cut and all samplers; only for as long as the call lasts."""
-
 MAX_SEED = 2**32 - 2
 
 MAX_BIAS = 1e9

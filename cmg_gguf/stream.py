@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from cmg_gguf.answer.generate import Answer, generate
-from cmg_gguf.answer.notifier import Notifier
-from cmg_gguf.answer.turns import Turns
-from cmg_gguf.arrays import IntArray
+from cmg_gguf.answer.generate import Generation
+from cmg_gguf.answer.outbox import End, Outbox
+from cmg_gguf.answer.scheduler import Admission, Encoding, Scheduler, Steps
+from cmg_gguf.engine.contrast import ContrastSession
 from cmg_gguf.engine.engine import AnySession
 from cmg_gguf.engine.session import Session
 from cmg_gguf.errors import BackendError
+from cmg_gguf.llama.projector import PromptEncoding
 from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.llama.sampler import Sampler
 from cmg_gguf.opening import Pair
@@ -27,43 +30,44 @@ from cmg_gguf.sampling import MAX_SEED
 Phase = Literal["load", "encode", "prefill"]
 Progress = Callable[[Phase, int, int], None]
 """progress(phase, done, total): "load" in percent, "encode" in image tokens, "prefill" in rows.
-Called from a thread of its own, so it may wait for others that use the model."""
+Called by the thread that waits for the answer, while it waits; what it raises ends the answer."""
+
+ANSWER_SHARE = 0.5
+"""Share of `max_tokens` for which there must be room where an answer begins beside others."""
+TOKENS_IF_UNLIMITED = 256
+"""What counts as `max_tokens` there, where a request sets none."""
 
 
 class Stream(Iterator[Piece]):
     """The pieces of an answer as they are generated; `reply` has the whole when they are done.
 
-    close() ends it early; so does dropping it, or a new request. Its KV cells are free then, but
-    for those that are kept for a prompt that begins alike.
+    The answer goes on whether it is read or not; pieces wait. close() ends it early, and so does
+    dropping it: its KV cells are free before the next token, but for those that are kept for a
+    prompt that begins alike.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        # The generator holds the run and not this object: dropping this object ends it at once.
-        self._pieces = run.pieces()
+        self._text = ""
+        # The scheduler holds the run and not this object: dropping this object ends it.
+        self._finalizer = weakref.finalize(self, run.cancel)
 
     def __next__(self) -> Piece:
-        with self._run.turns:
-            piece = next(self._pieces, None)
-        self._run.notifier.settle()
+        piece = self._run.next_piece() if self._finalizer.alive else None
         if piece is None:
             raise StopIteration
+        self._text += piece.text
         return piece
 
     def close(self) -> None:
-        """Ends the answer here. Does nothing if it has ended."""
-        with self._run.turns:
-            self._pieces.close()
+        """Ends the answer here: its KV cells are free. Does nothing if it has ended."""
+        self._finalizer()
+        self._run.settle()
 
     @property
     def text(self) -> str:
-        """What has been said so far."""
-        return self._run.answer.text
-
-    def attended(self) -> tuple[IntArray, ...]:
-        """The image tokens masked for the newest row of the degraded branch: (n,) int32 for each
-        masked layer, ascending; () without guidance, before the first piece and behind the last."""
-        return self._run.attended()
+        """What has been read so far."""
+        return self._text
 
     @property
     def reply(self) -> Reply:
@@ -73,112 +77,195 @@ class Stream(Iterator[Piece]):
         return self._run.reply
 
 
+@dataclass(frozen=True)
+class _Told:
+    """How far a phase is."""
+
+    phase: Phase
+    done: int
+    total: int
+
+
 class Run:
-    """One answer in the making. reply: None until it is finished."""
+    """One answer in the making: see `cmg_gguf.answer.scheduler.Work`. reply: None until it is
+    finished."""
 
     def __init__(
         self,
         pair: Pair,
-        turns: Turns,
+        scheduler: Scheduler,
         request: Request,
-        progress: Progress | None,
+        progress: Progress | None = None,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises what is wrong with the request: PromptError, ImageError, ContextLengthError,
-        GuidanceError, SamplingError."""
+        """at_end: called once nothing of it will come any more.
+
+        Raises what is wrong with the request: PromptError, ImageError, ContextLengthError,
+        GuidanceError, SamplingError; ModelError if the model is closed.
+        """
+        self.cancelled = False
+        self.reply: Reply | None = None
+        self._pair, self._scheduler, self._request = pair, scheduler, request
+        self._progress, self._at_end = progress, at_end
         sampling, guidance = request.sampling, request.guidance
-        self.turns, self.notifier = turns, Notifier(progress)
-        self._pair, self._request = pair, request
         self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
-        with turns:
-            turns.check()
+        self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive)
+        with scheduler.held_open():
             self._prompt, self._contrasted = _prompts(pair, request)
-            self._sampler = Sampler(
+            sampler = Sampler(
                 pair.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
             )
-        self._session: AnySession | None = None
-        self.answer = Answer()
-        self.reply: Reply | None = None
+        self._generation = Generation(
+            sampler, pair.model, request, self._outbox.put, scheduler.check
+        )
+        self._seconds = Seconds()
 
     def whole(self) -> Reply:
-        """The answer at once, in one turn."""
-        with self.turns, closing(self.pieces()) as pieces:
-            for _ in pieces:
+        """The answer at once."""
+        try:
+            while self.next_piece() is not None:
                 pass
-        self.notifier.settle()
-        assert self.reply is not None
+        except BaseException:
+            self.cancel()
+            self.settle()
+            raise
+        if self.reply is None:
+            raise BackendError("the answer was ended before it was finished")
         return self.reply
 
-    def pieces(self) -> Generator[Piece, None, None]:
-        """The answer; whoever asks for a piece has the turn."""
-        self.turns.check()
-        number, engine = self.turns.begin(), self._pair.engine
+    def next_piece(self) -> Piece | None:
+        """The next piece; waits for it. None behind the last. Raises what ended the answer."""
+        while True:
+            event = self._outbox.get()
+            if isinstance(event, End):
+                if event.error is not None:
+                    raise event.error
+                return None
+            if isinstance(event, Piece):
+                return event
+            try:
+                if self._progress is not None:
+                    self._progress(event.phase, event.done, event.total)
+            except BaseException:
+                self.cancel()
+                self.settle()
+                raise
 
-        def check() -> None:
-            self.turns.check(number)
-            self.notifier.rethrow()
+    def settle(self) -> None:
+        """Waits until nothing of it will come any more, and passes over what does; not where it
+        would wait for itself."""
+        while not (self._scheduler.is_mine or isinstance(self._outbox.get(), End)):
+            pass
 
+    def cancel(self) -> None:
+        """Nobody wants it any more: it ends before its next token. Never waits: for finalizers."""
+        self.cancelled = True
+
+    def admission(self) -> Admission:
+        """Whether it may begin beside the answers under way."""
+        engine, n_cells = self._pair.engine, self._n_cells()
+        if self._contrasted is not None:
+            return "go" if engine.fits(n_cells) else "full"
+        if engine.decodes_pictures_of(self._prompt):
+            return "soon"
+        return "go" if engine.fits(n_cells, self._prompt, self._request.guidance) else "full"
+
+    def steps(self) -> Steps:
+        """The whole answer, or what is left of it where it was dropped to make room."""
+        engine = self._pair.engine
+        session: AnySession | None = None
         try:
             started = time.perf_counter()
-            session, prompt = self._opened(check)
+            if self._contrasted is None:
+                session = opened = self._opened()
+                prompt = yield from self._encoded(self._prompt, opened.first_row)
+            else:
+                prompt = yield from self._encoded(self._prompt)
+                contrasted = yield from self._encoded(self._contrasted)
+                session = self._opened_contrast(prompt, contrasted)
             encoded = time.perf_counter()
-            engine.prefill(session, prompt, self._telling("prefill", check))
-            prefilled = time.perf_counter()
-            self._session = session
-            model = self._pair.model
-            yield from generate(
-                engine, session, self._sampler, model, self._request, self.answer, check
-            )
-            seconds = Seconds(encoded - started, prefilled - encoded, self.answer.seconds)
-            self.reply = self._finished(session, seconds)
+            yield from self._prefilled(session, prompt)
+            self._seconds = Seconds(encoded - started, time.perf_counter() - encoded)
+            yield from self._generation.run(session)
+            self.reply = self._finished(session)
+        except Exception:
+            if session is not None:
+                engine.drop(session)
+            raise
         finally:
-            self._session = None
-            self.notifier.stop()
-            with self.turns.if_free() as free:
-                if free and self.turns.is_newest(number):
-                    engine.end()
+            if session is not None:
+                engine.end(session)
 
-    def attended(self) -> tuple[IntArray, ...]:
-        """See `Stream.attended`."""
-        return self._session.attended() if isinstance(self._session, Session) else ()
+    def ended(self, error: BaseException | None) -> None:
+        """Nothing of it will come any more."""
+        self._outbox.end(error)
+        self._at_end()
 
-    def _opened(self, check: Callable[[], None]) -> tuple[AnySession, Prompt]:
-        """The session, and its prompt with all images encoded that are not there already."""
-        engine, projector = self._pair.engine, self._pair.projector
-        telling = self._telling("encode", check)
-        if self._contrasted is not None:
-            engine.end()  # what an older answer leaves is of no use to this one
-            prompt = projector.encode(self._prompt, telling)
-            contrasted = projector.encode(self._contrasted, telling)
-            return engine.open_contrast(prompt, contrasted), prompt
-        session = engine.open(self._prompt, self._request.guidance)
-        return session, projector.encode(self._prompt, telling, first_row=session.first_row)
+    def _n_cells(self) -> int:
+        """KV cells of the prompt, and of as much of the answer as there is or should fit."""
+        engine, n_said = self._pair.engine, self._generation.n_said
+        limit = self._request.max_tokens or TOKENS_IF_UNLIMITED
+        n_tokens = n_said + max(1, round(ANSWER_SHARE * (limit - n_said)))
+        if self._contrasted is None:
+            return engine.cells(self._prompt, self._request.guidance, n_tokens)
+        return engine.contrast_cells(self._prompt, self._contrasted, n_tokens)
 
-    def _telling(self, phase: Phase, check: Callable[[], None]) -> Callable[[int, int], None]:
-        def tell(done: int, total: int) -> None:
-            check()  # somebody may have closed the model
-            self.notifier(phase, done, total)
+    def _opened(self) -> Session:
+        guidance, n_cells = self._request.guidance, self._n_cells()
+        return self._pair.engine.open(self._prompt, guidance, n_reserved=n_cells)
 
-        return tell
+    def _opened_contrast(self, original: Prompt, degraded: Prompt) -> ContrastSession:
+        n_cells = self._n_cells()
+        return self._pair.engine.open_contrast(original, degraded, n_reserved=n_cells)
 
-    def _finished(self, session: AnySession, seconds: Seconds) -> Reply:
+    def _encoded(self, prompt: Prompt, first_row: int = 0) -> Generator[Any, Any, Prompt]:
+        """The prompt with its images encoded, one at a time, from `first_row` on."""
+        encoding = PromptEncoding(self._pair.projector, prompt, first_row)
+        while not encoding.is_done:
+            yield Encoding(encoding.encode_next)
+            self._outbox.put(_Told("encode", encoding.done, encoding.total))
+        return encoding.prompt
+
+    def _prefilled(self, session: AnySession, prompt: Prompt) -> Steps:
+        """Decodes the prompt, and tells how far that is."""
+        done, total = 0, session.n_ahead
+        decodes = self._pair.engine.prefilling(session, prompt)
+        with closing(decodes):
+            batch = next(decodes, None)
+            while batch is not None:
+                came = yield batch
+                done += batch.n_rows
+                self._outbox.put(_Told("prefill", done, total))
+                try:
+                    batch = decodes.send(came)
+                except StopIteration:
+                    return
+
+    def _finished(self, session: AnySession) -> Reply:
+        answer = self._generation.answer
         return Reply(
-            text=self.answer.text,
-            tokens=tuple(self.answer.tokens),
-            finish_reason=self.answer.finish_reason,
+            text=answer.text,
+            tokens=tuple(answer.tokens),
+            finish_reason=answer.finish_reason,
             n_prompt_tokens=self._prompt.n_tokens,
             n_image_tokens=self._prompt.n_image_tokens,
             n_reused_tokens=session.n_reused,
             guidance=self._request.guidance,
             layers=session.layers,
             seed=self._seed,
-            seconds=seconds,
+            seconds=replace(self._seconds, decode=answer.seconds),
+            scores=tuple(answer.scores),
         )
 
 
 def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
     """Of the request, and of the degraded branch where it has one of its own; both fit."""
     tokens_of = partial(
-        tokenized, raw=request.raw, template=pair.template, projector=pair.projector
+        tokenized,
+        raw=request.raw,
+        salt=request.salt,
+        template=pair.template,
+        projector=pair.projector,
     )
     prompt, contrast = tokens_of(request.prompt, request.images), request.contrast
     if contrast is None:

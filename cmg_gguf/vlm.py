@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
-from cmg_gguf.answer.turns import Turns
+from cmg_gguf.answer.scheduler import Scheduler
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
 from cmg_gguf.llama.context import ContextOptions, usable_threads
 from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
+from cmg_gguf.llama.prompts import tokenized
+from cmg_gguf.many import Outcome, generate_many
 from cmg_gguf.opening import (
     IMAGE_CACHE_BYTES,
     Pair,
@@ -25,6 +27,7 @@ from cmg_gguf.opening import (
     open_on_llama,
 )
 from cmg_gguf.prompt.images import ImageSource
+from cmg_gguf.prompt.segments import Prompt
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Messages, Request, request_from
 from cmg_gguf.stream import Progress, Run, Stream
@@ -50,12 +53,12 @@ class GuidedVLM:
     by the engine's own clock; "exact" = both branches at every step, in one fixed way: the same
     request gives the same bits whatever the clock says; both give the same tokens, but for
     rounding. "approximate" = rows that waited in vain are never decoded: cheaper, and other tokens,
-    see `cmg_gguf.engine.steps`. verbose: llama.cpp's log on stderr. The others: see
+    see `cmg_gguf.engine.steps`. n_parallel: answers that are made at once, sharing n_ctx; None = 4
+    on a CPU, 8 on an accelerator. verbose: llama.cpp's log on stderr. The others: see
     `ContextOptions`.
 
-    One request at a time: whoever asks meanwhile waits for its turn. A new one ends a stream that
-    is still open, whose next use raises BackendError. Raises ModelError, ProjectorError,
-    BackendError, PromptError (template).
+    Any number of threads may ask; requests beyond n_parallel, or beyond what n_ctx has room for,
+    wait in order. Raises ModelError, ProjectorError, BackendError, PromptError (template).
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class GuidedVLM:
         prefix_cells: int | None = None,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         strategy: Strategy = "auto",
+        n_parallel: int | None = None,
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -87,6 +91,7 @@ class GuidedVLM:
             prefix_cells=prefix_cells,
             image_cache_bytes=image_cache_bytes,
             strategy=strategy,
+            n_parallel=n_parallel,
             use_gpu=n_gpu_layers != 0,
         )
         set_verbose(verbose)
@@ -120,9 +125,9 @@ class GuidedVLM:
 
         The weights are shared; the KV cache is not, for the patch must be in a context from the
         start. Its settings are those of `llama`'s. options: chat_template, pairing, prefix_cells,
-        image_cache_bytes, strategy as in `GuidedVLM`; use_gpu = False keeps the image encoder on
-        the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that belongs to its own
-        context.
+        image_cache_bytes, strategy, n_parallel as in `GuidedVLM`; use_gpu = False keeps the image
+        encoder on the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that belongs
+        to its own context.
         """
         vlm = cls.__new__(cls)
         vlm._set_up(open_on_llama(llama, mmproj_path, PairOptions(**options)))
@@ -132,7 +137,8 @@ class GuidedVLM:
         return vlm
 
     def _set_up(self, pair: Pair) -> None:
-        self._pair, self._turns = pair, Turns()
+        self._pair = pair
+        self._scheduler = Scheduler(pair.engine, pair.n_parallel)
         self.model, self.projector = pair.model, pair.projector
         self.template, self.engine = pair.template, pair.engine
         self.n_ctx = pair.contexts[0].n_ctx
@@ -141,19 +147,15 @@ class GuidedVLM:
         """Pixels a side of what the image encoder sees; 0 where its file does not say."""
 
     def close(self) -> None:
-        """Frees contexts, image encoder and weights. An answer under way ends with ModelError. The
-        object is of no use afterwards."""
-        self._turns.close()
-        with self._turns:
-            self._pair.close()
+        """Frees contexts, image encoder and weights. Answers under way and those that wait end with
+        ModelError. The object is of no use afterwards."""
+        self._scheduler.close()
+        self._pair.close()
 
     def forget(self) -> None:
-        """Lets all kept prompts and images go. Ends an open stream, as a new request does."""
-        with self._turns:
-            self._turns.check()
-            self._turns.begin()
-            self.engine.reset()
-            self.engine.prefixes.forget()
+        """Lets all kept prompts and images go; answers under way go on."""
+        with self._scheduler.held_open():
+            self.engine.forget()
             self.projector.embeddings.clear()
 
     def __enter__(self) -> GuidedVLM:
@@ -171,7 +173,21 @@ class GuidedVLM:
         **settings: Any,
     ) -> Reply:
         """The whole answer at once. Takes and raises what `stream` does."""
-        return self._run(prompt, images, progress, settings).whole()
+        return self._run(request_from(prompt, images, settings), progress).whole()
+
+    def generate_many(self, requests: Iterable[Request]) -> Iterator[Outcome]:
+        """What comes of each request, as they finish, up to n_parallel at once.
+
+            for outcome in vlm.generate_many(Request("Describe it.", [p]) for p in pictures):
+                print(outcome.index, outcome.reply.text if outcome.reply else outcome.error)
+
+        requests: of any length; no more are taken than can be worked on. A request that cannot be
+        answered is an outcome with an error and stops nothing. Raises ModelError where the model is
+        closed meanwhile. An iterator that is dropped ends what is under way.
+        """
+        return generate_many(
+            lambda request, at_end: self._run(request, at_end=at_end), requests, self._scheduler
+        )
 
     def stream(
         self,
@@ -181,14 +197,22 @@ class GuidedVLM:
         progress: Progress | None = None,
         **settings: Any,
     ) -> Stream:
-        """An answer as it comes: iterate over its pieces, then read `.reply`.
+        """An answer as it comes: iterate over its pieces, then read `.reply`. It goes on whether it
+        is read or not.
 
         prompt, images, settings: as in `Request`, or one made before; a setting that is None is the
         default. What is wrong with the request is raised here, before anything is computed:
         PromptError, ContextLengthError, ImageError, GuidanceError, SamplingError. While iterating:
         BackendError.
         """
-        return Stream(self._run(prompt, images, progress, settings))
+        return Stream(self._run(request_from(prompt, images, settings), progress))
+
+    def tokenize(
+        self, prompt: str | Messages, images: Sequence[ImageSource] = (), *, raw: bool = False
+    ) -> Prompt:
+        """The prompt for `engine`, as `Request` has it; its images are read, but not encoded: see
+        `projector.encode`. Raises PromptError, ImageError."""
+        return tokenized(prompt, images, raw=raw, template=self.template, projector=self.projector)
 
     def create_chat_completion(
         self,
@@ -213,9 +237,10 @@ class GuidedVLM:
 
     def _run(
         self,
-        prompt: str | Messages | Request,
-        images: Sequence[ImageSource],
-        progress: Progress | None,
-        settings: Mapping[str, Any],
+        request: Request,
+        progress: Progress | None = None,
+        at_end: Callable[[], None] = lambda: None,
     ) -> Run:
-        return Run(self._pair, self._turns, request_from(prompt, images, settings), progress)
+        run = Run(self._pair, self._scheduler, request, progress, at_end)
+        self._scheduler.submit(run)
+        return run

@@ -1,6 +1,7 @@
 #include "bindings.hpp"
 #include "graph_patch.hpp"
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -22,38 +23,38 @@ std::vector<char> layer_flags(const std::vector<int32_t> & layers, int32_t n_lay
 }
 
 std::vector<Row> to_rows(const Array<int32_t> & rows) {
-    if (rows.ndim() != 2 || rows.shape(1) != 4) {
-        throw std::invalid_argument("rows is [n_rows, 4]: seq, image_token, observe, mask");
+    if (rows.ndim() != 2 || rows.shape(1) != 6) {
+        throw std::invalid_argument(
+            "rows is [n_rows, 6]: seq, part, image_token, observe, mask, residual");
     }
     std::vector<Row> out;
     const auto at = rows.unchecked<2>();
     for (py::ssize_t r = 0; r < rows.shape(0); r++) {
-        out.push_back({at(r, 0), at(r, 1), at(r, 2), at(r, 3)});
+        out.push_back({at(r, 0), at(r, 1), at(r, 2), at(r, 3), at(r, 4), at(r, 5)});
     }
     return out;
 }
 
-Plan new_plan(const Array<int32_t> & rows, int32_t n_layer, const std::vector<int32_t> & observe,
-              const std::vector<int32_t> & mask, const TokenPolicy & policy, int32_t n_image_tokens,
-              bool keep_influence, bool read_residual, std::optional<ForkPlan> fork) {
-    Plan plan;
-    plan.rows = to_rows(rows);
-    plan.observe_layers = layer_flags(observe, n_layer);
-    plan.mask_layers = layer_flags(mask, n_layer);
-    plan.policy = policy;
-    plan.n_image_tokens = n_image_tokens;
-    plan.keep_influence = keep_influence;
-    plan.read_residual = read_residual;
-    plan.fork = fork.value_or(ForkPlan{});
-    return plan;
+Part new_part(std::shared_ptr<Selections> selections, const TokenPolicy & policy,
+              int32_t n_image_tokens, const std::vector<int32_t> & observe,
+              const std::vector<int32_t> & mask, std::shared_ptr<Residuals> residuals,
+              bool keep_influence, bool read_residual) {
+    Part part;
+    part.policy = policy;
+    part.n_image_tokens = n_image_tokens;
+    part.observe_layers = layer_flags(observe, selections->n_layer());
+    part.mask_layers = layer_flags(mask, selections->n_layer());
+    part.selections = std::move(selections);
+    part.residuals = std::move(residuals);
+    part.keep_influence = keep_influence;
+    part.read_residual = read_residual;
+    return part;
 }
 
-void begin(GraphPatch & patch, const Plan & plan) {
-    if (static_cast<int32_t>(plan.mask_layers.size()) != patch.n_layer()) {
-        throw std::invalid_argument("a plan for " + std::to_string(plan.mask_layers.size()) +
-                                    " layers, a patch for " + std::to_string(patch.n_layer()));
-    }
-    patch.begin(plan);
+Plan new_plan(const Array<int32_t> & rows, std::vector<Part> parts, std::optional<ForkPlan> fork) {
+    Plan plan{to_rows(rows), std::move(parts), fork.value_or(ForkPlan{})};
+    check_plan(plan);
+    return plan;
 }
 
 std::vector<int64_t> cells(GraphPatch & patch, int32_t seq, int32_t il) {
@@ -64,15 +65,14 @@ std::vector<int64_t> cells(GraphPatch & patch, int32_t seq, int32_t il) {
     return patch.ledger().cells(seq, il);
 }
 
-} // namespace
-
-void bind_graph_patch(py::module_ & m) {
+void bind_selections(py::module_ & m) {
     py::class_<Selections, std::shared_ptr<Selections>>(m, "Selections")
         .def(py::init<int32_t>(), py::arg("n_layer"))
         .def("resize", &Selections::resize, py::arg("n_slots"))
         .def("keep_last", &Selections::keep_last)
         .def("grow", &Selections::grow, py::arg("n_slots"))
         .def("__len__", &Selections::size)
+        .def_property_readonly("n_layer", &Selections::n_layer)
         .def_property_readonly("n_bytes", &Selections::n_bytes)
         .def("tokens", [](const Selections & s, int32_t slot,
                           int32_t il) { return to_array(s.tokens(slot, il)); })
@@ -80,23 +80,36 @@ void bind_graph_patch(py::module_ & m) {
              [](Selections & s, int32_t slot, int32_t il, const Array<int32_t> & tokens) {
                  s.set_tokens(slot, il, {tokens.data(), tokens.data() + tokens.size()});
              })
-        .def("influence", [](const Selections & s, int32_t slot, int32_t il) {
-            return to_array(s.influence(slot, il));
-        });
+        .def("influence", [](const Selections & s, int32_t slot,
+                             int32_t il) { return to_array(s.influence(slot, il)); })
+        .def_property_readonly("cosines",
+                               [](const Selections & s) { return to_array(s.cosines()); });
+    py::class_<Residuals, std::shared_ptr<Residuals>>(m, "Residuals").def(py::init<>());
+}
+
+void bind_plan(py::module_ & m) {
+    py::class_<Part>(m, "Part").def(
+        py::init(&new_part), py::kw_only(), py::arg("selections").none(false), py::arg("policy"),
+        py::arg("n_image_tokens"), py::arg("observe_layers") = std::vector<int32_t>{},
+        py::arg("mask_layers") = std::vector<int32_t>{},
+        py::arg("residuals") = std::shared_ptr<Residuals>(), py::arg("keep_influence") = false,
+        py::arg("read_residual") = false);
     py::class_<ForkPlan>(m, "ForkPlan")
-        .def(py::init([](int32_t layer, int32_t n_below, std::vector<int32_t> slots, bool survey) {
-                 return ForkPlan{layer, n_below, std::move(slots), survey};
+        .def(py::init([](int32_t layer, int32_t n_below, bool survey) {
+                 return ForkPlan{layer, n_below, survey};
              }),
-             py::kw_only(), py::arg("layer"), py::arg("n_below"), py::arg("slots"),
-             py::arg("survey") = false);
-    py::class_<Plan>(m, "Plan").def(
-        py::init(&new_plan), py::arg("rows"), py::kw_only(), py::arg("n_layer"),
-        py::arg("observe_layers"), py::arg("mask_layers"), py::arg("policy"),
-        py::arg("n_image_tokens"), py::arg("keep_influence") = false,
-        py::arg("read_residual") = false, py::arg("fork") = std::nullopt);
+             py::kw_only(), py::arg("layer"), py::arg("n_below"), py::arg("survey") = false);
+    py::class_<Plan>(m, "Plan").def(py::init(&new_plan), py::arg("rows"), py::arg("parts"),
+                                    py::kw_only(), py::arg("fork") = std::nullopt);
+}
+
+} // namespace
+
+void bind_graph_patch(py::module_ & m) {
+    bind_selections(m);
+    bind_plan(m);
     py::class_<GraphPatch>(m, "GraphPatch")
-        .def(py::init<int32_t, std::shared_ptr<Selections>, int32_t>(), py::arg("n_layer"),
-             py::arg("selections"), py::arg("n_threads") = 1)
+        .def(py::init<int32_t, int32_t>(), py::arg("n_layer"), py::arg("n_threads") = 1)
         .def_property_readonly("callback",
                                [](const GraphPatch &) {
                                    return reinterpret_cast<std::uintptr_t>(&GraphPatch::callback);
@@ -109,18 +122,16 @@ void bind_graph_patch(py::module_ & m) {
             [](const GraphPatch & patch) { return patch.observation().n_boundaries(); })
         .def_property_readonly("n_masks",
                                [](const GraphPatch & patch) { return patch.masking().n_masks(); })
-        .def_property_readonly("cosines",
-                               [](const GraphPatch & patch) { return to_array(patch.cosines()); })
         .def_property_readonly("n_left_out",
                                [](const GraphPatch & patch) { return patch.fork().n_left_out(); })
         .def(
             "fork_obstacle",
-            [](const GraphPatch & patch, int32_t layer, int64_t n_rows, int64_t n_below) {
-                const std::string * why = patch.fork().obstacle(layer, n_rows, n_below);
+            [](const GraphPatch & patch, int32_t layer, bool shrinks) {
+                const std::string * why = patch.fork().obstacle(layer, shrinks);
                 return why == nullptr ? std::nullopt : std::make_optional(*why);
             },
-            py::arg("layer"), py::kw_only(), py::arg("n_rows"), py::arg("n_below"))
-        .def("begin", &begin, py::arg("plan"))
+            py::arg("layer"), py::kw_only(), py::arg("shrinks"))
+        .def("begin", &GraphPatch::begin, py::arg("plan"))
         .def("end", &GraphPatch::end)
         .def("abandon", &GraphPatch::abandon)
         .def("cells", [](GraphPatch & patch, int32_t seq,

@@ -9,54 +9,63 @@
 
 namespace cmg {
 
-const std::string * Fork::obstacle(int32_t layer, int64_t n_rows, int64_t n_below) const {
-    const bool shrinks = n_below > 0 && n_below < n_rows;
-    const ForkSurvey * survey = shrinks ? pair_.get() : single_.get();
-    if (survey == nullptr) {
+const std::string * Fork::obstacle(int32_t layer, bool shrinks) const {
+    if (surveyed_rows_.size() < 2) {
         return nullptr;
     }
-    const std::string & enter = survey->cannot_enter(layer);
-    return enter.empty() && shrinks ? &survey->cannot_shrink(layer) : &enter;
+    const std::string & enter = survey_->cannot_enter(layer);
+    return enter.empty() && shrinks ? &survey_->cannot_shrink(layer) : &enter;
 }
 
-void Fork::begin(ForkPlan plan, int64_t n_rows) {
-    const bool shrinks = plan.n_below > 0 && plan.n_below < n_rows;
-    const bool surveyed = !shrinks || (n_rows == 2 && pair_ != nullptr);
-    if (plan.layer > 0 && (plan.slots.size() != static_cast<size_t>(n_rows) || !surveyed)) {
-        throw std::invalid_argument("a fork of " + std::to_string(plan.slots.size()) +
-                                    " residuals, " + std::to_string(plan.n_below) +
-                                    " rows below it, for " + std::to_string(n_rows) +
-                                    " rows, or without a survey");
+void Fork::check(const Plan & plan) const {
+    const auto n = static_cast<int64_t>(plan.rows.size());
+    if (!plan.forks() || plan.fork.n_below == n) {
+        return;
     }
-    plan_ = std::move(plan);
-    n_rows_ = n_rows;
-    n_asked_ = 0;
+    const bool shrinks = plan.fork.n_below > 0;
+    const std::string where = "rows cannot enter at layer " + std::to_string(plan.fork.layer);
+    const std::string * why = obstacle(plan.fork.layer, shrinks);
+    if (why == nullptr) {
+        throw std::invalid_argument(where + ": two decodes of different numbers of rows must be "
+                                            "surveyed before");
+    }
+    if (!why->empty()) {
+        throw std::invalid_argument(where + ": " + *why);
+    }
+    const bool many = std::any_of(surveyed_rows_.begin(), surveyed_rows_.end(),
+                                  [](int64_t rows) { return rows >= offload_rows; });
+    if (shrinks && n >= offload_rows && !many) {
+        throw std::invalid_argument(where + " behind others in a decode of " + std::to_string(n) +
+                                    " rows: decodes of fewer than " + std::to_string(offload_rows) +
+                                    " were surveyed; survey one of more");
+    }
+}
+
+void Fork::begin() {
     entered_ = false;
+    asked_.clear();
+    below_.clear();
 }
 
 bool Fork::ask(ggml_tensor * node) {
-    if (plan_.survey) {
+    if (plan_.fork.survey) {
         asked_.push_back(node);
     }
-    if (plan_.layer == 0) {
+    if (!plan_.forks()) {
         return false;
     }
-    if (!entered_) {
-        if (leaves_out()) {
-            leave_out(node);
-        }
-        return residual_layer(node) == plan_.layer - 1;
+    if (entered_) {
+        check_not_from_below(node);
+        return false;
     }
     if (leaves_out()) {
-        for (const ggml_tensor * src : node->src) {
-            if (src != nullptr && below_.count(src) != 0) {
-                throw std::runtime_error(std::string("layer ") + std::to_string(plan_.layer) +
-                                         " and up read " + src->name +
-                                         " from below, unlike in the decode that was surveyed");
-            }
-        }
+        leave_out(node);
     }
-    return false;
+    return is_entrance(node);
+}
+
+bool Fork::is_entrance(const ggml_tensor * node) const {
+    return plan_.forks() && !entered_ && residual_layer(node) == plan_.fork.layer - 1;
 }
 
 void Fork::leave_out(ggml_tensor * node) {
@@ -66,70 +75,102 @@ void Fork::leave_out(ggml_tensor * node) {
         std::copy_n(node->nb, GGML_MAX_DIMS, before.nb);
         changed_.push_back(before);
     };
-    below_.insert(node);
-    if (plan_.n_below == 0) {
+    const size_t place = below_.size();
+    below_.emplace(node, static_cast<int32_t>(place));
+    if (plan_.fork.n_below == 0) {
         if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0) {
             change();
             node->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
         }
         return;
     }
-    const auto & nodes = pair_->nodes();
-    const size_t i = n_asked_++;
-    if (i >= nodes.size() || !nodes[i].is(node) || nodes[i].row_dim == unclear_rows) {
-        throw std::runtime_error(std::string(node->name) +
-                                 " is not as in the decode that was surveyed");
-    }
-    const int32_t dim = nodes[i].row_dim;
+    check_as_surveyed(node, place);
+    const int32_t dim = survey_->nodes()[place].row_dim;
     if (dim != no_rows) {
-        if (node->ne[dim] % n_rows_ != 0) {
-            throw std::runtime_error(std::string(node->name) + " does not have a row a token");
-        }
         change();
-        shrink_rows_inplace(node, dim, n_rows_, plan_.n_below);
+        shrink_rows_inplace(node, dim, n_rows(), plan_.fork.n_below);
+    }
+}
+
+void Fork::check_as_surveyed(const ggml_tensor * node, size_t place) const {
+    const auto & nodes = survey_->nodes();
+    const bool known = place < nodes.size() && nodes[place].is(node);
+    if (!known || nodes[place].row_dim == unclear_rows) {
+        throw std::runtime_error(std::string(node->name) +
+                                 " is not as in the decodes that were surveyed");
+    }
+    const auto & surveyed = nodes[place];
+    for (size_t i = 0; i < surveyed.sources.size(); i++) {
+        const auto it = below_.find(node->src[i]);
+        const bool rows =
+            it != below_.end() && nodes[static_cast<size_t>(it->second)].row_dim != no_rows;
+        if ((rows ? it->second : -1) != surveyed.sources[i]) {
+            throw std::runtime_error(std::string(node->name) + " reads " +
+                                     (node->src[i] == nullptr ? "nothing" : node->src[i]->name) +
+                                     ", unlike in the decodes that were surveyed");
+        }
+    }
+    const int32_t dim = surveyed.row_dim;
+    if (dim != no_rows && node->ne[dim] != surveyed.n_per_row * n_rows()) {
+        throw std::runtime_error(std::string(node->name) + " does not have a row a token");
+    }
+}
+
+void Fork::check_not_from_below(const ggml_tensor * node) const {
+    if (!leaves_out()) {
+        return;
+    }
+    for (const ggml_tensor * src : node->src) {
+        if (src != nullptr && below_.count(src) != 0) {
+            throw std::runtime_error(std::string("layer ") + std::to_string(plan_.fork.layer) +
+                                     " and up read " + src->name +
+                                     " from below, unlike in the decodes that were surveyed");
+        }
     }
 }
 
 void Fork::computed(ggml_tensor * node) {
-    if (plan_.layer > 0 && !entered_ && residual_layer(node) == plan_.layer - 1) {
+    if (is_entrance(node)) {
         restore();
         enter(node);
     }
 }
 
+// Rows below come first, so that others may enter with what they note.
 void Fork::enter(ggml_tensor * residual) {
     entered_ = true;
     below_.erase(residual);
-    const bool rows = residual->type == GGML_TYPE_F32 && residual->ne[1] == n_rows_;
+    const bool rows = residual->type == GGML_TYPE_F32 && residual->ne[1] == n_rows();
     if (!rows) {
         throw std::runtime_error(std::string(residual->name) + " is not one row of F32 a token");
     }
     const auto n_embd = static_cast<size_t>(residual->ne[0]);
-    for (int64_t r = 0; r < n_rows_; r++) {
-        const int32_t slot = plan_.slots[static_cast<size_t>(r)];
-        const size_t offset = static_cast<size_t>(r) * residual->nb[1];
-        if (r < plan_.n_below && slot >= 0) {
-            residuals_.resize(std::max(residuals_.size(), static_cast<size_t>(slot) + 1));
-            auto & row = residuals_[static_cast<size_t>(slot)];
-            row.resize(n_embd);
-            api().ggml_backend_tensor_get(residual, row.data(), offset, n_embd * sizeof(float));
-        } else if (r >= plan_.n_below) {
-            const auto & row = residuals_.at(static_cast<size_t>(slot));
-            if (row.size() != n_embd) {
-                throw std::runtime_error("residual " + std::to_string(slot) + " is empty");
+    for (size_t r = 0; r < plan_.rows.size(); r++) {
+        const Row & row = plan_.rows[r];
+        const size_t offset = r * residual->nb[1];
+        if (plan_.enters(r)) {
+            const Residuals::Row * noted = plan_.part(row).residuals->find(row.residual);
+            if (noted == nullptr || noted->values.size() != n_embd) {
+                throw std::runtime_error("residual " + std::to_string(row.residual) +
+                                         " is none of this model's");
             }
-            api().ggml_backend_tensor_set(residual, row.data(), offset, n_embd * sizeof(float));
+            api().ggml_backend_tensor_set(residual, noted->values.data(), offset,
+                                          n_embd * sizeof(float));
+            n_left_out_++;
+        } else if (row.residual >= 0) {
+            auto & values = plan_.part(row).residuals->note(row.residual, plan_.fork.layer);
+            values.resize(n_embd);
+            api().ggml_backend_tensor_get(residual, values.data(), offset, n_embd * sizeof(float));
         }
     }
-    n_left_out_ += n_rows_ - std::min<int64_t>(n_rows_, plan_.n_below);
 }
 
 void Fork::end() {
-    const bool missed = plan_.layer > 0 && !entered_;
-    if (plan_.survey && n_rows_ <= 2) {
-        (n_rows_ == 1 ? single_ : pair_) = std::make_unique<ForkSurvey>(asked_, n_layer_, n_rows_);
+    const bool missed = plan_.forks() && !entered_;
+    if (plan_.fork.survey) {
+        take_survey();
     }
-    const int32_t layer = plan_.layer;
+    const int32_t layer = plan_.fork.layer;
     abandon();
     if (missed) {
         throw std::runtime_error("l_out-" + std::to_string(layer - 1) +
@@ -137,9 +178,18 @@ void Fork::end() {
     }
 }
 
+void Fork::take_survey() {
+    auto survey = std::make_unique<ForkSurvey>(asked_, n_layer_, n_rows());
+    if (survey_ == nullptr) {
+        survey_ = std::move(survey);
+    } else {
+        survey_->agree_with(*survey);
+    }
+    surveyed_rows_.insert(n_rows());
+}
+
 void Fork::abandon() {
     restore();
-    plan_ = ForkPlan{};
     asked_.clear();
     below_.clear();
 }

@@ -4,18 +4,28 @@
 // first n_below rows of a batch are computed from the embedding on, the others from `layer` on:
 // what they enter it with, the residual stream between two layers, is written in. They write no
 // cells of the layers below, so every later row of their sequence must be left out there too.
+// The first rows need not have to do with the others: they are rows of any session.
 //
 //     node                      what happens when it is asked about
 //     below `layer`             n_below = 0: is not computed (it loses ggml's flag COMPUTE);
 //                               else: the rows that are left out go, from its shape and strides
-//     l_out-<layer - 1>         asks for a boundary; once computed, all nodes become what they were
+//     l_out-<layer - 1>         asks for a boundary; once computed, all nodes become what they
+//     were,
+//                               rows below are noted, and the others enter with what was
 //     above                     may read nothing from below, else the decode is void
 //
 // The nodes are changed from when they are asked about until the boundary, or until the decode ends
 // in any other way: a graph that is reused, or rebuilt, never sees it.
+//
+// Which dimension counts rows is known from two surveys, of decodes of different numbers of rows.
+// Other numbers give the same graph, as long as its nodes are computed where they were: from
+// `offload_rows` rows on, ggml may move a node whose weights lie on the host to a GPU, and copies
+// what it reads there before anyone is asked, which must have its full size then. So a fork of as
+// many rows with others below it needs a survey of as many.
 #pragma once
 
 #include "fork_survey.hpp"
+#include "plan.hpp"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -23,28 +33,26 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
 namespace cmg {
 
-struct ForkPlan {
-    int32_t layer = 0;          // first layer that all rows run through; 0 = no fork
-    int32_t n_below = 0;        // rows computed below it: the first of the batch
-    std::vector<int32_t> slots; // [n_rows] the residual slot that a row below writes to (-1 =
-                                // none), and that each other row reads from
-    bool survey = false;        // learn the graph of a decode without a fork
-};
+constexpr int64_t offload_rows = 32;
 
 class Fork {
   public:
-    explicit Fork(int32_t n_layer) : n_layer_(n_layer) {}
+    // plan: of the decode at hand, looked at from `begin` on.
+    Fork(const Plan & plan, int32_t n_layer) : plan_(plan), n_layer_(n_layer) {}
 
-    // Why decodes of n_rows rows, the first n_below of them computed below `layer`, cannot be. ""
-    // = they can; null = no survey has been made yet.
-    const std::string * obstacle(int32_t layer, int64_t n_rows, int64_t n_below) const;
+    // Why rows cannot enter at `layer`, with others computed below it (shrinks) or none. "" = they
+    // can; null = that is not known before decodes of two different numbers of rows were surveyed.
+    const std::string * obstacle(int32_t layer, bool shrinks) const;
+    // Throws std::invalid_argument if a decode with this plan cannot fork as it says.
+    void check(const Plan & plan) const;
 
-    void begin(ForkPlan plan, int64_t n_rows);
+    void begin();
     // Answers whether a boundary is needed behind the node.
     bool ask(ggml_tensor * node);
     void computed(ggml_tensor * node);
@@ -57,23 +65,25 @@ class Fork {
     int64_t n_left_out() const { return n_left_out_; }
 
   private:
-    bool leaves_out() const { return plan_.layer > 0 && plan_.n_below < n_rows_; }
+    int64_t n_rows() const { return static_cast<int64_t>(plan_.rows.size()); }
+    bool leaves_out() const { return plan_.forks() && plan_.fork.n_below < n_rows(); }
+    bool is_entrance(const ggml_tensor * node) const;
     void leave_out(ggml_tensor * node);
+    void check_as_surveyed(const ggml_tensor * node, size_t place) const;
+    void check_not_from_below(const ggml_tensor * node) const;
     void enter(ggml_tensor * residual);
+    void take_survey();
     void restore();
 
+    const Plan & plan_;
     int32_t n_layer_;
-    std::unique_ptr<ForkSurvey> single_; // of a decode of one row
-    std::unique_ptr<ForkSurvey> pair_;   // of two
-    std::vector<std::vector<float>> residuals_;
+    std::unique_ptr<ForkSurvey> survey_;        // what all that were made agree in
+    std::unordered_set<int64_t> surveyed_rows_; // how many rows they were of
     int64_t n_left_out_ = 0;
 
     // The current decode.
-    ForkPlan plan_;
-    int64_t n_rows_ = 0;
     bool entered_ = false;
     std::vector<ggml_tensor *> asked_; // all nodes so far, for the survey
-    size_t n_asked_ = 0;
     struct Changed {
         ggml_tensor * node;
         int64_t ne[GGML_MAX_DIMS];
@@ -81,7 +91,7 @@ class Fork {
         int32_t flags;
     };
     std::vector<Changed> changed_;
-    std::unordered_set<const ggml_tensor *> below_;
+    std::unordered_map<const ggml_tensor *, int32_t> below_; // nodes below, by their place
 };
 
 } // namespace cmg

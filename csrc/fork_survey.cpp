@@ -65,6 +65,36 @@ ForkSurvey::ForkSurvey(const std::vector<ggml_tensor *> & nodes, int32_t n_layer
     find_row_dims(nodes, places, n_rows);
 }
 
+// Where the two differ, it is not known which of their nodes are the same from there on.
+void ForkSurvey::agree_with(const ForkSurvey & other) {
+    for (size_t layer = 1; layer < cannot_enter_.size(); layer++) {
+        if (cannot_enter_[layer].empty()) {
+            cannot_enter_[layer] = other.cannot_enter_[layer];
+        }
+        if (cannot_shrink_[layer].empty()) {
+            cannot_shrink_[layer] = other.cannot_shrink_[layer];
+        }
+    }
+    size_t i = 0;
+    for (; i < nodes_.size() && i < other.nodes_.size(); i++) {
+        Node & node = nodes_[i];
+        const Node & same = other.nodes_[i];
+        if (node.op != same.op || node.name != same.name || node.sources != same.sources) {
+            break;
+        }
+        if (node.row_dim != same.row_dim || node.n_per_row != same.n_per_row) {
+            node.row_dim = unclear_rows;
+            forbid_shrinking(static_cast<int32_t>(i), "rows of " + node.name + " cannot be told");
+        }
+    }
+    if (i < std::max(nodes_.size(), other.nodes_.size())) {
+        const std::string where = i < nodes_.size() ? nodes_[i].name : "its end";
+        forbid_shrinking(static_cast<int32_t>(i),
+                         "its graph depends on the number of rows, from " + where + " on");
+        nodes_.resize(i);
+    }
+}
+
 const std::string & ForkSurvey::at(const std::vector<std::string> & reasons, int32_t layer) {
     static const std::string no_layer = "nothing lies below it";
     const bool known = layer > 0 && static_cast<size_t>(layer) < reasons.size();
@@ -104,29 +134,40 @@ void ForkSurvey::find_crossings(const std::vector<ggml_tensor *> & nodes, const 
     }
 }
 
+// Of all layers above which the node at place `from` lies below.
+void ForkSurvey::forbid_shrinking(int32_t from, const std::string & why) {
+    for (size_t layer = 1; layer < cannot_shrink_.size(); layer++) {
+        if (residuals_[layer - 1] >= from && cannot_shrink_[layer].empty()) {
+            cannot_shrink_[layer] = why;
+        }
+    }
+}
+
 void ForkSurvey::find_row_dims(const std::vector<ggml_tensor *> & nodes, const Places & places,
                                int64_t n_rows) {
-    const auto dim_of = [&](const ggml_tensor * src) {
+    const auto place_of = [&](const ggml_tensor * src) {
         const auto it = places.find(src);
-        if (it == places.end() || static_cast<size_t>(it->second) >= nodes_.size()) {
+        const bool before = it != places.end() && static_cast<size_t>(it->second) < nodes_.size();
+        const bool rows = before && nodes_[static_cast<size_t>(it->second)].row_dim != no_rows;
+        return rows ? it->second : -1;
+    };
+    const auto dim_of = [&](const ggml_tensor * src) {
+        const int32_t place = place_of(src);
+        if (place < 0) {
             return no_rows;
         }
-        const auto place = static_cast<size_t>(it->second);
-        const bool copied = nodes[place] != src; // copies between backends keep their shape
-        const int32_t dim = nodes_[place].row_dim;
-        return copied && dim != no_rows ? unclear_rows : dim;
+        // Copies between backends keep their shape.
+        const bool copied = nodes[static_cast<size_t>(place)] != src;
+        return copied ? unclear_rows : nodes_[static_cast<size_t>(place)].row_dim;
     };
     for (const ggml_tensor * node : nodes) {
-        const int32_t dim = n_rows > 1 ? row_dim(node, n_rows, dim_of) : unclear_rows;
-        nodes_.push_back({node->op, node->name, dim});
-        if (dim != unclear_rows) {
-            continue;
-        }
-        const auto place = static_cast<int32_t>(nodes_.size() - 1);
-        for (size_t layer = 1; layer < cannot_shrink_.size(); layer++) {
-            if (residuals_[layer - 1] >= place && cannot_shrink_[layer].empty()) {
-                cannot_shrink_[layer] = std::string("rows of ") + node->name + " cannot be told";
-            }
+        const int32_t dim = row_dim(node, n_rows, dim_of);
+        Node known{node->op, node->name, dim, dim < 0 ? 0 : node->ne[dim] / n_rows, {}};
+        std::transform(std::begin(node->src), std::end(node->src), known.sources.begin(), place_of);
+        nodes_.push_back(known);
+        if (dim == unclear_rows) {
+            forbid_shrinking(static_cast<int32_t>(nodes_.size() - 1),
+                             "rows of " + known.name + " cannot be told");
         }
     }
 }

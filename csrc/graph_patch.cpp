@@ -10,20 +10,22 @@
 
 namespace cmg {
 
-GraphPatch::GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections, int32_t n_threads)
-    : n_layer_(n_layer), ledger_(n_layer), fork_(n_layer),
-      observation_(ledger_, selections, n_threads), masking_(ledger_, selections),
-      unattended_(static_cast<size_t>(n_layer), 0), written_layer_(n_layer) {}
+GraphPatch::GraphPatch(int32_t n_layer, int32_t n_threads)
+    : n_layer_(n_layer), ledger_(n_layer), fork_(plan_, n_layer), observation_(ledger_, n_threads),
+      masking_(ledger_), stream_(n_layer), unattended_(static_cast<size_t>(n_layer), 0),
+      written_layer_(n_layer) {}
 
 void GraphPatch::begin(Plan plan) {
     tell_parked_error();
-    fork_.begin(plan.fork, static_cast<int64_t>(plan.rows.size()));
+    abandon(); // what is left of a plan that no decode followed
+    fork_.check(plan);
+    check_slots(plan, n_layer_);
     plan_ = std::move(plan);
     active_ = true;
-    batch_.reset();
     written_layer_ = n_layer_; // the first layer written starts the first micro-batch
     unattended_.assign(static_cast<size_t>(n_layer_), 0);
-    stream_.begin(plan_.read_residual ? n_layer_ : 0);
+    fork_.begin();
+    stream_.begin(plan_);
 }
 
 void GraphPatch::end() {
@@ -32,27 +34,27 @@ void GraphPatch::end() {
     if (error == nullptr) {
         try {
             fork_.end();
+            check_layers_attended();
+            stream_.end();
         } catch (...) {
             error = std::current_exception();
         }
     }
-    const Plan plan = std::move(plan_);
+    const auto planned = static_cast<int64_t>(plan_.rows.size());
     abandon();
     if (error != nullptr) {
         std::rethrow_exception(error);
     }
-    check_layers_attended(plan);
-    stream_.check();
-    if (seen != static_cast<int64_t>(plan.rows.size())) {
+    if (seen != planned) {
         throw std::runtime_error("the graph wrote " + std::to_string(seen) +
-                                 " rows into its KV cache where " +
-                                 std::to_string(plan.rows.size()) +
+                                 " rows into its KV cache where " + std::to_string(planned) +
                                  " were planned; this architecture is not understood");
     }
 }
 
 void GraphPatch::abandon() {
     fork_.abandon();
+    stream_.abandon();
     active_ = false;
     parked_ = nullptr;
     plan_ = Plan{};
@@ -99,6 +101,7 @@ void GraphPatch::tell_parked_error() {
 bool GraphPatch::ask(ggml_tensor * node) {
     if (active_) {
         observation_.asked(node, batch_);
+        stream_.asked(node);
     }
     const bool enters = active_ && fork_.ask(node);
     if (node->op == GGML_OP_SET_ROWS) {
@@ -156,7 +159,7 @@ bool GraphPatch::ask_set_rows(ggml_tensor * node) {
 void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
     if (il <= written_layer_) {
         if (active_) {
-            check_layers_attended(plan_);
+            check_layers_attended();
         }
         batch_.next(n_rows);
         observation_.begin_micro_batch();
@@ -169,10 +172,12 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
 }
 
 // A graph whose attention is not recognised must not pass for one with nothing to mask.
-void GraphPatch::check_layers_attended(const Plan & plan) const {
+void GraphPatch::check_layers_attended() const {
     for (int32_t il = 0; il < n_layer_; il++) {
-        const auto i = static_cast<size_t>(il);
-        if (unattended_[i] != 0 && (plan.observe_layers[i] != 0 || plan.mask_layers[i] != 0)) {
+        const bool needed = std::any_of(plan_.parts.begin(), plan_.parts.end(), [il](auto & part) {
+            return part.observes(il) || part.masks(il);
+        });
+        if (unattended_[static_cast<size_t>(il)] != 0 && needed) {
             throw layer_error(il, "its attention was not found in this model's graph");
         }
     }

@@ -4,7 +4,9 @@
 // `llama_context_params.cb_eval` is called for every node before anything of that node runs. While
 // it is asked about an attention node, the patch may point that node's mask at a tensor of its own,
 // in which chosen rows do not see chosen image tokens. The library is unmodified; the kernels,
-// flash attention or not, are the library's. This file is the table of what is asked where:
+// flash attention or not, are the library's. A batch may hold rows of many sessions (plan.hpp): all
+// of the following is done row by row, by what the row's own part says. This file is the table of
+// what is asked where:
 //
 //     node                          what the patch does when asked
 //     SET_ROWS into cache_k_l<il>   notes the KV cells of image rows (ledger.hpp), and without a
@@ -12,9 +14,10 @@
 //                                   row of this layer is observed, so that q and K are there when
 //                                   the attention node is asked
 //     FLASH_ATTN_EXT, SOFT_MAX      observes rows (observation.hpp: influence -> token policy ->
-//                                   slot), then builds the layer's mask from the slots and swaps it
-//                                   in (masking.hpp)
-//     l_out-<il>                    reads one row of the residual stream (residual_stream.hpp)
+//                                   slot), then builds the layer's one mask from the slots of all
+//                                   its rows and swaps it in (masking.hpp)
+//     l_out-<il>                    reads a row of the residual stream for each part that asks for
+//                                   it (residual_stream.hpp)
 //     all nodes, in a fork          see fork.hpp
 #pragma once
 
@@ -25,13 +28,11 @@
 #include "observation.hpp"
 #include "plan.hpp"
 #include "residual_stream.hpp"
-#include "selections.hpp"
 
 #include "ggml.h"
 
 #include <cstdint>
 #include <exception>
-#include <memory>
 #include <vector>
 
 namespace cmg {
@@ -39,7 +40,7 @@ namespace cmg {
 class GraphPatch {
   public:
     // n_threads: for the observed rows' attention.
-    GraphPatch(int32_t n_layer, std::shared_ptr<Selections> selections, int32_t n_threads);
+    GraphPatch(int32_t n_layer, int32_t n_threads);
     GraphPatch(const GraphPatch &) = delete;
     GraphPatch & operator=(const GraphPatch &) = delete;
 
@@ -47,7 +48,8 @@ class GraphPatch {
     static bool callback(ggml_tensor * node, bool ask, void * self);
 
     // Throws std::runtime_error, once, if something went wrong in the callback since the last plan
-    // was dropped: in a decode without one. No plan is set then.
+    // was dropped: in a decode without one. Throws what `check_slots` and `Fork::check` throw where
+    // the plan cannot be. No plan is set then.
     void begin(Plan plan);
     // Drops the plan after a decode that succeeded. Rethrows what went wrong inside the callback:
     // nothing may be thrown through ggml, so errors are parked, the rest of that decode runs
@@ -61,27 +63,25 @@ class GraphPatch {
     const Observation & observation() const { return observation_; }
     const Masking & masking() const { return masking_; }
     int32_t n_layer() const { return n_layer_; }
-    // [n_layer] cosine similarity of the residual row before and after each layer, last plan.
-    const std::vector<double> & cosines() const { return stream_.cosines(); }
 
   private:
     bool ask(ggml_tensor * node);
     void computed(ggml_tensor * node);
     bool ask_set_rows(ggml_tensor * node);
     void enter_layer(int32_t il, int64_t n_rows);
-    void check_layers_attended(const Plan & plan) const;
+    void check_layers_attended() const;
     void record_cells(const ggml_tensor * node, int32_t il);
     void park_error();
     void tell_parked_error();
 
     int32_t n_layer_;
+    Plan plan_;
+    MicroBatch batch_{plan_};
     Ledger ledger_;
     Fork fork_;
     Observation observation_;
     Masking masking_;
     ResidualStream stream_;
-    Plan plan_;
-    MicroBatch batch_{plan_};
     bool active_ = false;       // a plan is set and nothing has gone wrong in it
     std::exception_ptr parked_; // the first error of the decode
 

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <limits>
 #include <string>
-#include <unordered_set>
 
 namespace cmg {
 namespace {
@@ -27,6 +26,12 @@ void write_neg_inf(ggml_type type, uint8_t * entry) {
     }
 }
 
+// Whether the row hides any token in layer `il`.
+bool hides(const MicroBatch & batch, int32_t r, int32_t il) {
+    const Part & part = batch.part(r);
+    return part.masks(il) && !part.selections->empty(batch.row(r).mask, il);
+}
+
 } // namespace
 
 // A graph that is reused still points at our tensor; in a new one, what a node points at is its
@@ -44,11 +49,12 @@ void Masking::restore(ggml_tensor * node, AttentionNode & attention) {
 }
 
 void Masking::mask(ggml_tensor * node, const AttentionNode & a, MicroBatch & batch) {
-    if (batch.masked().empty() || batch.plan().mask_layers[static_cast<size_t>(a.il)] == 0) {
+    const std::vector<int32_t> rows = batch.masked(a.il);
+    if (rows.empty()) {
         return;
     }
     check_mask(a, batch);
-    if (!hides_any(batch, a.il)) {
+    if (std::none_of(rows.begin(), rows.end(), [&](int32_t r) { return hides(batch, r, a.il); })) {
         return;
     }
     ggml_tensor * ours = find_made(a, batch);
@@ -77,7 +83,7 @@ void Masking::begin_micro_batch() {
 
 ggml_tensor * Masking::make(const AttentionNode & a, MicroBatch & batch) {
     std::vector<uint8_t> bytes = batch.host_copy(a.mask);
-    for (const int32_t r : batch.masked()) {
+    for (const int32_t r : batch.masked(a.il)) {
         hide_cells(a, batch, r, bytes);
     }
     n_masks_++;
@@ -87,53 +93,42 @@ ggml_tensor * Masking::make(const AttentionNode & a, MicroBatch & batch) {
 // The slots hold what they held when the masks were made: a layer's tokens are written before its
 // mask is made, and not again in this micro-batch.
 ggml_tensor * Masking::find_made(const AttentionNode & a, const MicroBatch & batch) const {
+    const auto & rows = batch.masked();
     for (const Made & made : made_) {
-        if (made.original == a.mask && same_cells(batch, made.cache_il, a.cache_il) &&
-            same_tokens(batch, made.il, a.il)) {
+        if (made.original == a.mask && std::all_of(rows.begin(), rows.end(), [&](int32_t r) {
+                return hides_same(made, a, batch, r);
+            })) {
             return made.ours;
         }
     }
     return nullptr;
 }
 
-bool Masking::same_cells(const MicroBatch & batch, int32_t cache_il, int32_t other_il) const {
-    if (cache_il == other_il) {
-        return true;
+// Whether the row hides the same cells in both layers.
+bool Masking::hides_same(const Made & made, const AttentionNode & a, const MicroBatch & batch,
+                         int32_t r) const {
+    const bool here = hides(batch, r, a.il);
+    if (here != hides(batch, r, made.il)) {
+        return false;
     }
-    std::unordered_set<int32_t> seqs;
-    for (const int32_t r : batch.masked()) {
-        seqs.insert(batch.row(r).seq);
-    }
-    return std::all_of(seqs.begin(), seqs.end(), [&](int32_t seq) {
-        return ledger_.cells(seq, cache_il) == ledger_.cells(seq, other_il);
-    });
-}
-
-bool Masking::same_tokens(const MicroBatch & batch, int32_t il, int32_t other_il) const {
-    const auto & rows = batch.masked();
-    return std::all_of(rows.begin(), rows.end(), [&](int32_t r) {
-        return selections_->same(batch.row(r).mask, il, other_il);
-    });
-}
-
-bool Masking::hides_any(const MicroBatch & batch, int32_t il) const {
-    const auto & rows = batch.masked();
-    return std::any_of(rows.begin(), rows.end(),
-                       [&](int32_t r) { return !selections_->empty(batch.row(r).mask, il); });
+    const Row & row = batch.row(r);
+    return !here || (batch.part(r).selections->same(row.mask, made.il, a.il) &&
+                     (made.cache_il == a.cache_il ||
+                      ledger_.cells(row.seq, made.cache_il) == ledger_.cells(row.seq, a.cache_il)));
 }
 
 // Writes -inf where the row may not look. A row never loses its own cell.
 void Masking::hide_cells(const AttentionNode & a, const MicroBatch & batch, int32_t r,
                          std::vector<uint8_t> & mask) const {
     const Row & row = batch.row(r);
-    const int32_t n_image_tokens = batch.plan().n_image_tokens;
+    const Part & part = batch.part(r);
     const auto & cells = ledger_.cells(row.seq, a.cache_il);
     uint8_t * line = mask.data() + static_cast<size_t>(r) * a.mask->nb[1];
-    for (const int32_t token : selections_->tokens(row.mask, a.il)) {
-        if (token >= n_image_tokens) {
+    for (const int32_t token : part.selections->tokens(row.mask, a.il)) {
+        if (token >= part.n_image_tokens) {
             throw layer_error(a.il, "image token " + std::to_string(token) +
                                         " is hidden and the prompt has " +
-                                        std::to_string(n_image_tokens));
+                                        std::to_string(part.n_image_tokens));
         }
         // Not there yet: an image behind this row, which it does not see anyway.
         const bool known = static_cast<size_t>(token) < cells.size();

@@ -2,7 +2,17 @@
 
 #include "api.hpp"
 
+#include <algorithm>
+#include <iterator>
+
 namespace cmg {
+namespace {
+
+bool in_any(const std::vector<char> & layers) {
+    return std::any_of(layers.begin(), layers.end(), [](char flag) { return flag != 0; });
+}
+
+} // namespace
 
 void MicroBatch::reset() {
     first_ = 0;
@@ -18,10 +28,10 @@ void MicroBatch::next(int64_t n_rows) {
     first_ = first;
     n_rows_ = n_rows;
     for (int32_t r = 0; r < n_rows; r++) {
-        if (row(r).observe >= 0) {
+        if (row(r).observe >= 0 && in_any(part(r).observe_layers)) {
             observed_.push_back(r);
         }
-        if (row(r).mask >= 0) {
+        if (row(r).mask >= 0 && in_any(part(r).mask_layers)) {
             masked_.push_back(r);
         }
     }
@@ -31,6 +41,20 @@ const Row & MicroBatch::row(int32_t r) const {
     static const Row nothing;
     const auto i = static_cast<size_t>(first_ + r);
     return i < plan_.rows.size() ? plan_.rows[i] : nothing;
+}
+
+std::vector<int32_t> MicroBatch::observed(int32_t il) const {
+    std::vector<int32_t> rows;
+    std::copy_if(observed_.begin(), observed_.end(), std::back_inserter(rows),
+                 [&](int32_t r) { return part(r).observes(il); });
+    return rows;
+}
+
+std::vector<int32_t> MicroBatch::masked(int32_t il) const {
+    std::vector<int32_t> rows;
+    std::copy_if(masked_.begin(), masked_.end(), std::back_inserter(rows),
+                 [&](int32_t r) { return part(r).masks(il); });
+    return rows;
 }
 
 const std::vector<uint8_t> & MicroBatch::host_copy(const ggml_tensor * input) {

@@ -26,10 +26,16 @@ class MicroBatch {
     int64_t n_rows() const { return n_rows_; }
     // Rows of the batch so far, with those of this micro-batch.
     int64_t n_seen() const { return first_ + n_rows_; }
-    // r: 0 to n_rows - 1, as in the two lists.
+    // r: 0 to n_rows - 1, as in all lists below.
     const Row & row(int32_t r) const;
+    // Of a row that is not plain.
+    const Part & part(int32_t r) const { return plan_.part(row(r)); }
+    // Rows that are observed, or masked, in any layer.
     const std::vector<int32_t> & observed() const { return observed_; }
     const std::vector<int32_t> & masked() const { return masked_; }
+    // Those of them whose parts observe, or mask, layer `il`.
+    std::vector<int32_t> observed(int32_t il) const;
+    std::vector<int32_t> masked(int32_t il) const;
     // The bytes of an input of the graph, read once.
     const std::vector<uint8_t> & host_copy(const ggml_tensor * input);
 

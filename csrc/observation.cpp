@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <utility>
 
 namespace cmg {
@@ -20,15 +21,28 @@ void Observation::reached_keys(int32_t il) {
 }
 
 bool Observation::wants(const MicroBatch & batch, int32_t il) const {
-    return !batch.observed().empty() && batch.plan().observe_layers[static_cast<size_t>(il)] != 0;
+    return !batch.observed(il).empty();
 }
 
+// Rows of one sequence see the same cells. Those of several would have all cells of all of them
+// looked at, and their sums made in another order than alone.
 void Observation::observe(const AttentionNode & a, MicroBatch & batch) {
-    if (!wants(batch, a.il)) {
+    const std::vector<int32_t> rows = batch.observed(a.il);
+    if (rows.empty()) {
         return;
     }
     check_readable(a);
-    const auto & rows = batch.observed();
+    std::map<int32_t, std::vector<int32_t>> by_seq;
+    for (const int32_t r : rows) {
+        by_seq[batch.row(r).seq].push_back(r);
+    }
+    for (const auto & entry : by_seq) {
+        observe_rows(a, batch, entry.second);
+    }
+}
+
+void Observation::observe_rows(const AttentionNode & a, MicroBatch & batch,
+                               const std::vector<int32_t> & rows) {
     const auto n_kv = static_cast<size_t>(a.k->ne[1]);
     std::vector<float> mask(rows.size() * n_kv);
     for (size_t i = 0; i < rows.size(); i++) {
@@ -38,7 +52,7 @@ void Observation::observe(const AttentionNode & a, MicroBatch & batch) {
     }
     const std::vector<float> weights = read_attention(a, rows, mask, n_threads_);
     for (size_t i = 0; i < rows.size(); i++) {
-        select(a, batch.plan(), batch.row(rows[i]), mask.data() + i * n_kv,
+        select(a, batch.part(rows[i]), batch.row(rows[i]), mask.data() + i * n_kv,
                weights.data() + i * n_kv);
     }
 }
@@ -54,8 +68,8 @@ void Observation::check_readable(const AttentionNode & a) const {
 }
 
 // mask, weights: [n_kv] of one observed row.
-void Observation::select(const AttentionNode & a, const Plan & plan, const Row & row,
-                         const float * mask, const float * weights) {
+void Observation::select(const AttentionNode & a, const Part & part, const Row & row,
+                         const float * mask, const float * weights) const {
     const auto & cells = ledger_.cells(row.seq, a.cache_il);
     std::vector<int32_t> candidates;
     std::vector<float> influence;
@@ -67,17 +81,17 @@ void Observation::select(const AttentionNode & a, const Plan & plan, const Row &
             influence.push_back(weights[cell]);
         }
     }
-    auto picked = select_tokens(plan.policy, influence.data(), influence.size());
+    auto picked = select_tokens(part.policy, influence.data(), influence.size());
     for (auto & token : picked) {
         token = candidates[static_cast<size_t>(token)];
     }
-    selections_->set_tokens(row.observe, a.il, picked, plan.n_image_tokens);
-    if (plan.keep_influence) {
+    part.selections->set_tokens(row.observe, a.il, picked, part.n_image_tokens);
+    if (part.keep_influence) {
         std::vector<float> kept(cells.size(), 0.0f);
         for (size_t i = 0; i < candidates.size(); i++) {
             kept[static_cast<size_t>(candidates[i])] = influence[i];
         }
-        selections_->set_influence(row.observe, a.il, std::move(kept));
+        part.selections->set_influence(row.observe, a.il, std::move(kept));
     }
 }
 

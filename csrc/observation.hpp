@@ -9,13 +9,10 @@
 #include "attention_node.hpp"
 #include "ledger.hpp"
 #include "micro_batch.hpp"
-#include "selections.hpp"
 
 #include "ggml.h"
 
 #include <cstdint>
-#include <memory>
-#include <utility>
 #include <vector>
 
 namespace cmg {
@@ -23,8 +20,8 @@ namespace cmg {
 class Observation {
   public:
     // ledger: kept by the caller, for longer than this. n_threads: for the rows' attention.
-    Observation(const Ledger & ledger, std::shared_ptr<Selections> selections, int32_t n_threads)
-        : ledger_(ledger), selections_(std::move(selections)), n_threads_(n_threads) {}
+    Observation(const Ledger & ledger, int32_t n_threads)
+        : ledger_(ledger), n_threads_(n_threads) {}
 
     void begin_micro_batch() { readable_layer_ = -1; }
     // The node is about to run, behind all those asked about so far.
@@ -35,8 +32,9 @@ class Observation {
     void reached_keys(int32_t il);
     // Whether rows are observed in this layer.
     bool wants(const MicroBatch & batch, int32_t il) const;
-    // Writes what the observed rows pick in this layer to their slots, if there are any. The
-    // node's mask must be the graph's own. Throws std::runtime_error where q and K are not there.
+    // Writes what the observed rows pick in this layer, by their parts' policies, to their slots,
+    // if there are any. The node's mask must be the graph's own. Throws std::runtime_error where q
+    // and K are not there.
     void observe(const AttentionNode & attention, MicroBatch & batch);
 
     // Boundaries since construction.
@@ -44,11 +42,12 @@ class Observation {
 
   private:
     void check_readable(const AttentionNode & attention) const;
-    void select(const AttentionNode & attention, const Plan & plan, const Row & row,
-                const float * mask, const float * weights);
+    void observe_rows(const AttentionNode & attention, MicroBatch & batch,
+                      const std::vector<int32_t> & rows);
+    void select(const AttentionNode & attention, const Part & part, const Row & row,
+                const float * mask, const float * weights) const;
 
     const Ledger & ledger_;
-    std::shared_ptr<Selections> selections_;
     int32_t n_threads_;
     int32_t readable_layer_ = -1;            // layer whose q and K are computed
     std::vector<const ggml_tensor *> asked_; // nodes asked since the last boundary

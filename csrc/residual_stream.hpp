@@ -1,30 +1,52 @@
-// How far each layer turns the residual stream of a batch's last row: for the cosine layer policy.
+// How far each layer turns the residual stream of a row: for the cosine layer policy.
+//
+// Read for the last row of every part that asks for it, each on its own.
 #pragma once
+
+#include "plan.hpp"
 
 #include "ggml.h"
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace cmg {
 
 class ResidualStream {
   public:
-    // n_layer: 0 = nothing is read in the decode to come.
-    void begin(int32_t n_layer);
+    explicit ResidualStream(int32_t n_layer) : n_layer_(n_layer) {}
+
+    // Before a decode (one micro-batch) with this plan.
+    void begin(const Plan & plan);
+    // The node is about to run.
+    void asked(const ggml_tensor * node);
     // Whether `read` needs the node, and so a boundary behind it: the stream before layer 0 is what
     // its first norm reads; after layer il it is l_out-<il>.
     bool reads(const ggml_tensor * node) const;
     void read(const ggml_tensor * node);
-
-    // [n_layer] cosine similarity of the row before and after each layer.
-    const std::vector<double> & cosines() const { return cosines_; }
-    // After a decode: std::runtime_error if the graph did not show the stream at every layer.
-    void check() const;
+    // After a decode: gives the parts' selections their cosines. std::runtime_error, and none is
+    // given, if the graph did not show the stream at every layer.
+    void end();
+    // After any other.
+    void abandon() { rows_.clear(); }
 
   private:
-    std::vector<float> row_; // after the layer that was read last
-    std::vector<double> cosines_;
+    struct Read {
+        int64_t row; // of the batch
+        std::shared_ptr<Selections> selections;
+        std::vector<float> values;   // of the row, after the layer that was read last
+        std::vector<double> cosines; // [n_layer]
+    };
+
+    int64_t place_of(int64_t row, const ggml_tensor * stream, int32_t il) const;
+
+    int32_t n_layer_;
+    int64_t n_rows_ = 0;
+    ForkPlan fork_;
+    std::vector<Read> rows_;
+    std::vector<int32_t> kept_; // rows of the batch that the last layer goes on with
+    bool entered_ = false;      // the stream before layer 0 was seen
 };
 
 } // namespace cmg

@@ -1,4 +1,5 @@
-// What an observed row of the original branch chose: the message from one branch to the other.
+// What observed rows of the original branch chose: the message from one branch to the other, within
+// one session.
 //
 // A slot holds, for every layer, the image tokens that the policy picked from one row's attention.
 // A row of the degraded branch names the slot whose tokens it may not see. Both rows can be in the
@@ -7,11 +8,15 @@
 // A long prompt has thousands of rows, so what they picked is kept as sets of bits: for each layer
 // that is observed one [n_slots, n_words] matrix of 64 tokens a word, a layer without any picks
 // takes nothing. 576 image tokens are 72 bytes a row and layer.
+//
+// Each session has one of its own, and numbers its slots from 0. A decode writes to those of all
+// its sessions: none may be looked at or changed from another thread meanwhile.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace cmg {
@@ -47,6 +52,11 @@ class Selections {
     const std::vector<float> & influence(int32_t slot, int32_t il) const;
     void set_influence(int32_t slot, int32_t il, std::vector<float> influence);
 
+    // [n_layer] cosine similarity of the residual row before and after each layer, of the row that
+    // was read last (Part::read_residual); empty before.
+    const std::vector<double> & cosines() const { return cosines_; }
+    void set_cosines(std::vector<double> cosines) { cosines_ = std::move(cosines); }
+
   private:
     struct Layer {
         size_t n_words = 0;         // of a slot
@@ -62,6 +72,7 @@ class Selections {
     void check(int32_t slot, int32_t il) const;
 
     std::vector<Layer> layers_;
+    std::vector<double> cosines_;
     int32_t size_ = 0;
 };
 

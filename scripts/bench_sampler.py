@@ -40,7 +40,8 @@ def measure(sampling: Sampling, n_vocab: int, beta: float, n: int) -> float:
     times = []
     for _ in range(n):
         started = time.perf_counter()
-        drawer.sample(original, original, lambda: degraded)
+        drawer.prepare(original)
+        drawer.draw(original, degraded)
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times)
 

@@ -16,7 +16,7 @@ from stepped import PairedEngine
 
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
-from cmg_gguf.engine.context import Branch, Branches, Context
+from cmg_gguf.engine.context import Branch, Context
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.errors import BackendError
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, TextSegment
@@ -45,7 +45,7 @@ class FakePatch:
     def __init__(self) -> None:
         self.n_image_tokens: dict[int, int] = {}
 
-    def fork_obstacle(self, layer: int, *, n_rows: int, n_below: int) -> str:
+    def fork_obstacle(self, layer: int, *, shrinks: bool) -> str:
         return "a fake has no graph"
 
     def copy_image_tokens(self, src: int, dst: int, n_tokens: int) -> None:
@@ -65,6 +65,7 @@ class FakeContext:
     def __init__(self, fuse: Fuse, *, n_ctx: int = 100, n_ubatch: int = 8) -> None:
         self.n_ctx, self.n_ubatch = n_ctx, n_ubatch
         self.n_layer, self.n_vocab = N_LAYER, N_VOCAB
+        self.merges, self.spare_seq = True, 99
         self.patch = cast(_core.GraphPatch, FakePatch())
         self.calls: list[Call] = []
         self._fuse = fuse
@@ -96,13 +97,26 @@ class FakeContext:
         self._logits[: len(tokens)] = (positions + 1000 * seqs)[:, np.newaxis]
 
     def decode_image(
-        self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
+        self,
+        image: ImageSegment,
+        position: int,
+        seq: int,
+        plan: _core.Plan | None,
+        *,
+        first: int = 0,
+        n_rows: int | None = None,
     ) -> None:
-        self._log("decode_image", image.n_tokens, position, seq)
-        for i in range(image.n_pos):
-            self._take(seq, position + i, image.n_tokens if i == 0 else 0)
+        n = image.n_tokens if n_rows is None else n_rows
+        assert n <= self.n_ubatch
+        self._log("decode_image", n, position, seq)
+        if image.n_pos == image.n_tokens:
+            for i in range(first, first + n):
+                self._take(seq, position + i, 1)
+        else:
+            for i in range(image.n_pos) if first == 0 else ():
+                self._take(seq, position + i, image.n_tokens if i == 0 else 0)
         counts = cast(FakePatch, self.patch).n_image_tokens
-        counts[seq] = counts.get(seq, 0) + image.n_tokens
+        counts[seq] = counts.get(seq, 0) + n
         self._outputs[:] = False
 
     def logits_address(self, row: int) -> int:
@@ -157,8 +171,9 @@ class Rig:
             Branch(cast(Context, c), s) for c, s in zip(self.contexts, seqs, strict=True)
         )
         slots = [(10 + i, 20 + i) for i in range(n_slots)]
-        prefixes = PrefixCache(Branches(original, degraded), slots, max_cells)
-        self.engine = PairedEngine(original, degraded, _core.Selections(N_LAYER), prefixes=prefixes)
+        contexts = original.context, degraded.context
+        prefixes = PrefixCache(contexts, slots, max_cells)
+        self.engine = PairedEngine(original, degraded, prefixes=prefixes)
         self.forget()
 
     @property

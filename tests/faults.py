@@ -229,13 +229,6 @@ def _fail_after(n_tokens: int, error: type[BaseException]) -> Happening:
     return _processor_fails(n_tokens, failure)
 
 
-def _superseded(vlm: GuidedVLM) -> None:
-    stream = vlm.stream(QUESTION, [PICTURE])
-    next(stream)
-    vlm.generate("Is it?", max_tokens=2)
-    next(stream)
-
-
 def _closed(vlm: GuidedVLM) -> None:
     stream = vlm.stream(QUESTION, [PICTURE])
     next(stream)
@@ -280,7 +273,6 @@ UNDER_WAY = (
         BackendError,
         "no token can follow",
     ),
-    _under_way("superseded", _superseded, BackendError, "newer request"),
     _under_way("closed", _closed, StopIteration),
     _under_way("read too early", _unfinished, BackendError, "not finished"),
 )

@@ -1,16 +1,19 @@
 """Graphs of ggml's, written by hand and never computed: the patch is asked about their nodes as
 llama.cpp would ask.
 
-graph = Graph()
-rows = graph.layer(0, graph.embed())
-graph.obstacles()   # why no fork can be at layers 1, 2, ...
+def build(graph):
+    rows = graph.layer(0, graph.embed())
+    ...
+
+obstacles(build)   # why no fork can be at layers 1, 2, ..., from graphs of 5 and of 7 rows
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, TypeAlias
 
 import llama_cpp
 import numpy as np
@@ -20,7 +23,8 @@ from cmg_gguf import _core
 
 N_LAYER, N_EMBD, N_HEAD = 4, 8, 2
 F32, I32, I64 = 0, 26, 27
-ALL = _core.TokenPolicy(_core.TokenRule.top_ratio, 1.0)
+SURVEYED = 5, 7
+"""Rows of the graphs that are looked at: primes, and no count of anything else."""
 
 
 class _InitParams(ctypes.Structure):
@@ -82,34 +86,49 @@ class Graph:
         for node in self.nodes:
             callback(node, True, patch.user_data)
 
-    def surveyed(self) -> _core.GraphPatch:
-        """A patch that has seen this graph in a decode without a fork."""
-        patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
-        patch.begin(self.plan(_core.ForkPlan(layer=0, n_below=self.n_rows, slots=[], survey=True)))
+    def survey(self, patch: _core.GraphPatch) -> None:
+        """Shows the patch this graph, as in a decode without a fork."""
+        asked = _core.ForkPlan(layer=0, n_below=self.n_rows, survey=True)
+        patch.begin(self.plan(asked, forks=False))
         self.ask(patch)
         with pytest.raises(RuntimeError, match="rows into its KV cache"):
             patch.end()
-        return patch
 
-    def obstacles(self, *, leave_out: bool = True) -> list[str | None]:
-        """Why no fork can be at layers 1, 2, ...; "" = it can."""
-        patch, n_below = self.surveyed(), 1 if leave_out else 0
-        return [
-            patch.fork_obstacle(layer, n_rows=self.n_rows, n_below=n_below)
-            for layer in range(1, N_LAYER)
-        ]
-
-    def plan(self, fork: _core.ForkPlan) -> _core.Plan:
-        return _core.Plan(
-            np.full((self.n_rows, 4), -1, np.int32),
-            n_layer=N_LAYER,
-            observe_layers=[],
-            mask_layers=[],
-            policy=ALL,
+    def plan(self, fork: _core.ForkPlan, *, forks: bool = True) -> _core.Plan:
+        """forks: rows below note residual 0, and the others enter with it."""
+        rows = np.full((self.n_rows, 6), -1, np.int32)
+        rows[:, 0] = rows[:, 1] = 0
+        rows[:, 5] = 0 if forks else -1
+        policy = _core.TokenPolicy(_core.TokenRule.top_ratio, 1.0)
+        part = _core.Part(
+            selections=_core.Selections(N_LAYER),
+            policy=policy,
             n_image_tokens=0,
-            fork=fork,
+            residuals=_core.Residuals(),
         )
+        return _core.Plan(rows, [part], fork=fork)
 
     def _named(self, tensor: int, name: str) -> int:
         ggml_function("ggml_set_name", ctypes.c_void_p, ctypes.c_char_p)(tensor, name.encode())
         return tensor
+
+
+Build: TypeAlias = Callable[[Graph], object]
+
+
+def surveyed(build: Build, sizes: Sequence[int] = SURVEYED) -> _core.GraphPatch:
+    """A patch that has seen such graphs, of decodes of so many rows."""
+    patch = _core.GraphPatch(N_LAYER)
+    for n_rows in sizes:
+        with closing(Graph(n_rows)) as graph:
+            build(graph)
+            graph.survey(patch)
+    return patch
+
+
+def obstacles(
+    build: Build, *, shrinks: bool = True, sizes: Sequence[int] = SURVEYED
+) -> list[str | None]:
+    """Why no fork can be at layers 1, 2, ...; "" = it can. shrinks: with rows below it."""
+    patch = surveyed(build, sizes)
+    return [patch.fork_obstacle(layer, shrinks=shrinks) for layer in range(1, N_LAYER)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from typing import Any
 
 import llama_cpp
@@ -58,10 +59,16 @@ def forced(vlm: GuidedVLM, tokens: list[int], *asked: Any) -> list[FloatArray]:
 
 
 def is_empty(vlm: GuidedVLM) -> bool:
-    """Whether the sequences that answers are decoded in hold nothing."""
-    branches = vlm.engine.branches.original, vlm.engine.branches.degraded
-    return vlm.engine.session is None and not any(
-        held(branch.context, branch.seq) for branch in branches
+    """Whether the sequences that answers are decoded in hold nothing, as soon as answers that were
+    dropped have taken note of it."""
+    for _ in range(1000):
+        if not vlm.engine.sessions:
+            break
+        time.sleep(0.01)
+    return not vlm.engine.sessions and not any(
+        held(branch.context, branch.seq)
+        for lane in vlm.engine.lanes
+        for branch in (lane.original, lane.degraded)
     )
 
 

@@ -6,13 +6,14 @@ assert run.answer.text == "yes"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from cmg_gguf.answer.generate import Answer, generate
+from cmg_gguf.answer.generate import Generation
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Piece
@@ -23,7 +24,7 @@ END = N_VOCAB - 1
 
 
 class FakeEngine:
-    """Logits that tell the steps apart, and room for a number of steps."""
+    """A session with logits that tell the steps apart, and room for a number of steps."""
 
     def __init__(self, *, room: int = 1000, guided: bool = True) -> None:
         self.room, self.guided = room, guided
@@ -34,25 +35,28 @@ class FakeEngine:
     def has_room(self) -> bool:
         return len(self.steps) < self.room
 
-    @property
-    def l_o(self) -> FloatArray:
-        return self.original_logits
-
-    def degraded(self, session: FakeEngine) -> FloatArray | None:
-        assert session is self
-        return self.degraded_logits
-
-    def step(self, session: FakeEngine, token: int) -> None:
-        assert session is self
+    def step(self, token: int) -> Iterator[None]:
         assert self.has_room, "stepped without room"
+        yield
         self.steps.append(token)
         self._compute()
+
+    def catch_up(self) -> Iterator[None]:
+        yield
+
+    @property
+    def original_logits(self) -> FloatArray:
+        return self.l_o
+
+    @property
+    def degraded_logits(self) -> FloatArray | None:
+        return self.l_d
 
     def _compute(self) -> None:
         random_rows = np.random.default_rng(len(self.steps)).standard_normal((2, N_VOCAB)) * 3
         original, degraded = random_rows.astype(np.float32)
-        self.original_logits: FloatArray = original
-        self.degraded_logits: FloatArray | None = degraded if self.guided else None
+        self.l_o: FloatArray = original
+        self.l_d: FloatArray | None = degraded if self.guided else None
 
 
 class Script:
@@ -65,14 +69,13 @@ class Script:
         self.accepted: list[int] = []
         self.alpha = 1.0
 
-    def sample(
-        self,
-        logits: FloatArray,
-        original: FloatArray,
-        degraded: Callable[[], FloatArray | None],
-    ) -> tuple[int, int]:
-        self.given.append((logits, original, degraded()))
-        self.rows.append(logits.copy())
+    def prepare(self, logits: FloatArray) -> bool:
+        self._logits = logits
+        return True
+
+    def draw(self, original: FloatArray, degraded: FloatArray | None) -> tuple[int, int]:
+        self.given.append((self._logits, original, degraded))
+        self.rows.append(self._logits.copy())
         i = len(self.rows) - 1
         return self._draws[i] if i < len(self._draws) else (END, END)
 
@@ -105,17 +108,24 @@ class Run:
 
     def __post_init__(self) -> None:
         self.script = Script(self.draws if self.draws is not None else range(len(self.words)))
-        self.answer = Answer()
         self.pieces: list[Piece] = []
-        self.generator = generate(
-            self.engine,
-            self.engine,
-            self.script,
-            Words(self.words),
-            self.request,
-            self.answer,
-            self.check,
+        self._told: list[Piece] = []
+        self.generation = Generation(
+            self.script, Words(self.words), self.request, self._told.append, self.check
         )
+        self.answer = self.generation.answer
+        self.generator = self._run()
+
+    def _run(self) -> Iterator[Piece]:
+        with closing(self.generation.run(cast(Any, self.engine))) as steps:
+            for _ in steps:
+                yield from self._taken()
+        yield from self._taken()
+
+    def _taken(self) -> list[Piece]:
+        told = self._told.copy()
+        self._told.clear()
+        return told
 
     def finish(self) -> Run:
         self.pieces.extend(self.generator)

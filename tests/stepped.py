@@ -7,8 +7,7 @@ from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.engine import AnySession, Engine, Progress
 from cmg_gguf.engine.prefix_cache import PrefixCache
-from cmg_gguf.engine.rows import PromptRows
-from cmg_gguf.engine.session import Session, cells_of
+from cmg_gguf.engine.session import Session
 from cmg_gguf.engine.steps import EAGER, Pace, Strategy
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import Guidance
@@ -39,10 +38,15 @@ class Answering:
         self._opened: AnySession | None = None
 
     @property
+    def open_session(self) -> AnySession | None:
+        """The engine's one session."""
+        return self.whole.sessions[0] if self.whole.sessions else None
+
+    @property
     def session(self) -> AnySession:
-        if self.whole.session is None or self.whole.session is not self._opened:
+        if self.open_session is None or self.open_session is not self._opened:
             raise BackendError("nothing to continue: call prefill first")
-        return self.whole.session
+        return self.open_session
 
     @property
     def has_room(self) -> bool:
@@ -67,13 +71,18 @@ class Answering:
 
     @property
     def n_cells(self) -> int:
-        return self.whole.session.n_cells if self.whole.session else 0
+        return self.open_session.n_cells if self.open_session else 0
 
     def step(self, token: int) -> None:
         self.whole.step(self.session, token)
 
     def reset(self) -> None:
-        self.whole.reset()
+        if self.open_session is not None:
+            self.whole.drop(self.open_session)
+
+    def release(self) -> None:
+        if self.open_session is not None:
+            self.whole.end(self.open_session)
 
 
 class PairedEngine(Answering):
@@ -83,18 +92,15 @@ class PairedEngine(Answering):
         self,
         original: Branch,
         degraded: Branch,
-        selections: _core.Selections,
         prefixes: PrefixCache | None = None,
         *,
         stepping: Strategy = EAGER,
         pace: Pace | None = None,
     ) -> None:
         branches = Branches(original, degraded)
-        super().__init__(
-            Engine(branches, selections, prefixes, strategy=stepping, pace=pace or SharePace())
-        )
+        super().__init__(Engine([branches], prefixes, strategy=stepping, pace=pace or SharePace()))
         self.original, self.degraded, self.paired = original, degraded, branches.paired
-        self.selections, self.prefixes = selections, self.whole.prefixes
+        self.prefixes = self.whole.prefixes
 
     @property
     def stepping(self) -> Strategy:
@@ -106,7 +112,7 @@ class PairedEngine(Answering):
 
     @property
     def n_past(self) -> int:
-        return self.whole.session.n_past if isinstance(self.whole.session, Session) else 0
+        return self.open_session.n_past if isinstance(self.open_session, Session) else 0
 
     @property
     def n_reused(self) -> int:
@@ -114,11 +120,16 @@ class PairedEngine(Answering):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return self.whole.session.layers if self.whole.session else ()
+        return self.open_session.layers if self.open_session else ()
 
     @property
     def guided(self) -> bool:
-        return self.whole.session is not None and self.whole.session.guided
+        return self.open_session is not None and self.open_session.guided
+
+    @property
+    def selections(self) -> _core.Selections:
+        assert isinstance(self.session, Session)
+        return self.session.selections
 
     @property
     def attended(self) -> tuple[IntArray, ...]:
@@ -128,24 +139,20 @@ class PairedEngine(Answering):
         self.whole.check(prompt, guidance)
 
     def cells_needed(self, prompt: Prompt, guidance: Guidance) -> int:
-        guided = guidance.contrasts and prompt.n_image_tokens > 0
-        n_layer = self.original.context.n_layer
-        rows = PromptRows(prompt, guidance, n_layer, guided=guided)
-        return cells_of(rows, paired=self.paired)
+        return self.whole.cells(prompt, guidance, 0)
 
     def first_decoded_row(self, prompt: Prompt, guidance: Guidance) -> int:
         """Asked of a session that is then dropped."""
+        self.release()
         row = self.whole.open(prompt, guidance).first_row
         self.reset()
         return row
 
     def prefill(self, prompt: Prompt, guidance: Guidance, progress: Progress | None = None) -> None:
+        self.whole.check(prompt, guidance)
         self.release()
         self._opened = self.whole.open(prompt, guidance)
         self.whole.prefill(self._opened, prompt, progress)
-
-    def release(self) -> None:
-        self.whole.end()
 
 
 class ContrastEngine(Answering):
@@ -158,6 +165,7 @@ class ContrastEngine(Answering):
         self.whole.check_contrast(original, degraded)
 
     def prefill(self, original: Prompt, degraded: Prompt, progress: Progress | None = None) -> None:
-        self.whole.end()
+        self.whole.check_contrast(original, degraded)
+        self.release()
         self._opened = self.whole.open_contrast(original, degraded)
         self.whole.prefill(self._opened, None, progress)

@@ -26,7 +26,7 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
-from cmg_gguf.engine.context import Branch, Branches
+from cmg_gguf.engine.context import Branch
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.steps import EAGER, Pace, Strategy
 from cmg_gguf.guidance import Guidance
@@ -78,14 +78,24 @@ class Counted(LlamaContext):
         self.n_rows.update(seqs.tolist())
 
     def decode_image(
-        self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
+        self,
+        image: ImageSegment,
+        position: int,
+        seq: int,
+        plan: _core.Plan | None,
+        *,
+        first: int = 0,
+        n_rows: int | None = None,
     ) -> None:
-        super().decode_image(image, position, seq, plan)
-        self.n_rows[seq] += image.n_tokens
+        super().decode_image(image, position, seq, plan, first=first, n_rows=n_rows)
+        self.n_rows[seq] += image.n_tokens - first if n_rows is None else n_rows
 
 
 class Rig:
-    """An engine on contexts of its own. n_slots, max_cells: what it may keep of past prompts."""
+    """An engine on contexts of its own. n_slots, max_cells: what it may keep of past prompts.
+
+    selections: of rows that are decoded by hand; each answer of the engine has its own.
+    """
 
     def __init__(
         self,
@@ -104,13 +114,13 @@ class Rig:
         n_seq_max = max(n_seq_max, 2 + 2 * n_slots)
         self.selections = _core.Selections(tiny.model.n_layer)
         self.contexts = [
-            Counted(tiny.model, tiny.projector, self.selections, options, n_seq_max=n_seq_max)
+            Counted(tiny.model, options, n_seq_max=n_seq_max)
             for _ in range(1 if pairing == "pair" else 2)
         ]
         branches = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
         slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
-        reuse = PrefixCache(Branches(*branches), slots, max_cells)
-        self.engine = PairedEngine(*branches, self.selections, reuse, stepping=stepping, pace=pace)
+        reuse = PrefixCache((self.contexts[0], self.contexts[-1]), slots, max_cells)
+        self.engine = PairedEngine(*branches, reuse, stepping=stepping, pace=pace)
 
     def n_decoded(self) -> tuple[int, int]:
         """Rows that each branch has decoded since the last call."""
@@ -147,20 +157,21 @@ class Rig:
         slots: (n_tokens,) int32, the slot that keeps each row's influence in every layer; -1: none.
         """
         context, seq = self.engine.original.context, self.engine.original.seq
-        table = np.full((prompt.n_tokens, 4), -1, np.int32)
-        table[:, 0] = seq
-        table[prompt.is_image, 1] = np.arange(prompt.n_image_tokens)
+        table = np.full((prompt.n_tokens, 6), -1, np.int32)
+        table[:, 0], table[:, 1] = seq, 0
+        table[prompt.is_image, 2] = np.arange(prompt.n_image_tokens)
         if slots is not None:
-            table[:, 2] = slots
+            table[:, 3] = slots
         row = position = 0
         for segment in prompt.segments:
-            n, is_image = segment.n_tokens, isinstance(segment, ImageSegment)
-            for start in range(0, n, n if is_image else context.n_ubatch):
-                stop = n if is_image else min(n, start + context.n_ubatch)
+            n = segment.n_tokens
+            for start in range(0, n, context.n_ubatch):
+                stop = min(n, start + context.n_ubatch)
                 is_last = row + stop == prompt.n_tokens
                 plan = self._watching(table[row + start : row + stop], read_residual and is_last)
                 if isinstance(segment, ImageSegment):
-                    context.decode_image(segment, position, seq, plan)
+                    n_rows = stop - start
+                    context.decode_image(segment, position, seq, plan, first=start, n_rows=n_rows)
                 else:
                     context.decode(
                         segment.tokens[start:stop],
@@ -173,17 +184,15 @@ class Rig:
         return position
 
     def _watching(self, table: IntArray, read_residual: bool) -> _core.Plan:
-        n_layer = self.tiny.model.n_layer
-        return _core.Plan(
-            table,
-            n_layer=n_layer,
-            observe_layers=list(range(n_layer)),
-            mask_layers=[],
+        part = _core.Part(
+            selections=self.selections,
             policy=ALL_TOKENS,
-            n_image_tokens=int(table[:, 1].max()) + 1,
+            n_image_tokens=int(table[:, 2].max()) + 1,
+            observe_layers=list(range(self.tiny.model.n_layer)),
             keep_influence=True,
             read_residual=read_residual,
         )
+        return _core.Plan(table, [part])
 
     def _errors(self, step: Step, asked: bool) -> tuple[float, float]:
         original = float(np.abs(self.engine.original_logits - step.original).max())

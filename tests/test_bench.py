@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import bench
-import numpy as np
 import pytest
-from benchmarks.decoding import N_BY_TURNS, Replayed, measure_decoding
+from benchmarks.decoding import N_BY_TURNS, measure_decoding
 from benchmarks.ratios import Middle, in_turns, rotated
 from benchmarks.report import ROWS
 from benchmarks.schedule import (
@@ -35,7 +34,7 @@ from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import Guidance, Sampling
-from cmg_gguf.answer.generate import Answer, generate
+from cmg_gguf.answer.generate import Generation
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.llama.sampler import Sampler
 from cmg_gguf.prompt.segments import Prompt
@@ -157,18 +156,6 @@ def test_turns_begin_with_another_way_each_round() -> None:
 # --- replay ------------------------------------------------------------------------------------
 
 
-ROW = np.zeros(8, np.float32)
-
-
-def test_a_replay_asks_for_l_d_where_the_schedule_says_so() -> None:
-    asked = (True, False, False, True, True, False)
-    drawer, calls = Replayed(asked, 7), iter(range(100))
-    for wanted in asked:
-        before = next(calls)
-        assert drawer.sample(ROW, ROW, lambda: ROW * next(calls)) == (7, 7)
-        assert next(calls) - before == 1 + wanted
-
-
 def test_every_way_replays_the_same_answer_by_turns() -> None:
     log: list[tuple[str, int]] = []
 
@@ -222,19 +209,12 @@ class Spied:
         self._sampler = sampler
         self.asked: list[bool] = []
 
-    def sample(
-        self,
-        logits: FloatArray,
-        original: FloatArray,
-        degraded: Callable[[], FloatArray | None],
-    ) -> tuple[int, int]:
-        self.asked.append(False)
+    def prepare(self, logits: FloatArray) -> bool:
+        self.asked.append(self._sampler.prepare(logits))
+        return self.asked[-1]
 
-        def noted() -> FloatArray | None:
-            self.asked[-1] = True
-            return degraded()
-
-        return self._sampler.sample(logits, original, noted)
+    def draw(self, original: FloatArray, degraded: FloatArray | None) -> tuple[int, int]:
+        return self._sampler.draw(original, degraded)
 
     def accept(self, token: int) -> None:
         self._sampler.accept(token)
@@ -252,8 +232,8 @@ def test_what_is_recorded_is_what_a_sampler_asks_for(pair: TinyPair, beta: float
         sampler = Sampler(vlm.model, Sampling(), alpha=1.0, beta=beta, seed=0)
         spied, watched = Spied(sampler), Watch(beta)
         request = Request("", guidance=guidance, max_tokens=24, logits_processors=(watched,))
-        for _ in generate(vlm.engine, session, spied, vlm.model, request, Answer()):
-            pass
+        generation = Generation(spied, vlm.model, request, lambda piece: None)
+        vlm.engine.finish(generation.run(session))
     assert watched.asked == spied.asked
     assert any(watched.asked)
     assert beta < 0.5 or not all(watched.asked)

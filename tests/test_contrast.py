@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import ContextLengthError, Contrast, Guidance, GuidedVLM, Reply
 from cmg_gguf.answer.logits import combine
-from cmg_gguf.arrays import FloatArray, IntArray
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.contrast import shared_rows
 from cmg_gguf.errors import BackendError
 
@@ -31,13 +31,8 @@ def vlm(pair: TinyPair, request: pytest.FixtureRequest) -> Iterator[GuidedVLM]:
 
 def scores(vlm: GuidedVLM, *asked: Any, **settings: Any) -> tuple[Reply, list[FloatArray]]:
     """An answer, and the scores that were drawn from."""
-    seen: list[FloatArray] = []
-
-    def watch(tokens: IntArray, score: Callable[[], FloatArray]) -> None:
-        assert len(tokens) == len(seen)
-        seen.append(score())
-
-    return vlm.generate(*asked, max_tokens=N, watch=watch, **settings), seen
+    reply = vlm.generate(*asked, max_tokens=N, n_scores=N, **settings)
+    return reply, list(reply.scores)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +69,7 @@ def test_the_same_prompt_changes_nothing(vlm: GuidedVLM) -> None:
     assert ids(reply) == ids(plain)
 
 
-def test_watching_masked_guidance_shows_its_scores(vlm: GuidedVLM) -> None:
+def test_masked_guidance_has_scores_too(vlm: GuidedVLM) -> None:
     guidance = Guidance(alpha=2.0, beta=0.0)
     reply, seen = scores(vlm, QUESTION, [picture(0)], guidance=guidance)
     assert ids(reply) == [int(score.argmax()) for score in seen]
@@ -91,7 +86,7 @@ def test_two_prompts_that_do_not_fit_are_refused_before_computing(vlm: GuidedVLM
     long = "there " * 120
     with pytest.raises(ContextLengthError, match="raise n_ctx"):
         vlm.stream(long, [picture(0)], contrast=Contrast("there " * 300))
-    if vlm.engine.branches.paired:
+    if vlm.engine.lanes[0].paired:
         with pytest.raises(ContextLengthError, match="the two prompts need"):
             vlm.stream(long, [picture(0)], contrast=Contrast(long))
 

@@ -239,16 +239,11 @@ def test_margins_are_those_of_the_methods_own_scores(run: Run, vlm: GuidedVLM) -
     words = YesNoTokens.of(vlm.model)
     for item in run.items[:3]:
         for name, guidance in (("greedy", PLAIN), ("cmg", replace(GUIDANCE, beta=0.0))):
-            scores: list[NDArray[np.float32]] = []
-            vlm.generate(
-                item.prompt,
-                [str(item.image)],
-                guidance=guidance,
-                max_tokens=1,
-                watch=lambda tokens, score, scores=scores: scores.append(score()),
+            reply = vlm.generate(
+                item.prompt, [str(item.image)], guidance=guidance, max_tokens=1, n_scores=1
             )
             record = next(r for r in run.records if r.key == (item.id, name))
-            assert record.yes_margin == pytest.approx(words.margin(scores[0]), abs=1e-3)
+            assert record.yes_margin == pytest.approx(words.margin(reply.scores[0]), abs=1e-3)
 
 
 def test_a_method_of_ones_own_is_a_small_class(

@@ -51,8 +51,8 @@ def test_a_fault_of_the_request_is_told_before_anything_is_computed(
 ) -> None:
     with monkeypatch.context() as patched:
         for name in ("decode", "decode_image"):
-            patched.setattr(vlm.engine.branches.original.context, name, _computed)
-        patched.setattr(vlm.projector, "encode", _computed)
+            patched.setattr(vlm.engine.lanes[0].original.context, name, _computed)
+        patched.setattr(vlm.projector, "embedded", _computed)
         fault.happen(vlm)
     assert answer(vlm) == expected
 
@@ -181,7 +181,8 @@ def test_an_interrupt_at_any_moment_leaves_the_model_usable(
         signal.signal(signal.SIGVTALRM, before)
     assert n_interrupted == 20
     vlm.forget()
-    context: Any = vlm.engine.branches.original.context
+    context: Any = vlm.engine.lanes[0].original.context
+    assert is_empty(vlm)
     assert not any(held(context, seq) for seq in range(context.n_seq_max))
 
 

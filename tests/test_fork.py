@@ -1,23 +1,28 @@
-"""What a fork reads off a graph: where rows may enter, and which dimension counts them."""
+"""What a fork reads off graphs: where rows may enter, and which dimension counts them."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import pytest
-from graphs import ALL, I32, I64, N_EMBD, N_HEAD, N_LAYER, Graph, ggml_function
+from graphs import (
+    I32,
+    I64,
+    N_EMBD,
+    N_HEAD,
+    N_LAYER,
+    SURVEYED,
+    Build,
+    Graph,
+    ggml_function,
+    obstacles,
+    surveyed,
+)
 
 from cmg_gguf import _core
-
-
-@pytest.fixture
-def single() -> Iterator[Graph]:
-    """With one row, as the original branch alone has."""
-    graph = Graph(1)
-    yield graph
-    graph.close()
 
 
 def finish(graph: Graph, rows: int, first: int) -> None:
@@ -25,77 +30,115 @@ def finish(graph: Graph, rows: int, first: int) -> None:
         rows = graph.layer(il, rows)
 
 
+def plain(graph: Graph) -> None:
+    """Layers that read the stream alone."""
+    finish(graph, graph.embed(), 0)
+
+
 # --- where rows may enter ----------------------------------------------------------------------
 
 
-def test_layers_that_read_only_the_stream_can_be_entered(graph: Graph, single: Graph) -> None:
-    for one in (graph, single):
-        finish(one, one.embed(), 0)
-    assert graph.obstacles() == ["", "", ""]
-    assert single.obstacles(leave_out=False) == ["", "", ""]
+def test_layers_that_read_only_the_stream_can_be_entered() -> None:
+    assert obstacles(plain) == ["", "", ""]
+    assert obstacles(plain, shrinks=False) == ["", "", ""]
 
 
-def test_a_layer_is_not_entered_above_what_it_reads_from_below(single: Graph) -> None:
-    embedding = single.embed()
-    rows = single.layer(1, single.layer(0, embedding))
-    finish(single, single.layer(2, rows, embedding), 3)
-    assert single.obstacles(leave_out=False) == ["it reads embd from below"] * 2 + [""]
+def test_nothing_lies_below_layer_0_and_no_layer_behind_the_last() -> None:
+    patch = surveyed(plain)
+    for layer in (-1, 0, N_LAYER):
+        assert patch.fork_obstacle(layer, shrinks=False) == "nothing lies below it"
 
 
-def test_the_output_of_an_earlier_layer_is_also_from_below(single: Graph) -> None:
-    first = single.layer(0, single.embed())
-    finish(single, single.layer(2, single.layer(1, first), first), 3)
-    assert single.obstacles(leave_out=False) == ["", "it reads l_out-0 from below", ""]
+def test_a_layer_is_not_entered_above_what_it_reads_from_below() -> None:
+    def build(graph: Graph) -> None:
+        embedding = graph.embed()
+        rows = graph.layer(1, graph.layer(0, embedding))
+        finish(graph, graph.layer(2, rows, embedding), 3)
+
+    for shrinks in (False, True):
+        assert obstacles(build, shrinks=shrinks) == ["it reads embd from below"] * 2 + [""]
 
 
-def test_memory_that_is_written_below_and_read_above_is_seen(single: Graph) -> None:
+def test_the_output_of_an_earlier_layer_is_also_from_below() -> None:
+    def build(graph: Graph) -> None:
+        first = graph.layer(0, graph.embed())
+        finish(graph, graph.layer(2, graph.layer(1, first), first), 3)
+
+    assert obstacles(build, shrinks=False) == ["", "it reads l_out-0 from below", ""]
+
+
+def test_memory_that_is_written_below_and_read_above_is_seen() -> None:
     """A cache that layers share has no node of its own."""
-    state = single.leaf("cache_r_l0", N_EMBD, 16)
-    rows = single.layer(0, single.embed())
-    index = single.leaf("index", 1, kind=I64)
-    single.node("set_rows", state, rows, index)
-    rows = single.layer(2, single.layer(1, rows))
-    read = single.node("view_2d", state, sizes=(N_EMBD, 1, N_EMBD * 4, 0))
-    single.node("add", rows, read, name="l_out-3")
-    assert single.obstacles(leave_out=False) == ["", *["it reads cache_r_l0 from below"] * 2]
+
+    def build(graph: Graph) -> None:
+        state = graph.leaf("cache_r_l0", N_EMBD, 16)
+        rows = graph.layer(0, graph.embed())
+        graph.node("set_rows", state, rows, graph.leaf("index", graph.n_rows, kind=I64))
+        rows = graph.layer(2, graph.layer(1, rows))
+        read = graph.node("view_2d", state, sizes=(N_EMBD, graph.n_rows, N_EMBD * 4, 0))
+        graph.node("add", rows, read, name="l_out-3")
+
+    expected = ["", *["it reads cache_r_l0 from below"] * 2]
+    assert obstacles(build, shrinks=False) == expected
 
 
-def test_a_copy_for_another_backend_is_what_it_copies(single: Graph) -> None:
-    embedding = single.embed()
-    rows = single.layer(1, single.layer(0, embedding))
-    copy = single.leaf("CUDA0#embd#0", N_EMBD, 1)
-    finish(single, single.layer(2, rows, copy), 3)
-    assert single.obstacles(leave_out=False)[:2] == ["it reads CUDA0#embd#0 from below"] * 2
+def test_a_copy_for_another_backend_is_what_it_copies() -> None:
+    def build(graph: Graph) -> None:
+        embedding = graph.embed()
+        rows = graph.layer(1, graph.layer(0, embedding))
+        copy = graph.leaf("CUDA0#embd#0", N_EMBD, graph.n_rows)
+        finish(graph, graph.layer(2, rows, copy), 3)
+
+    assert obstacles(build, shrinks=False)[:2] == ["it reads CUDA0#embd#0 from below"] * 2
 
 
-@pytest.mark.parametrize("shape", [(N_EMBD, 3), (N_EMBD // 2, 2), (N_EMBD, 1, 2)])
-def test_a_stream_of_another_shape_is_no_stream(graph: Graph, shape: tuple[int, ...]) -> None:
-    graph.node("scale", graph.leaf("other", *shape), name="l_out-0", sizes=(1.0,))
-    graph.node("scale", graph.embed(), name="l_out-1", sizes=(1.0,))
-    found = graph.obstacles(leave_out=False)
-    entered = shape == (N_EMBD // 2, 2)  # narrower, but a row a token
-    assert found[0] is None
-    assert (graph.obstacles()[0] == "") == entered
+@pytest.mark.parametrize("shape", ["other rows", "narrower", "a third dimension"])
+def test_a_stream_of_another_shape_is_no_stream(shape: str) -> None:
+    def build(graph: Graph) -> None:
+        sizes = {
+            "other rows": (N_EMBD, 3),
+            "narrower": (N_EMBD // 2, graph.n_rows),
+            "a third dimension": (N_EMBD, 1, graph.n_rows),
+        }
+        graph.node("scale", graph.leaf("other", *sizes[shape]), name="l_out-0", sizes=(1.0,))
+        graph.node("scale", graph.embed(), name="l_out-1", sizes=(1.0,))
+
+    entered = shape == "narrower"  # but a row a token
+    for shrinks in (False, True):
+        expected = "" if entered else "its layers' outputs are not found"
+        assert obstacles(build, shrinks=shrinks)[0] == expected
+
+
+def test_what_one_of_the_graphs_reads_from_below_is_read() -> None:
+    def build(graph: Graph) -> None:
+        embedding = graph.embed()
+        rows = graph.layer(0, embedding)
+        finish(graph, graph.layer(1, rows, embedding if graph.n_rows == 7 else rows), 2)
+
+    for sizes in (SURVEYED, SURVEYED[::-1]):
+        found = obstacles(build, shrinks=False, sizes=sizes)
+        assert found == ["it reads embd from below", "", ""]
 
 
 # --- which dimension counts rows ---------------------------------------------------------------
 
 
 def heads(graph: Graph, rows: int) -> int:
-    """(head_dim, n_head, n_rows): with two of each, the shape does not tell them apart."""
+    """(head_dim, n_head, n_rows)."""
     size = N_EMBD // N_HEAD
     return graph.node("reshape_3d", graph.project(rows), sizes=(size, N_HEAD, graph.n_rows))
 
 
-def permuted(graph: Graph, tensor: int, *axes: int) -> int:
+def permuted(graph: Graph, tensor: int, *axes: int, name: str = "") -> int:
     made = ggml_function("ggml_permute", *[ctypes.c_void_p] * 2, *[ctypes.c_int] * 4)(
         graph._context, tensor, *axes
     )
-    graph.nodes.append(graph._named(made, f"permuted_{len(graph.nodes)}"))
+    graph.nodes.append(graph._named(made, name or f"permuted_{len(graph.nodes)}"))
     return made
 
 
-def test_attention_without_flash_attention_is_understood(graph: Graph) -> None:
+def attention(graph: Graph) -> None:
+    """Without flash attention."""
     rows = graph.embed()
     q = permuted(graph, heads(graph, rows), 0, 2, 1, 3)
     k = graph.leaf("k", N_EMBD // N_HEAD, 16, N_HEAD)
@@ -104,116 +147,298 @@ def test_attention_without_flash_attention_is_understood(graph: Graph) -> None:
     mixed = permuted(graph, graph.node("mul_mat", v, weights), 0, 2, 1, 3)
     out = graph.node("cont_2d", mixed, sizes=(N_EMBD, graph.n_rows))
     finish(graph, graph.layer(0, rows, out), 1)
-    assert graph.obstacles() == ["", "", ""]
 
 
-UNCLEAR: dict[str, Callable[[Graph, int], int]] = {
-    "an operation on rows that is not known": lambda g, rows: g.node("cumsum", rows),
-    "rows turned into columns": lambda g, rows: g.node(
+def test_attention_without_flash_attention_is_understood() -> None:
+    assert obstacles(attention) == ["", "", ""]
+
+
+@pytest.mark.parametrize("sizes", [(N_HEAD, 5), (N_EMBD // N_HEAD, N_HEAD), (N_EMBD, 16)])
+def test_rows_as_many_as_heads_or_numbers_in_one_graph_are_told_by_the_other(
+    sizes: tuple[int, int],
+) -> None:
+    assert obstacles(attention, sizes=sizes) == ["", "", ""]
+
+
+UNCLEAR: dict[str, Build] = {
+    "an operation on rows that is not known": lambda g: g.node("cumsum", g.embed()),
+    "rows turned into columns": lambda g: g.node(
         "mul_mat",
-        g.node("cont", g.node("transpose", rows)),
-        g.leaf("x", 2, g.n_rows),
+        g.node("cont", g.node("transpose", g.embed())),
+        g.leaf("x", g.n_rows, g.n_rows),
     ),
-    "rows beside an input that has them too": lambda g, rows: g.node(
-        "mul", rows, g.leaf("scale", 1, 2)
+    "rows beside an input that has them too": lambda g: g.node(
+        "mul", g.embed(), g.leaf("scale", 1, g.n_rows)
     ),
-    "rows copied for another backend": lambda g, rows: g.node(
-        "sqr", g.leaf("CUDA0#l_out-0#0", N_EMBD, 2)
-    ),
-    "one of the rows": lambda g, rows: g.node("view_2d", rows, sizes=(N_EMBD, 1, N_EMBD * 4, 0)),
-    "rows merged from the middle": lambda g, rows: g.node(
+    "one of the rows": lambda g: g.node("view_2d", g.embed(), sizes=(N_EMBD, 1, N_EMBD * 4, 0)),
+    "rows merged from the middle": lambda g: g.node(
         "reshape_2d",
-        g.node("cont", permuted(g, heads(g, rows), 0, 2, 1, 3)),
-        sizes=(N_EMBD, 2),
+        g.node("cont", permuted(g, heads(g, g.embed()), 0, 2, 1, 3)),
+        sizes=(N_EMBD, g.n_rows),
     ),
-    "in place": lambda g, rows: g.node("sqr_inplace", rows),
+    "in place": lambda g: g.node("sqr_inplace", g.embed()),
 }
 
 
 @pytest.mark.parametrize("name", UNCLEAR)
-def test_rows_are_not_left_out_where_they_cannot_be_told(graph: Graph, name: str) -> None:
-    rows = graph.layer(0, graph.embed())
-    UNCLEAR[name](graph, rows)
-    finish(graph, rows, 1)
-    first, *others = graph.obstacles()
+def test_rows_are_not_left_out_where_they_cannot_be_told(name: str) -> None:
+    def build(graph: Graph) -> None:
+        rows = graph.layer(0, graph.embed())
+        UNCLEAR[name](graph)
+        finish(graph, rows, 1)
+
+    first, *others = obstacles(build)
     assert first == ""
     assert all(reason is not None and "cannot be told" in reason for reason in others), others
 
 
-@pytest.mark.parametrize(("n_positions", "understood"), [(2, True), (8, False)])
-def test_several_positions_a_row_are_not_understood(
-    graph: Graph, n_positions: int, understood: bool
-) -> None:
+def test_rows_copied_for_another_backend_are_not_left_out() -> None:
+    """The copy is made with the size that it has when the graph is."""
+
+    def build(graph: Graph) -> None:
+        rows = graph.layer(0, graph.embed())
+        graph.node("sqr", graph.leaf("CUDA0#l_out-0#0", N_EMBD, graph.n_rows))
+        finish(graph, rows, 1)
+
+    assert obstacles(build)[0] == ""
+    assert all("cannot be told" in str(reason) for reason in obstacles(build)[1:])
+
+
+@pytest.mark.parametrize(("n_a_row", "understood"), [(1, True), (4, False)])
+def test_several_positions_a_row_are_not_understood(n_a_row: int, understood: bool) -> None:
     """Their places among the positions depend on the number of rows."""
+
+    def build(graph: Graph) -> None:
+        rows = graph.embed()
+        positions = graph.leaf("pos", n_a_row * graph.n_rows, kind=I32)
+        if n_a_row == 1:
+            rope = ggml_function("ggml_rope", *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
+            made = rope(graph._context, heads(graph, rows), positions, 4, 0)
+        else:
+            multi = ggml_function(
+                "ggml_rope_multi",
+                *[ctypes.c_void_p] * 4,
+                ctypes.c_int,
+                ctypes.POINTER(ctypes.c_int),
+                *[ctypes.c_int] * 2,
+                *[ctypes.c_float] * 6,
+            )
+            sections = (ctypes.c_int * 4)(1, 1, 0, 0)
+            floats = (1e4, 1.0, 0.0, 1.0, 32.0, 1.0)
+            made = multi(
+                graph._context, heads(graph, rows), positions, None, 4, sections, 8, 0, *floats
+            )
+        graph.nodes.append(made)
+        finish(graph, rows, 0)
+
+    assert (obstacles(build) == [""] * 3) == understood, obstacles(build)
+
+
+# --- two graphs, and not one --------------------------------------------------------------------
+
+
+def test_nothing_is_known_before_two_numbers_of_rows_were_surveyed() -> None:
+    for sizes in ((), (5,), (7, 7)):
+        assert obstacles(plain, sizes=sizes) == [None] * 3
+        assert obstacles(plain, shrinks=False, sizes=sizes) == [None] * 3
+    assert obstacles(plain, sizes=(7, 7, 2)) == [""] * 3
+
+
+def folded(graph: Graph, kind: int) -> int:
+    """35 numbers a row, in lines of `kind`. As many lines as there are numbers of them are 35 for
+    5 rows and for 7, which both divide."""
+    sizes = kind, 35 // kind * graph.n_rows
+    return graph.node("reshape_2d", graph.project(graph.embed(), 35), sizes=sizes)
+
+
+def turned(graph: Graph, kind: int) -> int:
+    """Rows in the second dimension or in the third, by a node of the same name."""
+    axes = (0, 2, 1, 3) if kind == 7 else (0, 1, 2, 3)
+    return permuted(graph, heads(graph, graph.embed()), *axes, name="turned")
+
+
+def crossed(graph: Graph, kind: int) -> int:
+    """The same nodes in the same order, but the last one reads another."""
     rows = graph.embed()
-    rope = ggml_function("ggml_rope", *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
-    if n_positions == 2:
-        made = rope(
-            graph._context, heads(graph, rows), graph.leaf("pos", n_positions, kind=I32), 4, 0
-        )
-    else:
-        multi = ggml_function(
-            "ggml_rope_multi",
-            *[ctypes.c_void_p] * 4,
-            ctypes.c_int,
-            ctypes.POINTER(ctypes.c_int),
-            *[ctypes.c_int] * 2,
-            *[ctypes.c_float] * 6,
-        )
-        sections = (ctypes.c_int * 4)(1, 1, 0, 0)
-        positions = graph.leaf("pos", n_positions, kind=I32)
-        floats = (1e4, 1.0, 0.0, 1.0, 32.0, 1.0)
-        made = multi(
-            graph._context, heads(graph, rows), positions, None, 4, sections, 8, 0, *floats
-        )
-    graph.nodes.append(made)
-    finish(graph, rows, 0)
-    assert (graph.obstacles() == [""] * 3) == understood, graph.obstacles()
+    first, second = graph.project(rows), graph.project(rows)
+    return graph.node("sqr", first if kind == 7 else second)
+
+
+def longer(graph: Graph, kind: int) -> int:
+    """One node more."""
+    rows = graph.embed()
+    return graph.node("sqr", rows) if kind == 7 else rows
+
+
+every_make = pytest.mark.parametrize("make", [folded, turned, crossed, longer])
+
+
+def around(make: Callable[[Graph, int], int], kind_of: Callable[[Graph], int]) -> Build:
+    """`make` in layer 1."""
+
+    def build(graph: Graph) -> None:
+        rows = graph.layer(0, graph.embed())
+        make(graph, kind_of(graph))
+        finish(graph, rows, 1)
+
+    return build
+
+
+@every_make
+@pytest.mark.parametrize("sizes", [SURVEYED, SURVEYED[::-1], (*SURVEYED, *SURVEYED)], ids=str)
+def test_what_only_one_graph_says_of_rows_is_not_believed(
+    make: Callable[[Graph, int], int], sizes: tuple[int, ...]
+) -> None:
+    build = around(make, lambda graph: graph.n_rows)
+    first, *others = obstacles(build, sizes=sizes)
+    assert first == ""
+    told = "cannot be told", "depends on the number of rows"
+    assert all(any(words in str(reason) for words in told) for reason in others), others
+    assert obstacles(build, shrinks=False, sizes=sizes) == ["", "", ""]
+
+
+@every_make
+@pytest.mark.parametrize("kind", SURVEYED)
+def test_what_both_graphs_say_of_rows_is_believed(
+    make: Callable[[Graph, int], int], kind: int
+) -> None:
+    """Either of those that are not believed above, when the other is like it."""
+    assert obstacles(around(make, lambda graph: kind)) == ["", "", ""]
 
 
 # --- graphs that are not as surveyed ------------------------------------------------------------
 
 
-def test_a_graph_of_another_order_is_noticed(graph: Graph) -> None:
-    """Even where the operations are the same one by one."""
+def two_of_a_kind(graph: Graph) -> None:
+    """Nodes that only their names tell apart."""
     rows, weight = graph.embed(), graph.leaf("weight", N_EMBD, N_EMBD)
     q, k = (graph.node("mul_mat", weight, rows, name=name) for name in ("Qcur-0", "Kcur-0"))
-    below = list(graph.nodes)
     finish(graph, graph.node("add", q, k, name="l_out-0"), 1)
-    patch = graph.surveyed()
-    embd, first, second = below
-    for graph.nodes, error in (
-        ([embd, first, second], "l_out-0, .* was not found"),  # all was well up to here
-        ([embd, second, first], "Kcur-0 is not as in the decode that was surveyed"),
-    ):
-        patch.begin(graph.plan(_core.ForkPlan(layer=1, n_below=1, slots=[0, 0])))
-        graph.ask(patch)
-        with pytest.raises(RuntimeError, match=error):
-            patch.end()
+
+
+def asked_error(patch: _core.GraphPatch, graph: Graph, n_below: int = 1) -> str:
+    """What a fork at layer 1 says to this graph."""
+    patch.begin(graph.plan(_core.ForkPlan(layer=1, n_below=n_below)))
+    graph.ask(patch)
+    with pytest.raises(RuntimeError) as error:
+        patch.end()
+    return str(error.value)
+
+
+ALL_WELL = "what the layers below give, was not found"
+"""For nothing is computed here, and so none of these forks is entered."""
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 5, 12, 31])
+def test_any_number_of_rows_forks_in_a_graph_as_surveyed(n_rows: int) -> None:
+    patch = surveyed(attention)
+    for n_below in {1, (n_rows + 1) // 2, n_rows - 1, n_rows}:
+        with closing(Graph(n_rows)) as graph:
+            attention(graph)
+            assert ALL_WELL in asked_error(patch, graph, n_below)
+
+
+def test_a_graph_of_another_order_is_noticed(graph: Graph) -> None:
+    """Even where the operations are the same one by one."""
+    patch = surveyed(two_of_a_kind)
+    two_of_a_kind(graph)
+    embd, first, second = graph.nodes[:3]
+    graph.nodes = [embd, first, second]
+    assert ALL_WELL in asked_error(patch, graph)
+    graph.nodes = [embd, second, first]
+    assert "Kcur-0 is not as in the decodes that were surveyed" in asked_error(patch, graph)
+
+
+def test_a_node_more_is_noticed(graph: Graph) -> None:
+    patch = surveyed(plain)
+    rows = graph.embed()
+    graph.node("sqr", rows, name="more")
+    finish(graph, rows, 0)
+    assert "more is not as in the decodes that were surveyed" in asked_error(patch, graph)
+
+
+def test_a_copy_for_another_backend_that_was_not_surveyed_is_noticed(graph: Graph) -> None:
+    """As from 32 rows on, where ggml moves work to a GPU whose weights lie on the host."""
+    patch = surveyed(plain)
+    rows, copy = graph.embed(), graph.leaf("CUDA0#embd#0", N_EMBD, graph.n_rows)
+    graph.node("add", rows, graph.project(copy), name="l_out-0")
+    assert "reads CUDA0#embd#0, unlike in the decodes" in asked_error(patch, graph)
+
+
+def test_a_node_with_other_rows_is_noticed(graph: Graph) -> None:
+    def build(one: Graph, n_head: int = N_HEAD) -> None:
+        rows = one.embed()
+        one.node("reshape_2d", rows, sizes=(N_EMBD // n_head, n_head * one.n_rows))
+        finish(one, rows, 0)
+
+    patch = surveyed(build)
+    build(graph, 2 * N_HEAD)
+    assert "does not have a row a token" in asked_error(patch, graph)
 
 
 # --- plans that cannot be ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("n_rows", "n_below", "slots"), [(2, 1, [0]), (2, 1, [0, 0]), (3, 1, [0] * 3), (4, 0, [0] * 5)]
-)
-def test_a_fork_that_cannot_be_is_refused(n_rows: int, n_below: int, slots: list[int]) -> None:
-    patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
-    plan = _core.Plan(
-        np.full((n_rows, 4), -1, np.int32),
-        n_layer=N_LAYER,
-        observe_layers=[],
-        mask_layers=[],
-        policy=ALL,
-        n_image_tokens=0,
-        fork=_core.ForkPlan(layer=1, n_below=n_below, slots=slots),
-    )
-    with pytest.raises(ValueError, match="a fork of"):
+def begin(patch: _core.GraphPatch, n_rows: int, n_below: int, layer: int = 1) -> None:
+    """Begins a fork; where nothing is below it, nothing was noted either, which is refused last."""
+    with closing(Graph(n_rows)) as graph:
+        plan = graph.plan(_core.ForkPlan(layer=layer, n_below=n_below))
+    if n_below > 0:
         patch.begin(plan)
+        patch.abandon()
+    else:
+        with pytest.raises(IndexError, match="where nothing was noted"):
+            patch.begin(plan)
 
 
-def test_nothing_is_known_of_a_graph_before_it_was_surveyed() -> None:
-    patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
-    assert patch.fork_obstacle(1, n_rows=2, n_below=1) is None
-    assert patch.fork_obstacle(1, n_rows=1, n_below=1) is None
+@pytest.mark.parametrize("sizes", [(), (5,), (7, 7)], ids=str)
+@pytest.mark.parametrize("n_below", [0, 1, 3])
+def test_rows_are_not_left_out_of_a_graph_that_is_not_known(
+    n_below: int, sizes: tuple[int, ...]
+) -> None:
+    patch = surveyed(plain, sizes)
+    begin(patch, 4, 4)  # rows below only note
+    with pytest.raises(ValueError, match="two decodes of different numbers of rows"):
+        begin(patch, 4, n_below)
+
+
+def test_rows_are_not_left_out_where_there_is_an_obstacle() -> None:
+    patch = surveyed(lambda graph: finish(graph, graph.node("cumsum", graph.embed()), 0))
+    begin(patch, 2, 0)
+    with pytest.raises(ValueError, match=r"layer 1: rows of .* cannot be told"):
+        begin(patch, 2, 1)
+    with pytest.raises(ValueError, match="nothing lies below it"):
+        begin(patch, 2, 0, N_LAYER)
+
+
+@pytest.mark.parametrize(("sizes", "n_rows"), [((5, 7), 31), ((5, 37), 64), ((32, 5), 32)])
+def test_many_rows_fork_behind_others_where_as_many_were_surveyed(
+    sizes: tuple[int, int], n_rows: int
+) -> None:
+    begin(surveyed(plain, sizes), n_rows, 1)
+
+
+def test_many_rows_do_not_fork_behind_others_where_fewer_were_surveyed() -> None:
+    patch = surveyed(plain)
+    for n_below in (0, 32):
+        begin(patch, 32, n_below)
+    with pytest.raises(ValueError, match="decodes of fewer than 32 were surveyed"):
+        begin(patch, 32, 1)
+
+
+@pytest.mark.parametrize("n_below", [-1, 3])
+def test_no_more_rows_are_below_than_there_are(n_below: int) -> None:
+    with pytest.raises(ValueError, match=f"{n_below} rows below a fork of 2 rows"):
+        begin(surveyed(plain), 2, n_below)
+
+
+def test_a_layer_below_0_is_none() -> None:
+    with pytest.raises(ValueError, match="a fork at layer -1"):
+        begin(surveyed(plain), 2, 2, -1)
+
+
+@pytest.mark.parametrize(("n_rows", "layer"), [(1, 0), (0, 0), (2, 1)])
+def test_a_survey_is_of_two_rows_and_more_that_do_not_fork(n_rows: int, layer: int) -> None:
+    rows = np.full((n_rows, 6), -1, np.int32)
+    with pytest.raises(ValueError, match="a survey is made of"):
+        _core.Plan(rows, [], fork=_core.ForkPlan(layer=layer, n_below=n_rows, survey=True))

@@ -9,9 +9,9 @@ import pytest
 import reference
 from graphs import I32, N_EMBD, Graph
 from judge import prompt_rows
-from plans import N_IMAGE, N_LAYER, NONE, decode, plan
+from plans import N_IMAGE, N_LAYER, NONE, Row, decode, part, plan
 from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES
-from support import ALL_TOKENS, EXACT, TOLERANCE, Rig, Tiny, logits
+from support import EXACT, TOLERANCE, Rig, Tiny, logits
 from unhooked import Unhooked
 
 from cmg_gguf import _core
@@ -69,7 +69,7 @@ def test_masks_toggled_between_steps_touch_their_own_steps_alone(tiny: Tiny) -> 
     blocked = np.zeros((N_LAYER, len(rows), len(rows)), np.bool_)
     degraded = []
     for i, (token, layers) in enumerate(zip(tokens, masked_layers, strict=True)):
-        hide = plan([(0, NONE, NONE, NONE), (1, NONE, NONE, 0)], mask=layers)
+        hide = plan([Row(0), Row(1, 0, mask=0)], part(rig.selections, mask=layers))
         decode(context, [(token, n + i, 0), (token, n + i, 1)], hide if layers else None)
         degraded.append(logits(context, 1))
         for il in layers:
@@ -189,49 +189,30 @@ def test_masks_grow_with_the_part_of_the_cache_in_use(tiny: Tiny, scope: Scope) 
 def test_an_image_token_that_does_not_exist_ends_only_that_request(llama: Tiny, token: int) -> None:
     rig, prompt, guidance = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE), Guidance(refresh="prompt")
     rig.engine.prefill(prompt, guidance)
-    rig.selections.set_tokens(0, rig.engine.layers[1], np.array([2, token], np.int32))
+    rig.engine.selections.set_tokens(0, rig.engine.layers[1], np.array([2, token], np.int32))
     with pytest.raises(BackendError, match=f"image token {token} .* the prompt has {N_IMAGE}"):
         rig.engine.step(300)
     check(rig, prompt, guidance)
 
 
-@pytest.mark.parametrize("row", [(0, NONE, 2, NONE), (0, NONE, NONE, 2)])
-def test_a_slot_that_does_not_exist_ends_only_that_decode(
-    llama: Tiny, row: tuple[int, int, int, int]
-) -> None:
-    rig, prompt, layers = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE), range(N_LAYER)
-    n = rig.decode_prompt(prompt)
-    rig.selections.resize(2)
-    with pytest.raises(BackendError, match="slot 2 of 2"):
-        decode(rig.contexts[0], [(300, n, 0)], plan([row], observe=layers, mask=layers))
-    check(rig, prompt, Guidance())
-
-
-@pytest.mark.parametrize("shape", [(4,), (1, 3), (1, 5), (1, 1, 4)])
+@pytest.mark.parametrize("shape", [(6,), (1, 4), (1, 5), (1, 7), (1, 1, 6)])
 def test_a_plan_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"rows is \[n_rows, 4\]"):
-        _core.Plan(
-            np.zeros(shape, np.int32),
-            n_layer=N_LAYER,
-            observe_layers=[],
-            mask_layers=[],
-            policy=ALL_TOKENS,
-            n_image_tokens=0,
-        )
+    with pytest.raises(ValueError, match=r"rows is \[n_rows, 6\]"):
+        _core.Plan(np.zeros(shape, np.int32), [])
 
 
 @pytest.mark.parametrize("il", [-1, N_LAYER])
-def test_a_plan_for_a_layer_that_does_not_exist_is_refused(il: int) -> None:
-    row = (0, NONE, NONE, NONE)
+def test_a_part_for_a_layer_that_does_not_exist_is_refused(il: int) -> None:
+    selections = _core.Selections(N_LAYER)
     with pytest.raises(ValueError, match=f"layer {il} of {N_LAYER}"):
-        plan([row], observe=[0, il])
+        part(selections, observe=[0, il])
     with pytest.raises(ValueError, match=f"layer {il} of {N_LAYER}"):
-        plan([row], mask=[0, il])
+        part(selections, mask=[0, il])
 
 
 def test_a_plan_for_another_model_is_refused_and_leaves_no_trace(llama: Tiny) -> None:
     rig, prompt = Rig(llama), llama.prompt(ONE_IMAGE, PICTURE)
-    other = plan([(0, NONE, NONE, NONE)], n_layer=N_LAYER + 1)
+    other = plan([Row(0)], part(_core.Selections(N_LAYER + 1)))
     with pytest.raises(ValueError, match=f"{N_LAYER + 1} layers, a patch for {N_LAYER}"):
         rig.contexts[0].patch.begin(other)
     with pytest.raises(ValueError, match=f"{N_LAYER + 1} layers, a patch for {N_LAYER}"):
@@ -240,13 +221,13 @@ def test_a_plan_for_another_model_is_refused_and_leaves_no_trace(llama: Tiny) ->
 
 
 def test_an_error_without_a_plan_is_told_by_the_next_one_once(graph: Graph) -> None:
-    patch = _core.GraphPatch(N_LAYER, _core.Selections(N_LAYER))
+    patch = _core.GraphPatch(N_LAYER)
     rows = graph.embed()
     for il in (1, 2):  # the first of them is told
         index = graph.leaf("index", graph.n_rows, kind=I32)
         graph.node("set_rows", graph.leaf(f"cache_k_l{il}", N_EMBD, 16), rows, index)
     graph.ask(patch)
-    nothing = plan([(0, NONE, NONE, NONE)] * graph.n_rows)
+    nothing = plan([Row(0)] * graph.n_rows)
     with pytest.raises(RuntimeError, match=r"without a plan .* layer 1: .* 64-bit cells"):
         patch.begin(nothing)
     patch.begin(nothing)
@@ -268,9 +249,10 @@ def test_cosines_are_the_judges_and_only_there_when_asked_for(tiny: Tiny) -> Non
     forward = ref.forward(prompt_rows(ref, prompt))
     influence = reference.candidate_influence(ref, forward, prompt.is_image)
     evidence = reference.layer_evidence(forward, influence, prompt.n_tokens - 1)
-    np.testing.assert_allclose(rig.contexts[0].patch.cosines, evidence.cosine, atol=1e-6)
+    np.testing.assert_allclose(rig.selections.cosines, evidence.cosine, atol=1e-6)
     rig.engine.prefill(prompt, Guidance(layers=AttentionMass(0.5)))
-    assert rig.contexts[0].patch.cosines.tolist() == []
+    assert rig.engine.selections.cosines.tolist() == []
+    np.testing.assert_allclose(rig.selections.cosines, evidence.cosine, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [[2, 3, 5], [], AttentionMass(0.5), LowestCosine(0.5)], ids=str)

@@ -38,10 +38,11 @@ HOUSE = {
     # --- where they are put together ------------------------------------------------------------
     "opening": f"{ASKING} prompt _core engine llama llama_cpp",
     "stream": f"{ASKING} prompt engine llama answer opening",
-    "vlm": f"{ASKING} prompt llama llama_cpp answer chat opening stream",
+    "many": f"{ASKING} answer stream",
+    "vlm": f"{ASKING} prompt llama llama_cpp answer chat opening stream many",
     "handler": f"{ASKING} opening vlm llama_cpp",
     "facts": f"{VALUES} llama llama_cpp opening",
-    "__init__": f"{ASKING} stream vlm handler",
+    "__init__": f"{ASKING} stream many vlm handler",
     # --- what is built on them ------------------------------------------------------------------
     "tiny": VALUES,
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",

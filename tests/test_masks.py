@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from judge import prompt_rows
-from plans import N_IMAGE, N_LAYER, NONE, decode, plan
+from plans import N_IMAGE, N_LAYER, Row, decode, part, plan
 from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES
 from support import TOLERANCE, Rig, Tiny, logits
 
@@ -67,9 +67,10 @@ def test_a_layer_shares_only_what_is_its_own_too(name: str, request: pytest.Fixt
         context.patch.copy_image_tokens(0, 1 + row, N_IMAGE)
         for il, tokens in enumerate(layers):
             rig.selections.set_tokens(row, il, np.array(tokens, np.int32))
-    rows = [(1, NONE, NONE, 0), (2, NONE, NONE, 1)]
+    rows = [Row(1, 0, mask=0), Row(2, 0, mask=1)]
     before = context.patch.n_masks
-    decode(context, [(300, n, 1), (300, n, 2)], plan(rows, mask=range(N_LAYER)))
+    shared = part(rig.selections, mask=range(N_LAYER))
+    decode(context, [(300, n, 1), (300, n, 2)], plan(rows, shared))
     # 0 and 1 hide the same, and 2 and 4, of which 2 has no window; 3 and 5 differ in one row.
     assert context.patch.n_masks - before == (5 if ref.hyper.arch == "gemma3" else 4)
     image = np.flatnonzero(prompt.is_image)

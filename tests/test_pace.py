@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cmg_gguf.engine.steps import Pace
+from cmg_gguf.engine.steps import Filling, Pace
 
 N_STEPS = 2000
 
@@ -41,9 +41,8 @@ class Clock:
                 self.waiting += 1
             self.asked = self.rng.random() < self.share
             if self.asked and self.waiting:
-                n_rows = self.pace.batch_of(self.waiting)
-                caught_up = self.row * n_rows * noise()
-                self.pace.catch_up_took(n_rows, caught_up)
+                caught_up = self.row * self.waiting * noise()
+                self.pace.catch_up_took(self.waiting, caught_up)
                 seconds += caught_up
                 self.waiting = 0
             spent += seconds
@@ -107,16 +106,36 @@ def test_few_steps_that_ask_make_waiting_worth_it() -> None:
         assert pace.takes_together is expected
 
 
-def test_a_batch_is_filled_up_where_that_has_been_cheaper() -> None:
-    """1, 2, 3, 4, ... rows by the clock of a CPU whose kernels take rows by four."""
-    seconds = {1: 0.48, 2: 0.78, 3: 1.06, 4: 0.85, 5: 1.17, 6: 1.45, 7: 1.75, 8: 1.51}
-    pace = Pace()
-    for _ in range(6):
-        for n in range(1, 9):
-            n_rows = pace.batch_of(n)
+def test_a_decode_is_filled_up_where_that_has_been_cheaper() -> None:
+    seconds = {1: 1.0, 2: 1.5, 3: 2.4, 4: 1.8, 5: 2.6, 6: 3.0, 7: 3.6, 8: 3.2}
+    filling = Filling()
+    for _ in range(8):
+        for n in seconds:
+            n_rows = n + filling.n_padding(n, n)
             assert n_rows in (n, 4, 8)
-            pace.catch_up_took(n_rows, seconds[n_rows])
-    assert [pace.batch_of(n) for n in range(1, 9)] == [1, 2, 4, 4, 5, 6, 8, 8]
+            filling.took(n_rows, n_rows, seconds[n_rows])
+    assert [n + filling.n_padding(n, n) for n in seconds] == [1, 2, 4, 4, 5, 6, 8, 8]
+
+
+def test_rows_that_enter_a_fork_are_filled_up_by_their_own_kind() -> None:
+    filling = Filling()
+    for _ in range(8):
+        n_rows = 6 + filling.n_padding(3, 6)
+        filling.took(3, n_rows, {6: 3.0, 8: 2.0}[n_rows])
+    assert filling.n_padding(3, 6) == 2
+    assert filling.n_padding(6, 6) == 0  # not known yet
+
+
+def test_in_company_both_branches_go_together_and_nothing_is_timed() -> None:
+    clock = Clock(1.9, 1.0, 0.2, 0.4)
+    clock.run(100)
+    assert not clock.pace.takes_together
+    clock.pace.company = True
+    clock.run(50)
+    assert all(clock.ways[-50:])
+    clock.pace.company = False
+    clock.run(50)
+    assert not any(clock.ways[-40:])
 
 
 def test_one_slow_step_decides_nothing() -> None:

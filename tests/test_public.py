@@ -29,6 +29,7 @@ PUBLIC = [
     "LowestCosine",
     "MeanStd",
     "ModelError",
+    "Outcome",
     "Piece",
     "ProjectorError",
     "PromptError",

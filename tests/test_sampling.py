@@ -11,6 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from drawn import drawn as draw_by_halves
 from support import Rig, Tiny
 from tiny_vocabulary import EOS_TOKEN
 
@@ -52,7 +53,7 @@ def sampler(
 
 
 def draw(drawer: Sampler, original: FloatArray, degraded: FloatArray | None) -> tuple[int, int]:
-    return drawer.sample(original, original, lambda: degraded)
+    return draw_by_halves(drawer, original, original, lambda: degraded)
 
 
 def drawn(drawer: Sampler, rows: Rows) -> list[tuple[int, int]]:
@@ -414,7 +415,7 @@ def test_l_d_is_asked_for_exactly_where_more_than_one_token_is_plausible(
             calls.append(1)
             return degraded
 
-        token, _ = drawer.sample(original, original, l_d)
+        token, _ = draw_by_halves(drawer, original, original, l_d)
         biased = original.copy()
         for biased_token, bias in settings.get("logit_bias", {}).items():
             biased[biased_token] += np.float32(bias)
@@ -430,7 +431,7 @@ def test_l_d_is_asked_for_exactly_where_more_than_one_token_is_plausible(
 def test_l_d_is_not_asked_for_where_the_grammar_leaves_one_token(model: Model, rows: Rows) -> None:
     end = sampler(model, Sampling(grammar='root ::= ""'), beta=0.0)
     original = rows[0][0]
-    token, plain = end.sample(original, original, lambda: pytest.fail("asked for"))
+    token, plain = draw_by_halves(end, original, original, lambda: pytest.fail("asked for"))
     assert token == plain == EOS_TOKEN
 
 
@@ -440,4 +441,4 @@ def test_an_error_of_the_degraded_branch_is_told_as_it_is(model: Model, rows: Ro
 
     drawer, original = sampler(model, Sampling(), beta=0.0), rows[0][0]
     with pytest.raises(BackendError, match=r"^its own words$"):
-        drawer.sample(original, original, broken)
+        draw_by_halves(drawer, original, original, broken)

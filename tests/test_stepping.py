@@ -24,6 +24,7 @@ from unhooked import Unhooked
 
 from cmg_gguf import BackendError, GuidedVLM, Sampling
 from cmg_gguf.engine.rows import masked_rows
+from cmg_gguf.engine.session import Session
 from cmg_gguf.engine.steps import AUTO, EAGER, Strategy
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -607,7 +608,7 @@ def test_an_error_in_the_middle_of_a_fork_leaves_no_trace(tiny: Tiny, way: Strat
     guidance = Guidance(refresh="prompt")
     agree(rig, prompt, guidance, SOME)
     rig.engine.prefill(prompt, guidance)
-    rig.selections.set_tokens(0, rig.engine.layers[1], np.array([2, 99], np.int32))
+    rig.engine.selections.set_tokens(0, rig.engine.layers[1], np.array([2, 99], np.int32))
 
     def step() -> None:
         rig.engine.step(300)
@@ -700,13 +701,17 @@ def test_steps_are_skipped_where_one_token_is_plausible_and_only_there(
 ) -> None:
     """Else the test of equal answers would say nothing about skipping."""
     vlm = vlms["lazy"]
-    engine, context = vlm.engine, vlm.engine.branches.original.context
+    engine, context = vlm.engine, vlm.engine.lanes[0].original.context
     caught_up: list[int] = []  # the prompt's rows first
     whole = context.decode
 
     def decode(tokens: Any, positions: Any, seqs: Any, **settings: Any) -> None:
-        session = engine.session
-        if session and session.n_cells and seqs[0] == engine.branches.degraded.seq:
+        session = engine.sessions[0] if engine.sessions else None
+        if (
+            isinstance(session, Session)
+            and session.n_past
+            and seqs[0] == engine.lanes[0].degraded.seq
+        ):
             caught_up.append(len(tokens))
         whole(tokens, positions, seqs, **settings)
 
@@ -730,7 +735,7 @@ def test_the_first_answer_is_the_second_to_the_bit(pair: TinyPair, way: Strategy
         ask: Any = {"max_tokens": 30, "top_logprobs": 2, "guidance": Guidance(beta=0.4)}
         first, second = (vlm.generate("Is it?", [picture_of(1)], **ask).tokens for _ in range(2))
         assert first == second
-        assert vlm.engine.branches.original.context.patch.n_left_out > 0
+        assert vlm.engine.lanes[0].original.context.patch.n_left_out > 0
 
 
 def test_an_abandoned_stream_has_no_part_in_the_next_answer(vlms: dict[str, GuidedVLM]) -> None:
@@ -760,7 +765,7 @@ def test_experts_are_not_left_out_of_a_pair_but_of_rows_that_waited(
                 vlm.engine.strategy = WAYS[strategy]
                 reply = vlm.generate("What is there?", [picture_of(0)], max_tokens=20)
                 answers[strategy] = [token.id for token in reply.tokens]
-                left_out[strategy] = vlm.engine.branches.original.context.patch.n_left_out
+                left_out[strategy] = vlm.engine.lanes[0].original.context.patch.n_left_out
     assert answers["fork"] == answers["lazy"] == answers["eager"]
     assert left_out["eager"] == left_out["fork"] == 0 < left_out["lazy"]
     assert "cannot be told" in caplog.text

@@ -1,14 +1,17 @@
 """From steps to text: one answer, token by token, with its stop strings, timing and account.
 
+    generation = Generation(drawer, vocabulary, request, emit)
+    yield from generation.run(session)     # yields the batches that it wants decoded
+
 Knows a vocabulary and a sampler; knows nothing of chats or of how the prompt came about.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -19,6 +22,9 @@ from cmg_gguf.errors import SamplingError
 from cmg_gguf.reply import FinishReason, Piece, Token
 from cmg_gguf.request import Request
 from cmg_gguf.sampling import LogitsProcessor
+
+Decodes: TypeAlias = Generator[Any, Any, None]
+"""Yields what it wants decoded, and is sent what came of it: see `cmg_gguf.engine.batch`."""
 
 
 class Vocabulary(Protocol):
@@ -31,17 +37,13 @@ class Vocabulary(Protocol):
 class Session(Protocol):
     """What an answer needs of its two branches: see `cmg_gguf.engine.session.Session`."""
 
-    @property
-    def l_o(self) -> FloatArray: ...
+    l_o: FloatArray
+    l_d: FloatArray | None
+
     @property
     def has_room(self) -> bool: ...
-
-
-class Engine(Protocol):
-    """What decodes for a session: see `cmg_gguf.engine.engine.Engine`."""
-
-    def degraded(self, session: Any) -> FloatArray | None: ...
-    def step(self, session: Any, token: int) -> None: ...
+    def step(self, token: int) -> Decodes: ...
+    def catch_up(self) -> Decodes: ...
 
 
 class Drawer(Protocol):
@@ -49,130 +51,137 @@ class Drawer(Protocol):
 
     alpha: float
 
-    def sample(
-        self,
-        logits: FloatArray,
-        original: FloatArray,
-        degraded: Callable[[], FloatArray | None],
-    ) -> tuple[int, int]: ...
+    def prepare(self, logits: FloatArray) -> bool: ...
+    def draw(self, original: FloatArray, degraded: FloatArray | None) -> tuple[int, int]: ...
     def accept(self, token: int) -> None: ...
 
 
 @dataclass
 class Answer:
-    """What `generate` has produced so far."""
+    """What a generation has produced so far."""
 
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason = "length"
     seconds: float = 0.0
+    scores: list[FloatArray] = field(default_factory=list)
 
 
-def generate(
-    engine: Engine,
-    session: Session,
-    drawer: Drawer,
-    vocabulary: Vocabulary,
-    request: Request,
-    answer: Answer,
-    check: Callable[[], None] = lambda: None,
-) -> Iterator[Piece]:
-    """Yields the answer to what the session was prefilled with; fills `answer` on the way.
+class Generation:
+    """An answer in the making. answer: what there is of it."""
 
-    check: called before every use of the engine; raises to stop.
-    """
-    started = time.perf_counter()
-    characters, stops = Utf8Stream(), StopStrings(request.stop)
-    pending: list[Token] = []
-    ids: list[int] = []
+    def __init__(
+        self,
+        drawer: Drawer,
+        vocabulary: Vocabulary,
+        request: Request,
+        emit: Callable[[Piece], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """emit: called with each piece of text. check: called behind code of the caller's, which
+        can have closed the model; raises to stop."""
+        self.answer = Answer()
+        self._drawer, self._vocabulary, self._request = drawer, vocabulary, request
+        self._emit, self._check = emit, check
+        self._characters, self._stops = Utf8Stream(), StopStrings(request.stop)
+        self._pending: list[Token] = []
+        self._ids: list[int] = []
+        self._started: float | None = None
 
-    def emit(text: str) -> Iterator[Piece]:
-        if not answer.text:
+    @property
+    def n_said(self) -> int:
+        """Tokens so far."""
+        return len(self._ids)
+
+    def run(self, session: Session) -> Decodes:
+        """The answer to what the session was prefilled with, or the rest of it: a session that was
+        dropped on the way is no loss, another takes the tokens that were said."""
+        self._started = self._started or time.perf_counter()
+        for said in tuple(self._ids):
+            yield from session.step(said)
+        limit, stopped = self._request.max_tokens, False
+        while limit is None or self.n_said < limit:
+            token = yield from self._drawn(session)
+            if self._vocabulary.is_end(token.id):
+                self.answer.finish_reason = "stop"
+                break
+            stopped = self._said(token)
+            if stopped or self.n_said == limit or not session.has_room:
+                break
+            yield from session.step(token.id)
+        self._finish(stopped=stopped)
+
+    def _said(self, token: Token) -> bool:
+        """Takes a token into the answer; whether that met a stop string."""
+        self._drawer.accept(token.id)
+        self._ids.append(token.id)
+        self.answer.tokens.append(token)
+        self._pending.append(token)
+        data = self._vocabulary.token_bytes(token.id)
+        text, stopped = self._stops.feed(self._characters.feed(data))
+        self._note_time()
+        self._show(text)
+        if stopped:
+            self.answer.finish_reason = "stop"
+        return stopped
+
+    def _finish(self, *, stopped: bool) -> None:
+        if not stopped:
+            text, stopped = self._stops.feed(self._characters.flush())
+            if stopped:
+                self.answer.finish_reason = "stop"
+            self._show(text + ("" if stopped else self._stops.flush()))
+        self._note_time()
+        if self._pending:
+            self._emit(Piece("", tuple(self._pending)))
+
+    def _show(self, text: str) -> None:
+        if not self.answer.text:
             text = text.lstrip(" ")  # SentencePiece words carry the space in front of them
         if text:
-            answer.text += text
-            piece = Piece(text, tuple(pending))
-            pending.clear()
-            yield piece
+            self.answer.text += text
+            self._emit(Piece(text, tuple(self._pending)))
+            self._pending.clear()
 
-    draw = Draw(engine, session, drawer, vocabulary, request, check)
-    stopped = False
-    while request.max_tokens is None or len(ids) < request.max_tokens:
-        check()
-        token = draw(ids)
-        if vocabulary.is_end(token.id):
-            answer.finish_reason = "stop"
-            break
-        drawer.accept(token.id)
-        ids.append(token.id)
-        answer.tokens.append(token)
-        pending.append(token)
-        text, stopped = stops.feed(characters.feed(vocabulary.token_bytes(token.id)))
-        answer.seconds = time.perf_counter() - started
-        yield from emit(text)
-        if stopped:
-            answer.finish_reason = "stop"
-            break
-        check()
-        if len(ids) == request.max_tokens or not session.has_room:
-            break
-        engine.step(session, token.id)
-    if not stopped:
-        text, stopped = stops.feed(characters.flush())
-        if stopped:
-            answer.finish_reason = "stop"
-        yield from emit(text + ("" if stopped else stops.flush()))
-    answer.seconds = time.perf_counter() - started
-    if pending:
-        yield Piece("", tuple(pending))
+    def _note_time(self) -> None:
+        assert self._started is not None
+        self.answer.seconds = time.perf_counter() - self._started
 
-
-@dataclass(frozen=True, eq=False)
-class Draw:
-    """Draws one token from the newest row of a session."""
-
-    engine: Engine
-    session: Session
-    drawer: Drawer
-    vocabulary: Vocabulary
-    request: Request
-    check: Callable[[], None]
-
-    def __call__(self, ids: list[int]) -> Token:
-        """The token behind these, as it is told; `check` is called after code of the caller's."""
-        request, drawer = self.request, self.drawer
+    def _drawn(self, session: Session) -> Generator[Any, Any, Token]:
+        """Draws the token behind those that were said."""
+        request, drawer, n = self._request, self._drawer, self.n_said
         if request.strength is not None:
-            drawer.alpha = request.strength(len(ids))
-        logits = original = self.session.l_o
+            drawer.alpha = request.strength(n)
+        logits = original = session.l_o
         if request.logits_processors:
-            logits = _processed(original, ids, request.logits_processors)
-            self.check()  # a processor can have used or closed the engine
-        if request.watch is not None:
-            request.watch(np.array(ids, np.int32), lambda: self._score(logits))
-            self.check()
-        token, plain = drawer.sample(logits, original, self._degraded)
-        text = self.vocabulary.token_bytes(token).decode("utf-8", "replace")
+            logits = _processed(original, self._ids, request.logits_processors)
+            self._check()
+        is_scored = n < request.n_scores
+        matters = drawer.prepare(logits)
+        if matters or is_scored or request.top_logprobs is not None:
+            yield from session.catch_up()
+        token, plain = drawer.draw(original, session.l_d if matters else None)
+        if is_scored:
+            self.answer.scores.append(self._score(session, logits))
+        text = self._vocabulary.token_bytes(token).decode("utf-8", "replace")
         if request.top_logprobs is None:
             return Token(token, text, plain)
-        logprobs = self._logprobs()
+        logprobs = self._logprobs(session)
         best = np.argsort(-logprobs, kind="stable")[: request.top_logprobs]
         top = tuple((int(t), float(logprobs[t])) for t in best if np.isfinite(logprobs[t]))
         return Token(token, text, plain, float(logprobs[token]), top)
 
-    def _degraded(self) -> FloatArray | None:
-        return self.engine.degraded(self.session)
-
-    def _score(self, logits: FloatArray) -> FloatArray:
+    def _score(self, session: Session, logits: FloatArray) -> FloatArray:
         """What guidance makes of `logits`: l_o, or l_o changed by processors."""
         score: FloatArray = logits.copy()
-        if (degraded := self._degraded()) is not None:
-            score += np.float32(self.drawer.alpha) * (self.session.l_o - degraded)
+        if session.l_d is not None:
+            score += np.float32(self._drawer.alpha) * (session.l_o - session.l_d)
         return score
 
-    def _logprobs(self) -> FloatArray:
-        beta = self.request.guidance.beta
-        alpha, degraded = self.drawer.alpha, self._degraded()
-        return log_softmax(combine(self.session.l_o, degraded, alpha=alpha, beta=beta))
+    def _logprobs(self, session: Session) -> FloatArray:
+        beta = self._request.guidance.beta
+        alpha = self._drawer.alpha
+        return log_softmax(combine(session.l_o, session.l_d, alpha=alpha, beta=beta))
 
 
 def _processed(

@@ -24,6 +24,7 @@ from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from cmg_gguf.arrays import IntArray
     from cmg_gguf.reply import Reply
     from cmg_gguf.vlm import GuidedVLM
 
@@ -121,9 +122,20 @@ def _answered(
 def _looked_at(vlm: GuidedVLM, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     """(8, 8) float64: how often, over answer rows and layers, a patch was most looked at."""
     barely = Guidance(alpha=1e-6, beta=0, tokens=LOOKED, layers=LayerRange(0, 1))
-    stream = vlm.stream(PROMPT, [pixels], guidance=barely, max_tokens=MAX_TOKENS)
-    looked = [tokens for _ in stream for tokens in stream.attended()]
-    n = stream.reply.n_image_tokens
+    engine, model = vlm.engine, vlm.model
+    prompt = vlm.projector.encode(vlm.tokenize(PROMPT, [pixels]))
+    session = engine.open(prompt, barely)
+    engine.prefill(session)
+    looked: list[IntArray] = []
+    for _ in range(MAX_TOKENS):
+        engine.degraded(session)
+        looked += session.attended()
+        token = int(session.l_o.argmax())
+        if model.is_end(token):
+            break
+        engine.step(session, token)
+    engine.end(session)
+    n = prompt.n_image_tokens
     share = np.bincount(np.concatenate(looked), minlength=n) / len(looked)
     edge = round(n**0.5)
     return share.reshape(edge, edge)

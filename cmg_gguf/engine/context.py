@@ -25,6 +25,10 @@ class Context(Protocol):
     """Most rows of one decode."""
     n_layer: int
     n_vocab: int
+    merges: bool
+    """Whether rows of several sequences, of different numbers each, may share a decode."""
+    spare_seq: int
+    """A sequence that nobody works in: for rows of no use."""
     patch: _core.GraphPatch
 
     def decode(
@@ -40,9 +44,17 @@ class Context(Protocol):
         ...
 
     def decode_image(
-        self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
+        self,
+        image: ImageSegment,
+        position: int,
+        seq: int,
+        plan: _core.Plan | None,
+        *,
+        first: int = 0,
+        n_rows: int | None = None,
     ) -> None:
-        """Decodes an encoded image into `seq` from `position` on."""
+        """Decodes n_rows rows of an encoded image from row `first` on, or all, into `seq`; the
+        whole image begins at `position`. Up to n_ubatch rows, in one micro-batch."""
         ...
 
     def logits_address(self, row: int) -> int:

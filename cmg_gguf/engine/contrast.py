@@ -13,6 +13,7 @@ from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Decodes, copied_row, text_batch
 from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.rows import PromptRows
+from cmg_gguf.engine.session import cut_back
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.segments import Prompt, Segment, TextSegment
 
@@ -37,8 +38,10 @@ class ContrastSession:
         self._rows = [PromptRows(p, _PLAIN, 1, guided=False) for p in (original, degraded)]
         self._n_shared = shared_rows(original, degraded) if branches.paired else 0
         self._n_past = [0, 0]
-        self.n_cells = 0
-        self.l_o, self._l_d = np.zeros((2, branches.original.context.n_vocab), np.float32)
+        n = cells_of_both(original.n_tokens, degraded.n_tokens, branches)
+        self.n_cells = n - self._n_shared
+        self.n_reserved = 0
+        self.l_o: FloatArray = np.zeros(branches.original.context.n_vocab, np.float32)
         self.l_d: FloatArray | None = None
 
     @property
@@ -62,39 +65,38 @@ class ContrastSession:
         first, second = self._rows
         for _, batch in first.batches(original, 0, lambda part: None):
             decoded = yield batch
-        np.copyto(self.l_o, decoded.logits[-1])
+        self.l_o = decoded.logits[-1]
         if self._n_shared:
             position = second.position(self._n_shared)
             degraded.context.share(original.seq, degraded.seq, position)
         for _, batch in second.batches(degraded, self._n_shared, lambda part: None):
             decoded = yield batch
-        self._take_degraded(decoded.logits[-1])
+        self.l_d = decoded.logits[-1]
         self._n_past = [first.n_pos, second.n_pos]
-        self.n_cells = cells_of_both(first.n, second.n, self.branches) - self._n_shared
 
     def step(self, token: int) -> Decodes:
         """One token in both branches."""
         branches = self.branches.original, self.branches.degraded
-        if self.branches.paired:
-            decoded = yield copied_row(branches, token, self._n_past, None)
-            l_o, l_d = decoded.logits
-        else:
-            decoded = yield text_batch(branches[0], [token], self._n_past[:1], None)
-            (l_o,) = decoded.logits
-            decoded = yield text_batch(branches[1], [token], self._n_past[1:], None)
-            (l_d,) = decoded.logits
-        np.copyto(self.l_o, l_o)
-        self._take_degraded(l_d)
-        self._n_past = [n + 1 for n in self._n_past]
         self.n_cells += self.cells_a_step
+        try:
+            if self.branches.paired:
+                decoded = yield copied_row(branches, token, self._n_past, None)
+                l_o, l_d = decoded.logits
+            else:
+                decoded = yield text_batch(branches[0], [token], self._n_past[:1], None)
+                (l_o,) = decoded.logits
+                decoded = yield text_batch(branches[1], [token], self._n_past[1:], None)
+                (l_d,) = decoded.logits
+        except BaseException:
+            self.n_cells -= self.cells_a_step
+            cut_back(branches, self._n_past)
+            raise
+        self.l_o, self.l_d = l_o, l_d
+        self._n_past = [n + 1 for n in self._n_past]
 
     def catch_up(self) -> Decodes:
         """Nothing: l_d is always there."""
         yield from ()
-
-    def _take_degraded(self, logits: FloatArray) -> None:
-        np.copyto(self._l_d, logits)
-        self.l_d = self._l_d
 
 
 def cells_of_both(n_original: int, n_degraded: int, branches: Branches) -> int:

@@ -7,27 +7,26 @@
         engine.step(session, token)
     engine.end(session)                       # its prompt stays for one that begins alike
 
-One session at a time: opening another ends the one before. An engine knows no text, no chat format,
-no sampling, and nothing about sequence ids but what it is given.
+As many sessions at a time as there are lanes. `prefill`, `step` and `degraded` decode for one;
+`decode` takes batches of many. An engine knows no text, no chat format, no sampling, and nothing
+about sequence ids but what it is given. Several threads may call it; one at a time is served.
 """
 
 from __future__ import annotations
 
-import ctypes
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-import numpy as np
-
-from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Batch, Decoded, Decodes, ImageBatch
 from cmg_gguf.engine.context import Branches, Context
 from cmg_gguf.engine.contrast import ContrastSession, cells_of_both
-from cmg_gguf.engine.fork import Forking, is_surveyed, survey
+from cmg_gguf.engine.decoding import Decoder, Failure, together
+from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
+from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.engine.session import Session, cells_of
 from cmg_gguf.engine.steps import AUTO, Pace, Strategy
@@ -37,75 +36,121 @@ from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 Progress: TypeAlias = Callable[[int, int], None]
 AnySession: TypeAlias = Session | ContrastSession
+SomeSession = TypeVar("SomeSession", Session, ContrastSession)
+
+PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 
 class Engine:
-    """Decodes for one session at a time, in two branches.
+    """Decodes for sessions, each in two branches.
 
-    branches: where they live. selections: the store that the contexts' graph patches share.
-    prefixes: what is kept from one prompt to the next; None = nothing. strategy: which ways of
-    decoding a step may take. pace: how it chooses between them.
+    lanes: where sessions live, one in each; all in the same contexts. prefixes: what is kept from
+    one prompt to the next; None = nothing. strategy: which ways of decoding a step may take. pace:
+    how a session alone chooses between them.
     """
 
     def __init__(
         self,
-        branches: Branches,
-        selections: _core.Selections,
+        lanes: Sequence[Branches],
         prefixes: PrefixCache | None = None,
         *,
         strategy: Strategy = AUTO,
         pace: Pace | None = None,
     ) -> None:
-        self.branches = branches
-        self.selections = selections
-        self.prefixes = prefixes or PrefixCache(branches)
+        self.lanes = tuple(lanes)
+        self._contexts = lanes[0].original.context, lanes[0].degraded.context
+        self.prefixes = prefixes or PrefixCache(self._contexts)
         self.strategy = strategy
-        self.session: AnySession | None = None
-        self._context = branches.original.context
+        self.sessions: tuple[AnySession, ...] = ()
+        self._context = self._contexts[0]
         self._pace = pace or Pace()
-        self.reset()
+        self._decoder = Decoder()
+        self._lock = threading.RLock()
+        for branches in self.lanes:
+            _clear(branches)
+
+    @property
+    def n_ubatch(self) -> int:
+        """Most rows of one decode."""
+        return self._context.n_ubatch
+
+    @property
+    def n_cells(self) -> int:
+        """KV cells that sessions and kept prefixes hold in the fullest context; shared ones count
+        once."""
+        return self._n_own() + self.prefixes.n_held()
 
     def check(self, prompt: Prompt, guidance: Guidance) -> None:
         """Raises what `open` would raise about its arguments: PromptError, ContextLengthError,
         GuidanceError, UnsupportedError. Computes nothing."""
         _check_prompt(prompt, self._context)
-        rows, paired = self._rows_of(prompt, guidance), self.branches.paired
-        needed = cells_of(rows, paired=paired) + (2 if rows.guided and paired else 1)
-        n_tokens, n_images = prompt.n_tokens, prompt.n_image_tokens
+        needed, n_tokens = self.cells(prompt, guidance, 1), prompt.n_tokens
+        n_images = prompt.n_image_tokens
         self._check_cells(needed, "prompt needs", f"{n_tokens} tokens, {n_images} of them image")
 
     def check_contrast(self, original: Prompt, degraded: Prompt) -> None:
         """Raises what `open_contrast` would raise about its arguments."""
         for prompt in (original, degraded):
             _check_prompt(prompt, self._context)
-        n = original.n_tokens, degraded.n_tokens
-        needed = cells_of_both(*n, self.branches) + (2 if self.branches.paired else 1)
-        self._check_cells(needed, "two prompts need", f"{n[0]} and {n[1]}")
+        needed = self.contrast_cells(original, degraded, 1)
+        counts = f"{original.n_tokens} and {degraded.n_tokens}"
+        self._check_cells(needed, "two prompts need", counts)
 
-    def open(self, prompt: Prompt, guidance: Guidance) -> Session:
-        """An answer to this prompt; the session before is ended.
+    def cells(self, prompt: Prompt, guidance: Guidance, n_tokens: int) -> int:
+        """KV cells of a prompt and n_tokens of its answer, if nothing of it is kept."""
+        rows, paired = self._rows_of(prompt, guidance), self.lanes[0].paired
+        return cells_of(rows, paired=paired) + (2 if rows.guided and paired else 1) * n_tokens
+
+    def contrast_cells(self, original: Prompt, degraded: Prompt, n_tokens: int) -> int:
+        """The same of two prompts."""
+        n = cells_of_both(original.n_tokens, degraded.n_tokens, self.lanes[0])
+        return n + (2 if self.lanes[0].paired else 1) * n_tokens
+
+    def fits(self, n_cells: int, prompt: Prompt | None = None, guidance: Guidance = PLAIN) -> bool:
+        """Whether an answer of n_cells can begin, so that every session gets the cells that were
+        set aside for it; kept prompts give way. What of `prompt` the others hold as well counts
+        once."""
+        with self._lock:
+            rows = None if prompt is None else self._rows_of(prompt, guidance)
+            n_leased, n_shared = self.prefixes.n_leased(prompt, rows)
+            own = sum(max(s.n_cells, s.n_reserved) - _n_named(s) for s in self.sessions)
+            return own + n_leased + n_cells - n_shared <= self._context.n_ctx
+
+    def decodes_pictures_of(self, prompt: Prompt) -> bool:
+        """Whether a session is just decoding a prompt that begins with the same pictures: behind it
+        they need not be decoded again."""
+        items = items_of(prompt)
+        return self.prefixes.keeps and any(
+            isinstance(session, Session)
+            and session.n_past == 0
+            and n_image_rows(items[: n_common(items, tuple(session.lease.items))]) > 0
+            for session in self.sessions
+        )
+
+    def open(self, prompt: Prompt, guidance: Guidance, *, n_reserved: int = 0) -> Session:
+        """An answer to this prompt.
 
         The images need not be encoded: `Session.first_row` says from where on they must be for
-        `prefill`. Raises what `check` raises; BackendError.
+        `prefill`. n_reserved: KV cells to set aside, see `fits`. Raises what `check` raises;
+        BackendError if no lane is free, ContextLengthError if other sessions hold the cells.
         """
         self.check(prompt, guidance)
-        self.end()
-        try:
-            self.session = self._new_session(prompt, guidance)
-            needed = cells_of(self.session.rows, paired=self.branches.paired)
-            self.prefixes.make_room(needed + self.session.cells_a_step, self.session.lease)
-        except BaseException:
-            self.reset()
-            raise
-        return self.session
+        with self._lock:
+            branches = self._free_lane()
+            return self._opened(
+                branches, n_reserved, lambda: self._new_session(prompt, guidance, branches)
+            )
 
-    def open_contrast(self, original: Prompt, degraded: Prompt) -> ContrastSession:
-        """An answer behind two prompts, their images encoded; the session before is ended."""
+    def open_contrast(
+        self, original: Prompt, degraded: Prompt, *, n_reserved: int = 0
+    ) -> ContrastSession:
+        """An answer behind two prompts, their images encoded. Raises as `open` does."""
         self.check_contrast(original, degraded)
-        self.end()
-        self.session = ContrastSession(self.branches, original, degraded)
-        self.prefixes.make_room(original.n_tokens + degraded.n_tokens + 2)
-        return self.session
+        with self._lock:
+            branches = self._free_lane()
+            return self._opened(
+                branches, n_reserved, lambda: ContrastSession(branches, original, degraded)
+            )
 
     def prefill(
         self, session: AnySession, prompt: Prompt | None = None, progress: Progress | None = None
@@ -113,99 +158,189 @@ class Engine:
         """Decodes the prompt of a session that was just opened; its l_o is then there.
 
         prompt: the same with its images encoded, if they were not. progress(done, total) counts
-        rows. Raises BackendError; the engine is empty then.
+        rows. Raises BackendError; the session has ended then.
         """
-        self._check_current(session)
+        self._check_open(session)
+        total = session.n_ahead
+        try:
+            for done in self._run(self.prefilling(session, prompt)):
+                if progress is not None:
+                    progress(done, total)
+        except BaseException:
+            self.drop(session)
+            raise
+
+    def prefilling(self, session: AnySession, prompt: Prompt | None = None) -> Decodes:
+        """What `prefill` decodes. Where there are several lanes, another prompt that begins alike
+        can go on from it at once."""
         if prompt is not None and isinstance(session, Session):
             session.rows.prompt = prompt
-        try:
-            self._run(session.prefill(), _counted(progress, session.n_ahead))
-        except BaseException:
-            self.reset()
-            raise
+        yield from session.prefill()
+        if len(self.lanes) > 1:
+            self.keep(session)
 
     def step(self, session: AnySession, token: int) -> None:
         """Decodes one token, the same in both branches. Raises ContextLengthError when full."""
-        self._check_current(session)
+        self._check_open(session)
         if not session.has_room:
             raise ContextLengthError(f"all {self._context.n_ctx} KV cells are taken; raise n_ctx")
-        lease = session.lease if isinstance(session, Session) else None
-        self.prefixes.make_room(session.n_cells + session.cells_a_step, lease)
-        self._run(session.step(token))
+        self.finish(session.step(token))
 
     def degraded(self, session: AnySession) -> FloatArray | None:
-        """l_d of the newest row: (n_vocab,) float32, the session's own; None without guidance.
+        """l_d of the newest row: (n_vocab,) float32; None without guidance.
 
         Rows of the degraded branch that waited are decoded first.
         """
-        self._check_current(session)
-        self._run(session.catch_up())
+        self._check_open(session)
+        self.finish(session.catch_up())
         return session.l_d
 
-    def end(self, session: AnySession | None = None) -> None:
-        """Ends the session, or the one that is open; a prompt that begins alike goes on from its
-        cells. Does nothing for one that has ended."""
-        if session is not None and session is not self.session:
-            return
-        try:
-            if isinstance(self.session, Session) and self.session.is_whole:
-                self.prefixes.keep(self.session.lease)
-        finally:
-            self.reset()
+    def finish(self, decodes: Decodes) -> None:
+        """Decodes each batch that a session wants, by itself, until none is wanted."""
+        for _ in self._run(decodes):
+            pass
 
-    def reset(self) -> None:
-        """Drops the session, and what it decoded; kept prefixes stay."""
-        self.session = None
-        self.prefixes.settle()
-        for branch in (self.branches.original, self.branches.degraded):
-            branch.context.truncate(branch.seq, 0)
-            branch.context.patch.truncate_image_tokens(branch.seq, 0)
+    def keep(self, session: AnySession) -> None:
+        """Keeps what a session has decoded for prompts that begin alike, while it goes on."""
+        with self._lock:
+            self._check_open(session)
+            if isinstance(session, Session) and session.is_whole:
+                self.prefixes.keep(session.lease)
+
+    def end(self, session: AnySession) -> None:
+        """Ends a session; a prompt that begins alike goes on from its cells. Does nothing for one
+        that has ended."""
+        with self._lock:
+            if not self._is_open(session):
+                return
+            try:
+                self.keep(session)
+            finally:
+                self.drop(session)
+
+    def drop(self, session: AnySession) -> None:
+        """Ends a session and keeps nothing of it. Does nothing for one that has ended."""
+        with self._lock:
+            if self._is_open(session):
+                self._clear_lane(session.branches)
+
+    def forget(self) -> None:
+        """Lets all kept prompts go."""
+        with self._lock:
+            self.prefixes.forget()
+
+    def decode(self, batches: Sequence[Batch | ImageBatch]) -> list[Decoded | Failure]:
+        """What came of each batch: those that go together (`decoding.together`) in one decode.
+
+        Their sessions must have room, see `make_room`. An error reaches the batch it belongs to.
+        """
+        with self._lock:
+            fills = self.strategy.waiting == "cheapest"
+            n_free = self._context.n_ctx - self.n_cells if fills else 0
+            came = self._decoder.decode(batches, n_free)
+            if any(isinstance(one, Exception) for one in came):
+                self.prefixes.forget()  # it is not known what of a failed decode the cells hold
+            return came
+
+    def together(self, batches: Sequence[Batch | ImageBatch]) -> list[list[int]]:
+        """Groups of batches, by index, that may share a decode."""
+        return together(batches)
+
+    def make_room(self, n_more: int = 0) -> bool:
+        """Lets kept prefixes go until all that sessions count as their own fits, and n_more cells;
+        whether it does."""
+        with self._lock:
+            return self.prefixes.make_room(self._n_own() + n_more)
 
     def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
         guided = guidance.contrasts and prompt.n_image_tokens > 0
         return PromptRows(prompt, guidance, self._context.n_layer, guided=guided)
 
-    def _new_session(self, prompt: Prompt, guidance: Guidance) -> Session:
+    def _new_session(self, prompt: Prompt, guidance: Guidance, branches: Branches) -> Session:
         rows = self._rows_of(prompt, guidance)
-        if rows.guided and self.strategy.fork and self.branches.paired:
+        if rows.guided and self.strategy.fork and branches.paired:
             if not is_surveyed(self._context):
-                self.prefixes.make_room(2)
-                survey(self.branches)
+                self._make_room(max(SURVEYED))
+                survey(self._context)
             forking = Forking(self._context, rows.layers or ())
             if forking.pairs or self.strategy.may_wait(guidance):
                 rows.fork_at(forking.layer)
         return Session(
-            self.branches,
-            self.selections,
+            branches,
             rows,
             guidance,
-            self.prefixes.lease(prompt, rows),
+            self.prefixes.lease(prompt, rows, branches),
             strategy=self.strategy,
             pace=self._pace,
             note_images=self.prefixes.keeps,
         )
 
-    def _run(self, decodes: Decodes, report: Callable[[int], None] = lambda n_rows: None) -> None:
-        """Decodes each batch that is wanted, until none is."""
-        with closing(decodes):
+    def _opened(
+        self, branches: Branches, n_reserved: int, new: Callable[[], SomeSession]
+    ) -> SomeSession:
+        try:
+            session = new()
+            session.n_reserved = n_reserved
+            self.sessions = (*self.sessions, session)
+            self._pace.company = len(self.sessions) > 1
+            self._make_room(session.cells_a_step)
+        except BaseException:
+            self._clear_lane(branches)
+            raise
+        return session
+
+    def _run(self, decodes: Decodes) -> Iterator[int]:
+        """Decodes each batch that is wanted, until none is; rows so far."""
+        done = 0
+        with self._lock, closing(decodes):
             batch = next(decodes, None)
             while batch is not None:
-                decoded = self._decoded(batch)
-                report(batch.n_rows)
+                self._make_room(0)
+                (came,) = self.decode([batch])
+                if isinstance(came, Exception):
+                    raise came
+                done += batch.n_rows
+                yield done
                 try:
-                    batch = decodes.send(decoded)
+                    batch = decodes.send(came)
                 except StopIteration:
                     return
 
-    def _decoded(self, batch: Batch | ImageBatch) -> Decoded:
-        try:
-            return _decoded(batch)
-        except BackendError:
-            self.prefixes.forget()  # it is not known what of a failed decode the cells hold
-            raise
+    def _n_own(self) -> int:
+        """KV cells of all sessions that no prefix names."""
+        return sum(session.n_cells - _n_named(session) for session in self.sessions)
 
-    def _check_current(self, session: AnySession) -> None:
-        if session is not self.session:
+    def _make_room(self, n_more: int) -> None:
+        if not self.make_room(n_more):
+            raise ContextLengthError(
+                f"all {self._context.n_ctx} KV cells are taken, by {len(self.sessions)} answers at "
+                "once; raise n_ctx or ask fewer at once (n_parallel)"
+            )
+
+    def _free_lane(self) -> Branches:
+        self.prefixes.settle()
+        taken = {id(session.branches) for session in self.sessions}
+        free = next((lane for lane in self.lanes if id(lane) not in taken), None)
+        if free is None:
+            raise BackendError(
+                f"all {len(self.lanes)} sessions are open; end one, or raise n_parallel"
+            )
+        return free
+
+    def _clear_lane(self, branches: Branches) -> None:
+        for session in self.sessions:
+            if session.branches is branches and isinstance(session, Session):
+                self.prefixes.end(session.lease)
+        self.sessions = tuple(s for s in self.sessions if s.branches is not branches)
+        self._pace.company = len(self.sessions) > 1
+        self.prefixes.settle()
+        _clear(branches)
+
+    def _is_open(self, session: AnySession) -> bool:
+        return any(session is other for other in self.sessions)
+
+    def _check_open(self, session: AnySession) -> None:
+        if not self._is_open(session):
             raise BackendError("this answer has ended; open another")
 
     def _check_cells(self, needed: int, who: str, why: str) -> None:
@@ -214,6 +349,10 @@ class Engine:
                 f"the {who} {needed} KV cells ({why} tokens) and the context has "
                 f"{self._context.n_ctx}; raise n_ctx or shorten the prompt"
             )
+
+
+def _n_named(session: AnySession) -> int:
+    return len(session.lease.cells) if isinstance(session, Session) else 0
 
 
 def _check_prompt(prompt: Prompt, context: Context) -> None:
@@ -229,33 +368,7 @@ def _check_prompt(prompt: Prompt, context: Context) -> None:
             )
 
 
-def _decoded(batch: Batch | ImageBatch) -> Decoded:
-    started = time.perf_counter()
-    if isinstance(batch, ImageBatch):
-        branch = batch.branch
-        branch.context.decode_image(batch.image, batch.position, branch.seq, batch.plan)
-        return Decoded((), time.perf_counter() - started)
-    context = batch.context
-    context.decode(
-        batch.tokens, batch.positions, batch.seqs, outputs=batch.outputs, plan=batch.plan
-    )
-    logits = tuple(_logits(context, row) for row in np.flatnonzero(batch.outputs).tolist())
-    return Decoded(logits, time.perf_counter() - started)
-
-
-def _logits(context: Context, row: int) -> FloatArray:
-    address = context.logits_address(row)
-    return np.ctypeslib.as_array((ctypes.c_float * context.n_vocab).from_address(address))
-
-
-def _counted(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Turns rows at a time into rows so far, of a total."""
-    done = 0
-
-    def report(n_rows: int) -> None:
-        nonlocal done
-        done += n_rows
-        if progress is not None:
-            progress(done, total)
-
-    return report
+def _clear(branches: Branches) -> None:
+    for branch in (branches.original, branches.degraded):
+        branch.context.truncate(branch.seq, 0)
+        branch.context.patch.truncate_image_tokens(branch.seq, 0)

@@ -14,10 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from cmg_gguf import _core
-from cmg_gguf.engine.context import Branches, Context
-from cmg_gguf.engine.rows import NONE
+from cmg_gguf.engine.batch import NONE
+from cmg_gguf.engine.context import Context
 
 _log = logging.getLogger(__name__)
+
+SURVEYED = (5, 7)
+"""Rows of the decodes that show which dimensions of the graph count rows: primes, so that no other
+dimension is one in both."""
 
 
 class Forking:
@@ -33,7 +37,8 @@ class Forking:
         self.pairs = False
         if self.layer > 0:
             alone, paired = (
-                context.patch.fork_obstacle(self.layer, n_rows=n, n_below=n - 1) for n in (1, 2)
+                context.patch.fork_obstacle(self.layer, shrinks=shrinks)
+                for shrinks in (False, True)
             )
             for obstacle in dict.fromkeys((alone, paired)):
                 if obstacle != "":
@@ -41,47 +46,26 @@ class Forking:
             self.layer = self.layer if alone == "" else 0
             self.pairs = paired == ""
 
-    @property
-    def pair(self) -> _core.ForkPlan | None:
-        """For a decode of a row and the degraded row that is its copy."""
-        if not self.pairs:
-            return None
-        return _core.ForkPlan(layer=self.layer, n_below=1, slots=[0, 0])
-
-    def noting(self, slots: Sequence[int]) -> _core.ForkPlan | None:
-        """For rows of the original branch. slots: where each one's residual is put."""
-        if self.layer == 0:
-            return None
-        return _core.ForkPlan(layer=self.layer, n_below=len(slots), slots=list(slots))
-
-    def entering(self, slots: Sequence[int]) -> _core.ForkPlan | None:
-        """For rows of the degraded branch. slots: where each one's residual was put."""
-        if self.layer == 0:
-            return None
-        return _core.ForkPlan(layer=self.layer, n_below=0, slots=list(slots))
-
 
 def is_surveyed(context: Context) -> bool:
     """Whether `survey` was made."""
-    return context.patch.fork_obstacle(1, n_rows=2, n_below=1) is not None
+    return context.patch.fork_obstacle(1, shrinks=True) is not None
 
 
-def survey(branches: Branches) -> None:
-    """Learns what the graphs of a context allow. Its branches are empty, and two cells free."""
-    context = branches.original.context
-    first, second = branches.original.seq, branches.degraded.seq
-    for seqs in ((first,), (first, second)):
-        n = len(seqs)
-        zeros = np.zeros(n, np.int32)
+def survey(context: Context) -> None:
+    """Learns what the graphs of a context allow. As many cells as the most rows are free."""
+    seq = context.spare_seq
+    for n in SURVEYED:
         plan = _core.Plan(
-            np.full((n, 4), NONE, np.int32),
-            n_layer=context.n_layer,
-            observe_layers=[],
-            mask_layers=[],
-            policy=_core.TokenPolicy(_core.TokenRule.top_ratio, 1.0),
-            n_image_tokens=0,
-            fork=_core.ForkPlan(layer=0, n_below=n, slots=[], survey=True),
+            np.array([(seq, *[NONE] * 5)] * n, np.int32),
+            [],
+            fork=_core.ForkPlan(layer=0, n_below=n, survey=True),
         )
-        context.decode(zeros, zeros, np.array(seqs, np.int32), outputs=np.ones(n, bool), plan=plan)
-        for seq in seqs:
-            context.truncate(seq, 0)
+        context.decode(
+            np.zeros(n, np.int32),
+            np.arange(n, dtype=np.int32),
+            np.full(n, seq, np.int32),
+            outputs=np.ones(n, bool),
+            plan=plan,
+        )
+        context.truncate(seq, 0)

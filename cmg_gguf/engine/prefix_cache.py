@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cmg_gguf.engine.context import Branch, Branches
+from cmg_gguf.engine.context import Branches, Context
 from cmg_gguf.engine.prefixes import (
     NO_CELLS,
     Cells,
@@ -52,16 +52,17 @@ class Start:
     degraded: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Lease:
-    """What an answer holds, and how much of it lies in kept prefixes too. Ended by `end` or `keep`.
+    """What an answer holds, and how much of it lies in kept prefixes too.
 
-    items: what the original branch has decoded or will, prompt and answer. original, degraded:
-    cells that a prefix holds as well. n_beside: KV cells that prefixes hold beside this answer's.
+    branches: the sequences it works in. items: what the original branch has decoded or will, prompt
+    and answer. original, degraded: cells that a prefix held when they were shared, or holds since.
     n_prompt: rows of the prompt; the degraded branch is only known to be whole as far as that, once
     `is_complete`: it has decoded its part of the prompt.
     """
 
+    branches: Branches
     start: Start
     items: list[Item]
     n_prompt: int
@@ -69,7 +70,6 @@ class Lease:
     first_own: int
     original: Cells
     degraded: Cells
-    n_beside: int = 0
     is_complete: bool = False
 
     @property
@@ -81,26 +81,32 @@ class Lease:
 
     @property
     def cells(self) -> Cells:
-        """Cells shared with a prefix, of both branches."""
-        return np.concatenate([self.original, self.degraded])
+        """The names of its cells that have one: each once."""
+        return np.union1d(self.original, self.degraded)
 
 
 class PrefixCache:
     """The kept prefixes of an engine, in the contexts of its branches.
 
+    contexts: those of the original and of the degraded branches, the same one twice for pairs.
     slots: pairs of sequences that prefixes may lie in, of the original and of the degraded branch;
     none = nothing is kept. max_cells: KV cells that all prefixes together may hold. In two contexts
     only the original branch is kept.
     """
 
     def __init__(
-        self, branches: Branches, slots: Sequence[tuple[int, int]] = (), max_cells: int = 0
+        self,
+        contexts: tuple[Context, Context],
+        slots: Sequence[tuple[int, int]] = (),
+        max_cells: int = 0,
     ) -> None:
-        self._original, self._degraded = branches.original, branches.degraded
-        self._paired = branches.paired
+        self._contexts = contexts
+        self._paired = contexts[0] is contexts[1]
         self._slots = tuple(slots)
         self._max_cells = max_cells
         self._store = PrefixStore(len(self._slots))
+        self._leases: list[Lease] = []
+        self._n_held: int | None = None
         self._n_named = 0
         self._unsettled: set[int] = set()
 
@@ -119,8 +125,8 @@ class PrefixCache:
         """KV cells they hold; what they share with each other counts once."""
         return self._store.n_cells()
 
-    def lease(self, prompt: Prompt, rows: PromptRows) -> Lease:
-        """Shares what is kept of a prompt into the empty sequences of an answer.
+    def lease(self, prompt: Prompt, rows: PromptRows, branches: Branches) -> Lease:
+        """Shares what is kept of a prompt into the empty sequences of an answer, until `end`.
 
         The degraded branch gets rows only where it has some of its own.
         """
@@ -129,29 +135,47 @@ class PrefixCache:
         original = degraded = NO_CELLS
         if prefix is not None:
             self._store.touch(prefix)
-            self._share(prefix, start)
+            self._share(prefix, start, branches)
             original = prefix.original[: start.original]
             degraded = prefix.degraded[: start.degraded]
         variant, first_own = self._variant(rows), rows.first_masked
-        lease = Lease(start, list(items), rows.n, variant, first_own, original, degraded)
-        lease.n_beside = self._store.n_cells(beside=lease.cells)
+        lease = Lease(branches, start, list(items), rows.n, variant, first_own, original, degraded)
+        self._leases.append(lease)
+        self._n_held = None
         return lease
 
-    def make_room(self, n_cells: int, lease: Lease | None = None) -> None:
-        """Lets prefixes go until an answer can hold n_cells in all."""
-        cells = NO_CELLS if lease is None else lease.cells
-        n_beside = self._store.n_cells() if lease is None else lease.n_beside
-        while n_cells + n_beside > self._original.context.n_ctx:
+    def n_held(self) -> int:
+        """KV cells that prefixes hold and answers share with them, each once."""
+        if self._n_held is None:
+            held = [self._store.cells, *(lease.cells for lease in self._leases)]
+            self._n_held = len(np.unique(np.concatenate(held)))
+        return self._n_held
+
+    def n_leased(self, prompt: Prompt | None, rows: PromptRows | None) -> tuple[int, int]:
+        """KV cells with a name that answers hold, each once, and as many as one to `prompt` would
+        add to them; and those that it would share with a prefix."""
+        claimed = NO_CELLS
+        if prompt is not None and rows is not None:
+            start, prefix = self._best(items_of(prompt), rows)
+            if prefix is not None:
+                parts = prefix.original[: start.original], prefix.degraded[: start.degraded]
+                claimed = np.union1d(*parts)
+        held = [claimed, *(lease.cells for lease in self._leases)]
+        return len(np.unique(np.concatenate(held))), len(claimed)
+
+    def make_room(self, n_own: int) -> bool:
+        """Lets prefixes go until answers can hold n_own cells that no prefix knows; whether they
+        can."""
+        n_ctx = self._contexts[0].n_ctx
+        while n_own + self.n_held() > n_ctx:
             if (oldest := self._store.oldest) is None:
-                return
+                return False
             self._let_go(oldest)
-            n_beside = self._store.n_cells(beside=cells)
-            if lease is not None:
-                lease.n_beside = n_beside
+        return True
 
     def keep(self, lease: Lease) -> None:
         """Keeps what an answer has decoded. The original branch must be whole: every row of every
-        layer."""
+        layer. It may go on; then its cells are known by the names that the prefix has."""
         if not self.keeps or not self._is_whole(lease):
             return
         items, original, degraded = self._fitting(lease)
@@ -167,12 +191,22 @@ class PrefixCache:
             assert oldest is not None
             self._let_go(oldest)
         self._unsettled.add(slot)
-        self._move(self._original, self._original.seq, self._slots[slot][0], items)
+        branches = lease.branches
+        self._move(branches.original.context, branches.original.seq, self._slots[slot][0], items)
         if len(degraded):
             shared = head(items, len(degraded))
-            self._move(self._degraded, self._degraded.seq, self._slots[slot][1], shared)
+            context, seq = branches.degraded.context, branches.degraded.seq
+            self._move(context, seq, self._slots[slot][1], shared)
         self._store.add(Prefix(slot, items, original, degraded, lease.variant))
+        lease.original, lease.degraded = original, degraded
+        self._n_held = None
         self._unsettled.discard(slot)
+
+    def end(self, lease: Lease) -> None:
+        """The answer holds nothing any more. Does nothing for one that ended."""
+        if lease in self._leases:
+            self._leases.remove(lease)
+            self._n_held = None
 
     def settle(self) -> None:
         """Clears what was left unfinished by an interrupted `keep`."""
@@ -208,31 +242,32 @@ class PrefixCache:
     def _holds_all(self, prefix: Prefix) -> bool:
         """Whether no cell was lost behind a sliding window; lets it go otherwise."""
         seqs = self._slots[prefix.slot]
-        whole = self._original.context.is_whole(seqs[0]) and (
-            not len(prefix.degraded) or self._degraded.context.is_whole(seqs[1])
+        whole = self._contexts[0].is_whole(seqs[0]) and (
+            not len(prefix.degraded) or self._contexts[1].is_whole(seqs[1])
         )
         if not whole:
             self._let_go(prefix)
         return whole
 
     def _is_whole(self, lease: Lease) -> bool:
-        branches = [self._original]
+        branches = [lease.branches.original]
         if self._paired and lease.n_degraded:
-            branches.append(self._degraded)
+            branches.append(lease.branches.degraded)
         return all(branch.context.is_whole(branch.seq) for branch in branches)
 
-    def _share(self, prefix: Prefix, start: Start) -> None:
+    def _share(self, prefix: Prefix, start: Start, branches: Branches) -> None:
         seqs = self._slots[prefix.slot]
-        self._move(self._original, seqs[0], self._original.seq, head(prefix.items, start.original))
+        shared = head(prefix.items, start.original)
+        self._move(self._contexts[0], seqs[0], branches.original.seq, shared)
         if start.degraded:
             shared = head(prefix.items, start.degraded)
-            self._move(self._degraded, seqs[1], self._degraded.seq, shared)
+            self._move(self._contexts[1], seqs[1], branches.degraded.seq, shared)
 
     @staticmethod
-    def _move(branch: Branch, source: int, target: int, items: tuple[Item, ...]) -> None:
+    def _move(context: Context, source: int, target: int, items: tuple[Item, ...]) -> None:
         """Makes `target` share the rows of `items`, and what is known of their images."""
-        branch.context.share(source, target, n_positions(items))
-        branch.context.patch.copy_image_tokens(source, target, n_image_rows(items))
+        context.share(source, target, n_positions(items))
+        context.patch.copy_image_tokens(source, target, n_image_rows(items))
 
     def _fitting(self, lease: Lease) -> tuple[tuple[Item, ...], Cells, Cells]:
         """As much of an answer as may be kept: (items, original, degraded)."""
@@ -259,12 +294,12 @@ class PrefixCache:
     def _let_go(self, prefix: Prefix) -> None:
         self._unsettled.add(prefix.slot)
         self._store.remove(prefix)
+        self._n_held = None
         self._clear(prefix.slot)
 
     def _clear(self, slot: int) -> None:
-        original, degraded = self._slots[slot]
-        branches = [(self._original, original), (self._degraded, degraded)]
-        for branch, seq in branches[: 2 if self._paired else 1]:
-            branch.context.truncate(seq, 0)
-            branch.context.patch.truncate_image_tokens(seq, 0)
+        pairs = list(zip(self._contexts, self._slots[slot], strict=True))
+        for context, seq in pairs[: 2 if self._paired else 1]:
+            context.truncate(seq, 0)
+            context.patch.truncate_image_tokens(seq, 0)
         self._unsettled.discard(slot)

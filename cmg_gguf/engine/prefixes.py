@@ -38,8 +38,9 @@ NO_CELLS: Cells = np.empty(0, np.int64)
 
 
 def items_of(prompt: Prompt) -> tuple[Item, ...]:
-    """The prompt's items. An image without a key is like no other, not even itself."""
-    items: list[Item] = []
+    """The prompt's items. An image without a key is like no other, not even itself. A salt is an
+    item in front that takes no row."""
+    items: list[Item] = [] if prompt.salt is None else [ImageItem(("salt", prompt.salt), 0, 0)]
     for segment in prompt.segments:
         if isinstance(segment, ImageSegment):
             key = object() if segment.key is None else segment.key
@@ -140,12 +141,14 @@ class PrefixStore:
         """Takes a prefix out."""
         self._prefixes.remove(prefix)
 
+    @property
+    def cells(self) -> Cells:
+        """Cells that the prefixes hold; shared ones appear several times."""
+        return np.concatenate([NO_CELLS, *(prefix.cells for prefix in self._prefixes)])
+
     def n_cells(self, *, beside: Cells = NO_CELLS) -> int:
         """KV cells that the prefixes hold and that are not among `beside`; shared ones once."""
-        if not self._prefixes:
-            return 0
-        held = np.concatenate([prefix.cells for prefix in self._prefixes])
-        return len(np.setdiff1d(held, beside))
+        return len(np.setdiff1d(self.cells, beside))
 
     def superseded(self, items: Sequence[Item]) -> list[Prefix]:
         """Prefixes that begin like `items` and have all their images in that part."""

@@ -7,6 +7,7 @@ image row is a row, has a position (under M-RoPE shared with others) and an imag
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
-from cmg_gguf.engine.batch import Batch, ImageBatch, text_batch
+from cmg_gguf.engine.batch import NONE, Batch, ImageBatch, RowPlan, text_batch
 from cmg_gguf.engine.context import Branch
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -33,10 +34,7 @@ from cmg_gguf.guidance import (
 )
 from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
-NONE = -1
-"""No image token, no slot."""
-
-PlanOf: TypeAlias = Callable[[slice], _core.Plan | None]
+PlanOf: TypeAlias = Callable[[slice], RowPlan | None]
 """What the graph patch does with some rows of a prompt."""
 
 
@@ -122,14 +120,12 @@ class PromptRows:
         one is among these rows, none does."""
         self.fork_layer = 0 if self.is_image[self.first_masked :].any() else layer
 
-    def chosen_layers(
-        self, selections: _core.Selections, patch: _core.GraphPatch
-    ) -> tuple[int, ...]:
+    def chosen_layers(self, selections: _core.Selections) -> tuple[int, ...]:
         """The masked layers, once the original branch has decoded the prompt as planned."""
         if self.layers is not None:
             return self.layers
         if isinstance(self._layer_policy, LowestCosine):
-            return layers_by_cosine(self._layer_policy.share, patch.cosines)
+            return layers_by_cosine(self._layer_policy.share, selections.cosines)
         assert isinstance(self._layer_policy, AttentionMass)
         last = self.n_slots - 1
         mass = [
@@ -139,11 +135,14 @@ class PromptRows:
         return layers_by_mass(self._layer_policy.share, np.array(mass))
 
     def position(self, row: int) -> int:
-        """Position of a row that is text or the first of an image."""
+        """Position behind which the rows from `row` on lie. Inside an image whose rows share
+        positions (M-RoPE) that is its end: the rows before are all within."""
         rows = positions = 0
         for segment in self.prompt.segments:
             if row < rows + segment.n_tokens:
-                return positions + row - rows
+                inside = row - rows
+                shares = segment.n_pos != segment.n_tokens
+                return positions + (segment.n_pos if inside and shares else inside)
             rows += segment.n_tokens
             positions += segment.n_pos
         return positions
@@ -155,89 +154,96 @@ class PromptRows:
     def batches(
         self, branch: Branch, first: int, plan: PlanOf
     ) -> Iterator[tuple[slice, Batch | ImageBatch]]:
-        """The rows from `first` on, in batches of the branch's context: images whole, text cut to
-        n_ubatch rows. The logits of the last row are wanted. plan: what the patch does with some
-        rows."""
+        """The rows from `first` on, in batches of up to the context's n_ubatch rows. The logits of
+        the last row are wanted. plan: what the patch does with some rows."""
+        n_ubatch = branch.context.n_ubatch
         row = position = 0
         for segment in self.prompt.segments:
-            if isinstance(segment, ImageSegment):
-                if row >= first:
-                    part = slice(row, row + segment.n_tokens)
-                    yield part, ImageBatch(branch, segment, position, plan(part))
-            else:
-                n_ubatch = branch.context.n_ubatch
-                for start in range(max(0, first - row), segment.n_tokens, n_ubatch):
-                    tokens = segment.tokens[start : start + n_ubatch]
-                    part = slice(row + start, row + start + len(tokens))
-                    positions = np.arange(len(tokens), dtype=np.int32) + position + start
-                    wanted = -1 if part.stop == self.n else None
-                    yield (
-                        part,
-                        text_batch(branch, tokens, positions, plan(part), wanted=wanted),
-                    )
-            row += segment.n_tokens
+            n = segment.n_tokens
+            for start in range(max(0, first - row), n, n_ubatch):
+                stop = min(start + n_ubatch, n)
+                part = slice(row + start, row + stop)
+                if isinstance(segment, ImageSegment):
+                    image = ImageBatch(branch, segment, start, stop - start, position, plan(part))
+                    yield part, image
+                    continue
+                positions = np.arange(start, stop, dtype=np.int32) + position
+                wanted = -1 if part.stop == self.n else None
+                tokens = segment.tokens[start:stop]
+                yield part, text_batch(branch, tokens, positions, plan(part), wanted=wanted)
+            row += n
             position += segment.n_pos
 
-    def original_plan(self, seq: int, first_own: int, *, note_images: bool = False) -> PlanOf:
+    def original_plan(
+        self,
+        selections: _core.Selections,
+        residuals: _core.Residuals,
+        first_own: int,
+        *,
+        note_images: bool = False,
+    ) -> PlanOf:
         """The original branch notes where images lie and observes the masked rows' attention.
 
         first_own: first row that the degraded branch decodes itself. note_images: note them without
         guidance too.
         """
 
-        def plan(part: slice) -> _core.Plan | None:
+        def plan(part: slice) -> RowPlan | None:
             if not self.masked.any() and not (note_images and self.is_image[part].any()):
                 return None
             is_last = part.stop == self.n
-            return _core.Plan(
-                self._table(part, seq, observed=self.observed),
-                n_layer=self._n_layer,
+            shared = _core.Part(
+                selections=selections,
+                residuals=residuals,
                 observe_layers=list(self.observe_layers) if self.masked.any() else [],
-                mask_layers=[],
                 policy=self.policy,
                 n_image_tokens=self.n_image_tokens,
                 keep_influence=is_last and isinstance(self._layer_policy, AttentionMass),
                 read_residual=is_last and isinstance(self._layer_policy, LowestCosine),
-                fork=self._fork(part, first_own, entering=False),
             )
+            table = self._table(part, observed=self.observed)
+            return self._forked(RowPlan(shared, table), part, first_own, entering=False)
 
         return plan
 
-    def degraded_plan(self, seq: int, layers: tuple[int, ...], first_own: int) -> PlanOf:
+    def degraded_plan(
+        self,
+        selections: _core.Selections,
+        residuals: _core.Residuals,
+        layers: tuple[int, ...],
+        first_own: int,
+    ) -> PlanOf:
         """The degraded branch notes its own images and hides each masked row's selection."""
-        return lambda part: _core.Plan(
-            self._table(part, seq, masked=self.slot),
-            n_layer=self._n_layer,
-            observe_layers=[],
-            mask_layers=list(layers),
-            policy=self.policy,
-            n_image_tokens=self.n_image_tokens,
-            fork=self._fork(part, first_own, entering=True),
-        )
 
-    def _fork(self, part: slice, first_own: int, *, entering: bool) -> _core.ForkPlan | None:
+        def plan(part: slice) -> RowPlan | None:
+            shared = _core.Part(
+                selections=selections,
+                residuals=residuals,
+                mask_layers=list(layers),
+                policy=self.policy,
+                n_image_tokens=self.n_image_tokens,
+            )
+            table = self._table(part, masked=self.slot)
+            return self._forked(RowPlan(shared, table), part, first_own, entering=True)
+
+        return plan
+
+    def _forked(self, plan: RowPlan, part: slice, first_own: int, *, entering: bool) -> RowPlan:
         """Residuals of rows from `first_own` on are noted by one branch, for the other to enter
         with."""
         if self.fork_layer == 0 or part.stop <= first_own:
-            return None
-        rows = range(part.start, part.stop)
-        slots = [row - first_own if row >= first_own else NONE for row in rows]
-        n_below = 0 if entering else len(slots)
-        return _core.ForkPlan(layer=self.fork_layer, n_below=n_below, slots=slots)
+            return plan
+        rows = np.arange(part.start, part.stop)
+        plan.rows[:, 3] = np.where(rows >= first_own, rows - first_own, NONE)
+        return replace(plan, fork_layer=self.fork_layer, n_below=0 if entering else len(rows))
 
     def _table(
-        self,
-        part: slice,
-        seq: int,
-        *,
-        observed: IntArray | None = None,
-        masked: IntArray | None = None,
+        self, part: slice, *, observed: IntArray | None = None, masked: IntArray | None = None
     ) -> IntArray:
-        """(rows, 4) int32: sequence, image token, slot observed into, slot hidden."""
+        """(rows, 4) int32: see `RowPlan`."""
         table = np.full((part.stop - part.start, 4), NONE, np.int32)
-        table[:, 0] = seq
-        table[:, 1] = self.image_token[part]
-        for column, slots in ((2, observed), (3, masked)):
+        table[:, 0] = self.image_token[part]
+        for column, slots in ((1, observed), (2, masked)):
             if slots is not None:
                 table[:, column] = slots[part]
         return table

@@ -12,15 +12,18 @@ what came of them (`cmg_gguf.engine.batch`). A session knows its two branches an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 import numpy as np
 
 from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray, IntArray
-from cmg_gguf.engine.batch import Decodes, copied_row, text_batch
-from cmg_gguf.engine.context import Branches
+from cmg_gguf.engine.batch import NONE, Decodes, copied_row, text_batch
+from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.fork import Forking
 from cmg_gguf.engine.prefix_cache import Lease
-from cmg_gguf.engine.rows import NONE, PromptRows
+from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.engine.steps import Masking, Pace, Strategy
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import Guidance
@@ -30,15 +33,16 @@ class Session:
     """An answer under guidance, or plain where there is no image or no contrast.
 
     guided: whether there is a degraded branch. n_past: positions decoded. n_cells: KV cells that
-    the answer counts as its own in the fullest context, those of rows that wait included. layers:
+    the answer counts as its own in the fullest context, from before it has decoded them: those of
+    rows that wait, and of a step or a prompt under way. n_reserved: cells set aside for it. layers:
     masked ones, known once the prompt is decoded. is_whole: the original branch has decoded every
-    row of its items in every layer, so that they may be kept.
+    row of its items in every layer, so that they may be kept. selections: what rows of the original
+    branch chose to hide.
     """
 
     def __init__(
         self,
         branches: Branches,
-        selections: _core.Selections,
         rows: PromptRows,
         guidance: Guidance,
         lease: Lease,
@@ -47,22 +51,23 @@ class Session:
         pace: Pace,
         note_images: bool = False,
     ) -> None:
-        """selections: what the contexts' graph patches share. note_images: of plain prompts too,
-        for who goes on from them."""
+        """note_images: of plain prompts too, for who goes on from them."""
+        context = branches.original.context
         self.branches, self.rows, self.lease = branches, rows, lease
-        self._selections = selections
         self.guided = rows.guided
         self.layers: tuple[int, ...] = ()
-        self.n_past = self.n_cells = 0
+        self.n_past = 0
+        self.n_cells = cells_of(rows, paired=branches.paired)
+        self.n_reserved = 0
         self.is_whole = False
-        self.l_o = np.zeros(branches.original.context.n_vocab, np.float32)
+        self.l_o: FloatArray = np.zeros(context.n_vocab, np.float32)
         self.l_d: FloatArray | None = None
-        self._l_d = np.zeros_like(self.l_o) if self.guided else self.l_o[:0]
+        self.selections, self._residuals = _core.Selections(context.n_layer), _core.Residuals()
         self._strategy, self._pace = strategy, pace
         self._note_images = note_images
         self._observed = guidance.refresh == "step"
         self._may_wait = self.guided and strategy.may_wait(guidance)
-        self._forking = Forking(branches.original.context, ())
+        self._forking = Forking(context, ())
         self._prompt_waits = False
         self._waiting: list[tuple[int, int]] = []  # token, position
         self._first_slot = 0  # of rows that wait
@@ -103,25 +108,25 @@ class Session:
 
     def attended(self) -> tuple[IntArray, ...]:
         """The image tokens masked for the newest row, by layer of `layers`; (n,) int32 each."""
-        return tuple(self._selections.tokens(self._newest, il) for il in self.layers)
+        return tuple(self.selections.tokens(self._newest, il) for il in self.layers)
 
     def prefill(self) -> Decodes:
         """The prompt's rows, its images encoded from `first_row` on. Where degraded rows may wait,
         those of the prompt do."""
         rows, start, own = self.rows, self.lease.start, self._own
-        original, selections = self.branches.original, self._selections
+        original, selections = self.branches.original, self.selections
         selections.resize(rows.n_slots)
         shares = self.guided and self.branches.paired and not start.degraded
         if shares and start.original > 0:
             self._share_prefix(min(start.original, own))
-        plan = rows.original_plan(original.seq, own, note_images=self._note_images)
+        plan = rows.original_plan(selections, self._residuals, own, note_images=self._note_images)
         for part, batch in rows.batches(original, start.original, plan):
             decoded = yield batch
             if shares and part.start < own:
                 self._share_prefix(min(part.stop, own))
-        np.copyto(self.l_o, decoded.logits[-1])
+        self.l_o = decoded.logits[-1]
         if self.guided:
-            self.layers = rows.chosen_layers(selections, original.context.patch)
+            self.layers = rows.chosen_layers(selections)
             self._prepare_steps()
             self._newest = rows.n_slots - 1
             if not self._may_wait:
@@ -129,25 +134,30 @@ class Session:
                 selections.keep_last()
                 self._newest = 0
         self.n_past = rows.n_pos
-        self.n_cells = cells_of(rows, paired=self.branches.paired)
         self.is_whole = True
 
     def step(self, token: int) -> Decodes:
         """One token, the same in both branches. Where it fails, the newest row is still the one
         before."""
         was_whole, self.is_whole = self.is_whole, False
-        if not self.guided:
-            decoded = yield text_batch(self.branches.original, [token], [self.n_past], None)
-            np.copyto(self.l_o, decoded.logits[0])
-        elif self._takes_together():
-            if self._waiting:
-                yield from self._decode_waiting()
-            yield from self._step_together(token)
-        else:
-            yield from self._step_alone(token)
+        self.n_cells += self.cells_a_step
+        try:
+            if not self.guided:
+                decoded = yield text_batch(self.branches.original, [token], [self.n_past], None)
+                self.l_o = decoded.logits[0]
+            elif self._takes_together():
+                if self._waiting:
+                    yield from self._decode_waiting()
+                yield from self._step_together(token)
+            else:
+                yield from self._step_alone(token)
+        except BaseException as exc:
+            self.n_cells -= self.cells_a_step
+            self.is_whole = was_whole and isinstance(exc, GeneratorExit)  # nothing was decoded
+            cut_back((self.branches.original, self.branches.degraded), (self.n_past, self.n_past))
+            raise
         self._asked = False
         self.n_past += 1
-        self.n_cells += self.cells_a_step
         self.lease.items.append(token)
         self.is_whole = was_whole
 
@@ -166,7 +176,8 @@ class Session:
         if self._strategy.fork and self.branches.paired:
             self._forking = Forking(context, self.layers)
         self._masking = Masking(
-            n_layer=context.n_layer,
+            selections=self.selections,
+            residuals=self._residuals,
             layers=self.layers,
             policy=rows.policy,
             n_image_tokens=rows.n_image_tokens,
@@ -175,7 +186,7 @@ class Session:
         if self._may_wait:
             self._prompt_waits = True
             self._first_slot = max(rows.n_slots, rows.n - self._own)
-            self._selections.grow(self._first_slot + context.n_ubatch)
+            self.selections.grow(self._first_slot + context.n_ubatch)
 
     def _share_prefix(self, n: int) -> None:
         """Gives the degraded branch the first n rows, as soon as they are there: behind a sliding
@@ -193,10 +204,10 @@ class Session:
             raise BackendError("llama.cpp gave cells of the image away while it was still needed")
         context.truncate(seq, rows.position(own))
         context.patch.truncate_image_tokens(seq, int(rows.is_image[:own].sum()))
-        plan = rows.degraded_plan(seq, self.layers, own)
+        plan = rows.degraded_plan(self.selections, self._residuals, self.layers, own)
         for _, batch in rows.batches(degraded, own, plan):
             decoded = yield batch
-        self._take_degraded(decoded.logits[-1])
+        self.l_d = decoded.logits[-1]
         self._prompt_waits = False
         self.lease.is_complete = True
 
@@ -214,22 +225,22 @@ class Session:
 
     def _step_together(self, token: int) -> Decodes:
         original, degraded = self.branches.original, self.branches.degraded
-        watch = original.seq, 0 if self._observed else NONE, NONE
-        hide = degraded.seq, NONE, 0
+        observe = 0 if self._observed else NONE
         if self.branches.paired:
-            plan = self._masking.plan([watch, hide], self._forking.pair)
+            watch, hide = (observe, NONE, 0), (NONE, 0, 0)
+            layer = self._forking.layer if self._forking.pairs else 0
+            plan = self._masking.plan([watch, hide], fork_layer=layer, n_below=1)
             decoded = yield copied_row((original, degraded), token, (self.n_past,) * 2, plan)
             l_o, l_d = decoded.logits
             self._pace.together_took(decoded.seconds)
         else:
-            plan = self._masking.plan([watch])
+            plan = self._masking.plan([(observe, NONE, NONE)])
             decoded = yield text_batch(original, [token], [self.n_past], plan)
             (l_o,) = decoded.logits
-            plan = self._masking.plan([hide])
+            plan = self._masking.plan([(NONE, 0, NONE)])
             decoded = yield text_batch(degraded, [token], [self.n_past], plan)
             (l_d,) = decoded.logits
-        np.copyto(self.l_o, l_o)
-        self._take_degraded(l_d)
+        self.l_o, self.l_d = l_o, l_d
         self._newest = 0
 
     def _step_alone(self, token: int) -> Decodes:
@@ -238,14 +249,13 @@ class Session:
         if len(self._waiting) == original.context.n_ubatch:
             yield from self.catch_up()
         slot = self._slot(len(self._waiting))
-        watch = original.seq, slot if self._observed else NONE, NONE
-        plan = self._masking.plan([watch], self._forking.noting([slot]))
+        watch = slot if self._observed else NONE, NONE, slot
+        plan = self._masking.plan([watch], fork_layer=self._forking.layer, n_below=1)
         decoded = yield text_batch(original, [token], [self.n_past], plan)
         self._pace.alone_took(decoded.seconds)
-        np.copyto(self.l_o, decoded.logits[0])
+        self.l_o, self.l_d = decoded.logits[0], None
         self._waiting.append((token, self.n_past))
         self._newest = slot if self._observed else 0
-        self.l_d = None
 
     def _slot(self, i_waiting: int) -> int:
         """Where what a waiting row hides is put, and its residual."""
@@ -257,35 +267,24 @@ class Session:
             first, newest = self._waiting[0][1], self._waiting[-1][1]
             degraded.context.share_more(original.seq, degraded.seq, first, newest)
             self._waiting[:] = self._waiting[-1:]
-        n, n_padding = len(self._waiting), self._n_padding()
         tokens, positions = np.array(self._waiting, np.int32).T
-        tokens = np.append(tokens, [tokens[-1]] * n_padding)
-        positions = np.arange(positions[0], positions[0] + len(tokens))
         degraded.context.truncate(degraded.seq, int(positions[0]))  # what a failed attempt left
-        slots = [self._slot(min(i, n - 1)) for i in range(len(tokens))]
-        hide = [(degraded.seq, NONE, slot if self._observed else 0) for slot in slots]
-        plan = self._masking.plan(hide, self._forking.entering(slots))
-        decoded = yield text_batch(degraded, tokens, positions, plan, wanted=n - 1)
+        slots = [self._slot(i) for i in range(len(tokens))]
+        hide = [(NONE, slot if self._observed else 0, slot) for slot in slots]
+        plan = self._masking.plan(hide, fork_layer=self._forking.layer, n_below=0)
+        decoded = yield text_batch(degraded, tokens, positions, plan)
         self._pace.catch_up_took(len(tokens), decoded.seconds)
-        self._take_degraded(decoded.logits[0])
-        if n_padding:
-            degraded.context.truncate(degraded.seq, int(positions[n]))
+        self.l_d = decoded.logits[0]
         self._waiting.clear()
-
-    def _n_padding(self) -> int:
-        """Rows behind those that catch up, of which nothing is kept: a batch that the kernels take
-        in their stride can cost less than a smaller one."""
-        if self._strategy.waiting != "cheapest" or not self.branches.paired:
-            return 0
-        context, n = self.branches.original.context, len(self._waiting)
-        n_free = context.n_ctx - self.n_cells - self.lease.n_beside
-        return min(self._pace.batch_of(n), n + max(n_free, 0), context.n_ubatch) - n
-
-    def _take_degraded(self, logits: FloatArray) -> None:
-        np.copyto(self._l_d, logits)
-        self.l_d = self._l_d
 
 
 def cells_of(rows: PromptRows, *, paired: bool) -> int:
     """KV cells that a prompt takes in the fullest context, before any answer."""
     return 2 * rows.n - rows.first_masked if rows.guided and paired else rows.n
+
+
+def cut_back(branches: Sequence[Branch], positions: Sequence[int]) -> None:
+    """Drops what a failed decode wrote behind these positions. A recurrent state cannot be cut."""
+    for branch, position in zip(branches, positions, strict=True):
+        with suppress(BackendError):
+            branch.context.truncate(branch.seq, position)

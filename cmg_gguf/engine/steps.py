@@ -7,12 +7,14 @@
 If one token alone is plausible by l_o, it is drawn whatever l_d says, so a row may wait in vain.
 Causal attention makes the rows of one batch what they would have been one after another: any
 mixture of the two ways gives the same logits, but for rounding.
+
+Beside other answers a step goes together: what fills a decode is then not one answer's to choose.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -20,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from cmg_gguf import _core
-from cmg_gguf.engine.rows import NONE
+from cmg_gguf.engine.batch import NONE, RowPlan
 from cmg_gguf.guidance import Guidance
 
 
@@ -54,10 +56,11 @@ SHARE_ASKED = 0.4
 
 
 class Pace:
-    """What either way of a step costs, timed while answers are decoded.
+    """What either way of a step costs, timed while one answer alone is decoded.
 
     Each way is tried for a few steps; then the cheaper one is taken, and the other tried again now
-    and then. Costs are medians of the newest times, in seconds a token.
+    and then. Costs are medians of the newest times, in seconds a token. company: whether several
+    answers are decoded; nothing is timed then.
     """
 
     N_TRIED = 5
@@ -70,6 +73,7 @@ class Pace:
     """How much cheaper the other way must be: changing over makes llama.cpp build a new graph."""
 
     def __init__(self) -> None:
+        self.company = False
         self._together: deque[float] = deque(maxlen=self.N_NEWEST)
         self._alone: deque[float] = deque(maxlen=self.N_NEWEST)
         self._catch_up: dict[int, deque[float]] = {}
@@ -80,10 +84,12 @@ class Pace:
     @property
     def takes_together(self) -> bool:
         """Whether the next step is to decode both branches together."""
-        return self._is_together
+        return self._is_together or self.company
 
     def step(self, *, asked: bool) -> None:
         """Chooses the way of the next step. asked: whether the one before needed l_d."""
+        if self.company:
+            return
         self._share_asked += 0.1 * (asked - self._share_asked)
         self._n_steps += 1
         if len(self._together) < self.N_TRIED:
@@ -95,30 +101,20 @@ class Pace:
         else:
             self._is_together = self._together_is_cheaper()
 
-    def together_took(self, seconds: float) -> None:
-        """Notes what a step of both branches took."""
-        self._together.append(seconds)
+    def together_took(self, seconds: float | None) -> None:
+        """Notes what a step of both branches took; None = not known."""
+        if seconds is not None:
+            self._together.append(seconds)
 
-    def alone_took(self, seconds: float) -> None:
+    def alone_took(self, seconds: float | None) -> None:
         """Notes what a step of the original branch took."""
-        self._alone.append(seconds)
+        if seconds is not None:
+            self._alone.append(seconds)
 
-    def catch_up_took(self, n_rows: int, seconds: float) -> None:
+    def catch_up_took(self, n_rows: int, seconds: float | None) -> None:
         """Notes what it took to decode n_rows rows that had waited."""
-        self._catch_up.setdefault(n_rows, deque(maxlen=5)).append(seconds)
-
-    def batch_of(self, n_rows: int) -> int:
-        """In how many rows n_rows that waited are best decoded: as they are, or filled up to a
-        multiple of four, as many as CPU kernels take at once. Both are tried."""
-        filled = _filled(n_rows)
-        if filled == n_rows or n_rows < 2:
-            return n_rows
-        times = [self._catch_up.get(n, ()) for n in (n_rows, filled)]
-        if len(times[0]) < self.N_TRIED // 2:
-            return n_rows
-        if len(times[1]) < self.N_TRIED // 2:
-            return filled
-        return filled if median(times[1]) < (1 - self.MARGIN) * median(times[0]) else n_rows
+        if seconds is not None:
+            self._catch_up.setdefault(n_rows, deque(maxlen=5)).append(seconds)
 
     def _together_is_cheaper(self) -> bool:
         together, waiting = median(self._together), self._waiting_costs()
@@ -130,20 +126,48 @@ class Pace:
         """Rows that catch up: as many as steps lie between two that ask."""
         n_rows = 1 / max(self._share_asked, 1e-3)
         known = sorted(self._catch_up)
-        costs = [self._catch_up_costs(n) for n in known]
+        costs = [median(self._catch_up[n]) for n in known]
         beyond = max(1.0, n_rows / known[-1])
         return median(self._alone) + self._share_asked * beyond * float(
             np.interp(n_rows, known, costs)
         )
 
-    def _catch_up_costs(self, n_rows: int) -> float:
-        """Of that many rows, in the cheaper batch of those that were tried."""
-        tried = [self._catch_up[n] for n in (n_rows, _filled(n_rows)) if n in self._catch_up]
-        return min(median(times) for times in tried)
 
+class Filling:
+    """In how many rows a small decode is best made: as it is, or filled up with rows of no use.
 
-def _filled(n_rows: int) -> int:
-    return -(-n_rows // 4) * 4
+    CPU kernels take rows by four, so a decode of three can cost more than one of four. Both are
+    tried for each shape; then the one that took less is taken.
+    """
+
+    N_TRIED = 3
+    """Times of each shape that are compared."""
+    MARGIN = 0.02
+    """How much less the filled one must have taken."""
+    MOST = 16
+    """Rows from which on a few more or less are all one."""
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[int, int], deque[float]] = {}
+
+    def n_padding(self, n_below: int, n_rows: int) -> int:
+        """Rows to add to n_rows, of which n_below are computed from the start."""
+        filled = -(-n_rows // 4) * 4
+        if n_rows < 2 or n_rows >= self.MOST or filled == n_rows:
+            return 0
+        plain = self._times.get((n_below, n_rows), ())
+        if len(plain) < self.N_TRIED:
+            return 0
+        # Where nothing enters a fork, padding is computed from the start as well.
+        below = filled if n_below == n_rows else n_below
+        padded = self._times.get((below, filled), ())
+        cheaper = len(padded) < self.N_TRIED or median(padded) < (1 - self.MARGIN) * median(plain)
+        return filled - n_rows if cheaper else 0
+
+    def took(self, n_below: int, n_rows: int, seconds: float) -> None:
+        """Notes what a decode of so many rows took, padding included."""
+        if n_rows <= self.MOST:
+            self._times.setdefault((n_below, n_rows), deque(maxlen=5)).append(seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,22 +178,26 @@ class Masking:
     attention in the original branch; else all hide what slot 0 holds.
     """
 
-    n_layer: int
+    selections: _core.Selections
+    residuals: _core.Residuals
     layers: tuple[int, ...]
     policy: _core.TokenPolicy
     n_image_tokens: int
     observed: bool
 
     def plan(
-        self, rows: Iterable[tuple[int, int, int]], fork: _core.ForkPlan | None = None
-    ) -> _core.Plan:
-        """What the patch does with a batch. rows: sequence, slot observed into, slot hidden."""
-        return _core.Plan(
-            np.array([(seq, NONE, observe, hide) for seq, observe, hide in rows], np.int32),
-            n_layer=self.n_layer,
+        self, rows: Sequence[tuple[int, int, int]], *, fork_layer: int = 0, n_below: int = 0
+    ) -> RowPlan:
+        """What the patch does with a batch. rows: slot observed into, slot hidden, residual."""
+        part = _core.Part(
+            selections=self.selections,
+            residuals=self.residuals,
             observe_layers=list(self.layers),
             mask_layers=list(self.layers),
             policy=self.policy,
             n_image_tokens=self.n_image_tokens,
-            fork=fork,
         )
+        table = np.array([(NONE, *row) for row in rows], np.int32)
+        if fork_layer == 0:
+            table[:, 3] = NONE
+        return RowPlan(part, table, fork_layer, n_below)

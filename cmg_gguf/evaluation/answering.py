@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import BackendError, ImageError, PromptError
 from cmg_gguf.evaluation.items import seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles
@@ -97,9 +96,8 @@ class Answerer:
             image_size=self._image_size,
             words=self._words,
         )
-        first = _FirstScores()
         try:
-            reply = self._vlm.generate(replace(method.request(question), watch=first))
+            reply = self._vlm.generate(replace(method.request(question), n_scores=1))
         except (ImageError, PromptError, BackendError) as exc:
             return Record(item=item.id, method=method.name, problem=str(exc))
         return Record(
@@ -110,30 +108,20 @@ class Answerer:
             changed=reply.n_changed,
             finish=reply.finish_reason,
             seconds=reply.seconds.encode + reply.seconds.prefill + reply.seconds.decode,
-            **(self._yes_no(reply, first.scores) if "label" in item.truth else {}),
+            **(self._yes_no(reply) if "label" in item.truth else {}),
         )
 
-    def _yes_no(self, reply: Reply, scores: FloatArray | None) -> dict[str, Any]:
+    def _yes_no(self, reply: Reply) -> dict[str, Any]:
         """The fields of a record about yes and no; {} where the vocabulary lacks the words."""
-        if scores is None or not self._words.complete:
+        if not self._words.complete:
             return {}
+        (scores,) = reply.scores
         first = reply.tokens[0].id if reply.tokens else None
         return {
             "yes_margin": _finite(self._words.margin(scores)),
             "yes_lead": _finite(self._words.lead(scores)),
             "says_yes": first in self._words.yes.tolist(),
         }
-
-
-class _FirstScores:
-    """Keeps the scores of the first token of an answer. scores: (n_vocab,) float32."""
-
-    def __init__(self) -> None:
-        self.scores: FloatArray | None = None
-
-    def __call__(self, tokens: IntArray, score: Callable[[], FloatArray]) -> None:
-        if not len(tokens):
-            self.scores = score()
 
 
 def _finite(value: float) -> float | None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp import mtmd_cpp
@@ -83,6 +84,21 @@ def cut(context: Any, source: Source, *, pixels_of: int | None = None) -> list[I
         mtmd_cpp.mtmd_input_chunks_free(chunks)
         for bitmap in bitmaps:
             mtmd_cpp.mtmd_bitmap_free(bitmap)
+
+
+def image_positions(chunk: Chunk, position: int, *, shared: bool) -> IntArray:
+    """Where the rows of an image lie that begins at `position`, as RoPE takes it.
+
+    shared: whether rows share positions (M-RoPE): then (4, n_tokens) int32: time, row, column and a
+    fourth; else (1, n_tokens).
+    """
+    if not shared:
+        return np.arange(position, position + chunk.n_tokens, dtype=np.int32)[np.newaxis]
+    tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_image(chunk.handle)
+    found = (mtmd_cpp.mtmd_decoder_pos * chunk.n_tokens)()
+    mtmd_cpp.mtmd_helper_image_get_decoder_pos(tokens, llama_cpp.llama_pos(position), found)
+    fields = np.ctypeslib.as_array(found)
+    return np.array([fields[name] for name in ("t", "y", "x", "z")]).astype(np.int32)
 
 
 def _parts(parts: Sequence[Part | None], bitmaps: Sequence[Any]) -> list[Any]:

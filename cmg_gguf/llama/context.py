@@ -13,14 +13,13 @@ from typing import Any, Literal
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from llama_cpp import mtmd_cpp
 
 from cmg_gguf import _core
-from cmg_gguf.arrays import IntArray
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import BackendError, ContextLengthError, UnsupportedError
+from cmg_gguf.llama.chunks import image_positions
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
-from cmg_gguf.llama.projector import Projector
 from cmg_gguf.prompt.segments import ImageSegment
 
 CACHE_TYPES = {
@@ -33,6 +32,9 @@ CACHE_TYPES = {
     "q8_0": 8,
     "bf16": 30,
 }
+
+
+NO_SEQ = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +95,24 @@ class LlamaContext:
     def __init__(
         self,
         model: Model,
-        projector: Projector | None,
-        selections: _core.Selections,
         options: ContextOptions,
         *,
         n_seq_max: int,
     ) -> None:
-        """Raises BackendError if llama.cpp refuses the options or has no memory for them."""
+        """n_seq_max: sequences for answers and kept prompts.
+
+        Raises BackendError if llama.cpp refuses the options or has no memory for them.
+        """
         self.model = model
-        self.projector = projector
         self.n_layer = model.n_layer
         self.n_vocab = model.n_vocab
-        self.n_seq_max = n_seq_max
+        # llama.cpp cuts rows with a recurrent state into graphs of its own.
+        self.merges = not model.has_recurrent_layers
+        self.spare_seq = n_seq_max if self.merges else NO_SEQ
+        self.n_seq_max = n_seq_max + self.merges
         threads = options.n_threads or usable_threads()
-        self.patch = _core.GraphPatch(model.n_layer, selections, threads)
-        params = _context_params(options, n_seq_max)
+        self.patch = _core.GraphPatch(model.n_layer, threads)
+        params = _context_params(options, self.n_seq_max)
         params.cb_eval = ctypes.cast(
             self.patch.callback, llama_cpp.ggml_backend_sched_eval_callback
         )
@@ -146,29 +151,32 @@ class LlamaContext:
             _check(code, f"{len(tokens)} rows", self.n_ctx)
 
     def decode_image(
-        self, image: ImageSegment, position: int, seq: int, plan: _core.Plan | None
+        self,
+        image: ImageSegment,
+        position: int,
+        seq: int,
+        plan: _core.Plan | None,
+        *,
+        first: int = 0,
+        n_rows: int | None = None,
     ) -> None:
         """See `protocol.Context.decode_image`."""
         self._check_open()
-        if image.embd is None or self.projector is None:
+        n = image.n_tokens - first if n_rows is None else n_rows
+        if image.embd is None:
             raise BackendError("the image has not been encoded; call Projector.encode first")
-        if image.needs_ubatch > self.n_ubatch:
-            raise BackendError(f"an image of {image.n_tokens} tokens in {self.n_ubatch} rows")
-        after = llama_cpp.llama_pos(0)
-        with self._patched(plan), captured_errors():
-            code = mtmd_cpp.mtmd_helper_decode_image_chunk(
-                self.projector.handle,
-                self.handle,
-                image.chunk.handle,
-                image.embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-                llama_cpp.llama_pos(position),
-                llama_cpp.llama_seq_id(seq),
-                self.n_ubatch,
-                ctypes.byref(after),
-                mtmd_cpp.mtmd_helper_post_decode_callback(),
-                ctypes.c_void_p(0),
-            )
-            _check(code, f"an image of {image.n_tokens} tokens", self.n_ctx)
+        if n > self.n_ubatch or (image.non_causal and n < image.n_tokens):
+            raise BackendError(f"{n} of an image's {image.n_tokens} rows, in {self.n_ubatch}")
+        rows = image.embd[first : first + n]
+        positions = image_positions(image.chunk, position, shared=image.shares_positions)
+        self._batch.fill_image(rows, positions[:, first : first + n], seq)
+        llama_cpp.llama_set_causal_attn(self.handle, not image.non_causal)
+        try:
+            with self._patched(plan), captured_errors():
+                code = llama_cpp.llama_decode(self.handle, self._batch.image)
+                _check(code, f"{n} rows of an image", self.n_ctx)
+        finally:
+            llama_cpp.llama_set_causal_attn(self.handle, True)
 
     def logits_address(self, row: int) -> int:
         """See `protocol.Context.logits_address`."""
@@ -238,7 +246,8 @@ def _patch_errors() -> Iterator[None]:
 
 
 class _Batch:
-    """A llama_batch, allocated once and filled through NumPy views."""
+    """llama_batches, allocated once and filled through NumPy views. struct: of tokens. image: of
+    embeddings."""
 
     def __init__(self, capacity: int) -> None:
         self.struct = llama_cpp.llama_batch_init(capacity, 0, 1)
@@ -249,6 +258,8 @@ class _Batch:
         self._logits = np.ctypeslib.as_array(self.struct.logits, (capacity,))
         np.ctypeslib.as_array(self.struct.n_seq_id, (capacity,))[:] = 1
         self._seq = [self.struct.seq_id[i] for i in range(capacity)]
+        self.image = llama_cpp.llama_batch.from_buffer_copy(self.struct)
+        self.image.token = None
 
     def fill(
         self,
@@ -267,6 +278,17 @@ class _Batch:
         self._pos[:n] = positions
         self._logits[:n] = outputs
         for pointer, seq in zip(self._seq, seqs.tolist(), strict=False):
+            pointer[0] = seq
+
+    def fill_image(self, rows: FloatArray, positions: IntArray, seq: int) -> None:
+        """rows: (n, n_embd) of an image. positions: (1 or 4, n), as RoPE takes them."""
+        self._rows = np.ascontiguousarray(rows, np.float32)
+        self._positions = np.ascontiguousarray(positions, np.int32)
+        self.image.n_tokens = n = len(rows)
+        self.image.embd = self._rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        self.image.pos = self._positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
+        self._logits[:n] = False
+        for pointer in self._seq[:n]:
             pointer[0] = seq
 
 

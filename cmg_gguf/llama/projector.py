@@ -73,6 +73,7 @@ class Projector:
             )
         self.handle = handle
         self.model = model
+        self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(handle)
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _free, handle, model.keepalive)
         if not mtmd_cpp.mtmd_support_vision(handle):
@@ -91,14 +92,16 @@ class Projector:
         ids: Sequence[str] | None = None,
         add_bos: bool = True,
         seams: Sequence[int] = (),
+        salt: str | None = None,
     ) -> Prompt:
         """Cuts a prompt at its image markers. Of the images only the sizes are looked at.
 
         text: `self.marker` stands for one image each. images: (H, W, 3) uint8 RGB, in order; they
         must stay as they are until they are encoded. ids: the `image_id` of each, by which it is
         known when it is seen again; None = it is not. seams: offsets in the text over which no
-        special token reaches, see `split_specials`. Raises PromptError if markers and images differ
-        in number, ImageError for an image that the model's preprocessing refuses.
+        special token reaches, see `split_specials`. salt: see `Prompt`. Raises PromptError if
+        markers and images differ in number, ImageError for an image that the model's preprocessing
+        refuses.
         """
         if (markers := text.count(self.marker)) != len(images):
             raise PromptError(
@@ -117,7 +120,7 @@ class Projector:
                 segments.append(self._image(chunk, piece, source, ids))
             else:
                 segments.append(TextSegment(chunk, inside_picture=_is_inside(chunks, i)))
-        return Prompt(tuple(segments))
+        return Prompt(tuple(segments), salt)
 
     def encode(
         self,
@@ -130,20 +133,12 @@ class Projector:
 
         progress(done, total) counts the tokens of these images. Raises BackendError.
         """
-        total = int(prompt.is_image[first_row:].sum())
-        done = row = 0
-        segments: list[Segment] = []
-        read = _Read()
-        for segment in prompt.segments:
-            if isinstance(segment, ImageSegment) and segment.embd is None and row >= first_row:
-                embd = self._encoded(segment, read)
-                segment = dataclasses.replace(segment, embd=embd, source=None)
-                done += segment.n_tokens
-                if progress is not None:
-                    progress(done, total)
-            row += segment.n_tokens
-            segments.append(segment)
-        return Prompt(tuple(segments))
+        encoding = PromptEncoding(self, prompt, first_row)
+        while not encoding.is_done:
+            encoding.encode_next()
+            if progress is not None:
+                progress(encoding.done, encoding.total)
+        return encoding.prompt
 
     def _parts(self, text: str, seams: Sequence[int]) -> tuple[Part | None, ...]:
         parts: list[Part | None] = []
@@ -163,12 +158,14 @@ class Projector:
             n_tokens=chunk.n_tokens,
             n_pos=chunk.n_pos,
             non_causal=mtmd_cpp.mtmd_decode_use_non_causal(self.handle, chunk.handle),
+            shares_positions=self._shares_positions,
             chunk=chunk,
             key=key,
             source=(source, piece),
         )
 
-    def _encoded(self, image: ImageSegment, read: _Read) -> FloatArray:
+    def embedded(self, image: ImageSegment, read: _Read) -> FloatArray:
+        """(n_tokens, n_embd) float32 of an image, kept or encoded. read: its prompt's pixels."""
         with self._lock:
             embd = self.embeddings.get(image.key)
             if embd is None:
@@ -190,6 +187,42 @@ class Projector:
         if not np.isfinite(embd).all():
             raise BackendError("the image encoder gave values that are not finite")
         return embd
+
+
+class PromptEncoding:
+    """A prompt whose images are encoded one at a time.
+
+    prompt: as far as that is done. done, total: image tokens.
+    """
+
+    def __init__(self, projector: Projector, prompt: Prompt, first_row: int = 0) -> None:
+        """first_row: images ahead of it are left as they are."""
+        starts = np.cumsum([0, *(segment.n_tokens for segment in prompt.segments)])
+        self._projector, self._read, self._prompt = projector, _Read(), prompt
+        self._segments = list(prompt.segments)
+        self._left = [
+            i
+            for i, segment in enumerate(prompt.segments)
+            if isinstance(segment, ImageSegment) and segment.embd is None and starts[i] >= first_row
+        ]
+        self.done, self.total = 0, sum(self._segments[i].n_tokens for i in self._left)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all images are encoded."""
+        return not self._left
+
+    @property
+    def prompt(self) -> Prompt:
+        return dataclasses.replace(self._prompt, segments=tuple(self._segments))
+
+    def encode_next(self) -> None:
+        """Encodes the next image. Raises BackendError."""
+        image = self._segments[self._left[0]]
+        assert isinstance(image, ImageSegment)
+        embd = self._projector.embedded(image, self._read)
+        self._segments[self._left.pop(0)] = dataclasses.replace(image, embd=embd, source=None)
+        self.done += image.n_tokens
 
 
 class _Read:

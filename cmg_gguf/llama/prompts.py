@@ -19,6 +19,7 @@ def tokenized(
     images: Sequence[ImageSource] = (),
     *,
     raw: bool = False,
+    salt: str | None = None,
     template: ChatTemplate,
     projector: Projector,
 ) -> Prompt:
@@ -27,7 +28,8 @@ def tokenized(
     prompt: a question, put behind `images` into a user's turn; or messages, which hold their
     images. What they say stays text: neither "<__media__>" nor the spelling of a special token
     means anything in it. raw: the prompt is the full text for the model, in which special tokens
-    are special and each "<__media__>" stands for one of `images`. Raises PromptError, ImageError.
+    are special and each "<__media__>" stands for one of `images`. salt: what is
+    kept of it is found by prompts of the same salt alone. Raises PromptError, ImageError.
     """
     model, marker = projector.model, projector.marker
     if raw:
@@ -41,10 +43,15 @@ def tokenized(
     return projector.tokenize(
         rendered.text,
         pixels,
-        ids=[image_id(rgb) for rgb in pixels],
+        ids=[_salted(image_id(rgb), salt) for rgb in pixels],
+        salt=salt,
         add_bos=not _begins_with(model.special_text("bos"), rendered),
         seams=rendered.seams,
     )
+
+
+def _salted(key: str, salt: str | None) -> str:
+    return key if salt is None else f"{key} of {salt}"
 
 
 def _turn(question: str, images: Sequence[ImageSource]) -> list[Message]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,23 +53,20 @@ class Sampler:
     def alpha(self, alpha: float) -> None:
         self._state.alpha = alpha
 
-    def sample(
-        self,
-        logits: FloatArray,
-        original: FloatArray,
-        degraded: Callable[[], FloatArray | None],
-    ) -> tuple[int, int]:
-        """(guided token, plain token) from rows of logits, each (n_vocab,) float32.
-
-        logits: what is sampled from: l_o, or l_o changed by logits processors. original: l_o.
-        degraded: gives l_d, None for none; it is called only where l_d matters: if one token alone
-        is plausible, that is the token whatever l_d says. Raises BackendError if no token is
-        possible, or if a score of a plausible token is not a number.
-        """
+    def prepare(self, logits: FloatArray) -> bool:
+        """Takes what is sampled from: (n_vocab,) float32, l_o or l_o changed by logits processors,
+        which stays as it is until `draw`. Whether l_d matters: if one token alone is plausible,
+        that is the token whatever l_d says. Raises BackendError if no token is possible, or if a
+        score of a plausible token is not a number."""
+        self._logits = logits
         with _told():
-            n_plausible = self._sampler.prepare(logits.ctypes.data, self._beta)
-        l_d = degraded() if n_plausible > 1 else None
-        self._state.set_rows(original.ctypes.data, 0 if l_d is None else l_d.ctypes.data)
+            return self._sampler.prepare(logits.ctypes.data, self._beta) > 1
+
+    def draw(self, original: FloatArray, degraded: FloatArray | None) -> tuple[int, int]:
+        """(guided token, plain token) from what was prepared. original: l_o, (n_vocab,) float32.
+        degraded: l_d; None = none, or of no matter. Raises BackendError for numbers that are none.
+        """
+        self._state.set_rows(original.ctypes.data, 0 if degraded is None else degraded.ctypes.data)
         with _told():
             drawn = self._sampler.draw()
         if not self._state.finite:

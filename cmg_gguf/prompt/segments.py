@@ -37,8 +37,9 @@ class ImageSegment:
     """One image (or one tile of it) of a prompt.
 
     n_tokens: image tokens. n_pos: positions they take (fewer under M-RoPE). non_causal: the model
-    lets image tokens see later ones, so they must be decoded in one micro-batch. embd: (n_tokens,
-    n_embd) float32 once encoded. chunk: llama.cpp's own description of the image, without pixels.
+    lets image tokens see later ones, so they must be decoded in one micro-batch.
+    chunk: llama.cpp's own description of the image, without pixels. shares_positions: the model's
+    positions have several parts (M-RoPE). embd: (n_tokens, n_embd) float32 once encoded.
     key: stands for all that enters its rows, so that equal keys mean equal images; None = not
     known. source: what it is encoded from; None once it is.
     """
@@ -47,6 +48,7 @@ class ImageSegment:
     n_pos: int
     non_causal: bool
     chunk: Any
+    shares_positions: bool = False
     embd: FloatArray | None = None
     key: Hashable = None
     source: Any = None
@@ -62,9 +64,14 @@ Segment = TextSegment | ImageSegment
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A tokenised prompt: text and image segments in order."""
+    """A tokenised prompt: text and image segments in order.
+
+    salt: prompts of different salts begin with nothing alike, so nobody learns from what is kept
+    what another has asked.
+    """
 
     segments: tuple[Segment, ...]
+    salt: str | None = None
 
     @property
     def n_tokens(self) -> int:

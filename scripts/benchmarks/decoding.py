@@ -1,8 +1,8 @@
 """What a token costs: every way of stepping through the same answers, in turns.
 
 A round replays one recorded answer in every way, a few tokens of one and then of the next. Every
-way has a context of its own on the same weights and goes through `cmg_gguf.answer.generate`, with a
-drawer that asks for the degraded row where the record says so.
+way has a context of its own on the same weights, and asks for the degraded row where the record
+says so.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from benchmarks.ratios import Times, milliseconds, rotated
 from benchmarks.schedule import Asked, Schedule
 from benchmarks.subjects import Subject
 from cmg_gguf import Guidance, GuidedVLM, LayerRange
-from cmg_gguf.answer.generate import Answer, generate
-from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, EXACT, Strategy
 from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.prompt.segments import Prompt
-from cmg_gguf.request import Request
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 HALF = Guidance(layers=LayerRange(0.5, 1.0))
@@ -107,13 +104,19 @@ class Guided:
 
     def answer(self, asked: Asked) -> Iterator[object]:
         """See `Way`. Prompts are kept, so every answer but the first starts at once."""
-        engine = self._vlm.engine
+        engine, token = self._vlm.engine, self._vlm.model.n_vocab // 2
         session = engine.open(self.prompt, self._guidance)
-        engine.prefill(session)
-        engine.degraded(session)  # the prompt's rows, which may wait, are no token's
-        drawer = Replayed(asked, self._vlm.model.n_vocab // 2)
-        request = Request("", guidance=self._guidance, max_tokens=len(asked))
-        return generate(engine, session, drawer, Words(), request, Answer())
+        try:
+            engine.prefill(session)
+            engine.degraded(session)  # the prompt's rows, which may wait, are no token's
+            yield None
+            for needs_l_d in asked[1:]:
+                engine.step(session, token)
+                if needs_l_d:
+                    engine.degraded(session)
+                yield None
+        finally:
+            engine.end(session)
 
 
 class Unhooked:
@@ -134,39 +137,6 @@ class Unhooked:
             self._llama.eval([self._token])
             llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
             yield None
-
-
-class Replayed:
-    """A drawer that draws one and the same token, and asks for l_d where the record says so."""
-
-    alpha = 1.0
-
-    def __init__(self, asked: Asked, token: int) -> None:
-        self._asked = iter(asked)
-        self._token = token
-
-    def sample(
-        self,
-        logits: FloatArray,
-        original: FloatArray,
-        degraded: Callable[[], FloatArray | None],
-    ) -> tuple[int, int]:
-        if next(self._asked):
-            degraded()
-        return self._token, self._token
-
-    def accept(self, token: int) -> None:
-        pass
-
-
-class Words:
-    """A vocabulary in which every token is a word, so that every token is told at once."""
-
-    def token_bytes(self, token: int) -> bytes:
-        return b"w "
-
-    def is_end(self, token: int) -> bool:
-        return False
 
 
 def encoded_prompt(vlm: GuidedVLM, subject: Subject) -> Prompt:

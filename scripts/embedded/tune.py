@@ -106,13 +106,8 @@ def margins(models: Path, n: int, guidance: Guidance) -> Floats:
     words = YesNoTokens.of(vlm.model)
     found: list[float] = []
     for item, picture in _questions(n):
-        vlm.generate(
-            item.prompt,
-            [picture],
-            guidance=guidance,
-            max_tokens=1,
-            watch=lambda tokens, score: found.append(words.margin(score())),
-        )
+        reply = vlm.generate(item.prompt, [picture], guidance=guidance, max_tokens=1, n_scores=1)
+        found.append(words.margin(reply.scores[0]))
     return np.array(found)
 
 

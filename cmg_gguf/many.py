@@ -1,0 +1,82 @@
+"""Many requests, answered as many at once as the model takes."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from cmg_gguf.answer.scheduler import Scheduler
+from cmg_gguf.errors import CMGError, ModelError
+from cmg_gguf.reply import Reply
+from cmg_gguf.request import Request
+from cmg_gguf.stream import Run
+
+N_PREPARED = 2
+"""Requests that are read, beside those under way: so none waits for a file."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one of many requests: a reply, or the error that it met.
+
+    index: which, counted from 0.
+    """
+
+    index: int
+    reply: Reply | None = None
+    error: CMGError | None = None
+
+    def unwrap(self) -> Reply:
+        """The reply. Raises the error where there is none."""
+        if self.reply is None:
+            assert self.error is not None
+            raise self.error
+        return self.reply
+
+
+def generate_many(
+    new_run: Callable[[Request, Callable[[], None]], Run],
+    requests: Iterable[Request],
+    scheduler: Scheduler,
+) -> Iterator[Outcome]:
+    """What comes of each request, as they finish; of an iterator no more is taken than can be
+    worked on. new_run(request, at_end): prepares an answer, and submits it."""
+    finished: queue.SimpleQueue[int] = queue.SimpleQueue()
+    runs: dict[int, Run] = {}
+    numbered = enumerate(requests)
+    n_open = scheduler.n_parallel + N_PREPARED
+    more = True
+    try:
+        while more or runs:
+            while more and len(runs) < n_open:
+                index, request = next(numbered, (0, None))
+                more = request is not None
+                if request is None:
+                    break
+                try:
+                    runs[index] = new_run(request, partial(finished.put, index))
+                except ModelError:
+                    raise
+                except CMGError as exc:
+                    yield Outcome(index, error=exc)
+            if runs:
+                scheduler.drive(lambda: not finished.empty())
+                index = finished.get()
+                yield _outcome(index, runs.pop(index))
+    finally:
+        for run in runs.values():
+            run.cancel()
+
+
+def _outcome(index: int, run: Run) -> Outcome:
+    if run.reply is not None:
+        return Outcome(index, run.reply)
+    try:
+        run.whole()
+    except ModelError:
+        raise
+    except CMGError as exc:
+        return Outcome(index, error=exc)
+    raise AssertionError("an answer that has ended has a reply or an error")
