@@ -252,6 +252,12 @@ def test_a_prompt_can_be_piped(bench: Bench, flags: list[str]) -> None:
     assert result.stdout == bench.answer().text + "\n"
 
 
+def test_a_blank_prompt_from_a_pipe_is_none(bench: Bench) -> None:
+    result = invoke("run", *bench.asking, "-p", "-", input=" \n\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "standard input holds none" in flat(result.stderr)
+
+
 def test_json_holds_what_the_library_says(bench: Bench) -> None:
     result = invoke("run", *bench.asking, "-p", QUESTION, "--json")
     said, reply = json.loads(result.stdout), bench.answer()
@@ -384,6 +390,7 @@ def test_an_error_is_one_line_and_exit_1(bench: Bench, flags: list[str], message
         (["-n", "0"], "0 tokens are no answer"),
         (["-ctk", "q3"], "q8_0"),
         (["-p", ""], "it is empty"),
+        (["-p", " \n\t"], "it is empty"),
     ],
 )
 def test_wrong_usage_is_exit_2(bench: Bench, flags: list[str], message: str) -> None:

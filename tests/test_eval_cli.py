@@ -160,6 +160,8 @@ def test_what_cannot_be_run_is_exit_1(flags: list[str], message: str, model: lis
         (["mme", "-o", "x"], "name MME's folder"),
         (["amber", "-o", "x"], "name AMBER's data folder"),
         (["hallusion", "-o", "x"], "name HallusionBench.json"),
+        (["folder", "-o", "x", "--images", ".", "-p", " "], "'--prompt' / '-p': it is empty"),
+        (["chair", "-o", "x", "--instances", "x", "--images", ".", "-p", " "], "it is empty"),
         (["tune", "scenes"], "'--out' / '-o': none is given"),
         (["tune", "scenes", "-o", "x", "--try-layers", "x"], "no choice of layers"),
         (["tune", "scenes", "-o", "x", "--try-alpha", "1000"], "alpha=1000.0 is out of range"),
