@@ -65,7 +65,7 @@ def chat(
         err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
     model.pair()
     images = list(zip(question.images, question.load_images(), strict=True))
-    asker = Asker.open(model, err, max_tokens=question.max_tokens)
+    asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens)
     with asker.vlm:
         talk = Chat(asker, settings, draw, show_changes=screen.show_changes)
         talk.begin(question.system_prompt, images)

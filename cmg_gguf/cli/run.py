@@ -88,7 +88,7 @@ def run(
     pixels = question.load_images()
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
     _note_idle(err, sampling.idle(), blind=not pixels and settings.contrasts)
-    asker = Asker.open(model, err, max_tokens=question.max_tokens)
+    asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens, blind=not pixels)
     messages = [*system_messages(question.system_prompt), user_message(text, pixels)]
     with asker.vlm:
         if compare:
