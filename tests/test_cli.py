@@ -474,7 +474,6 @@ never asked
 """
     result = invoke("chat", *bench.asking, input=script)
     first, second, third = result.stdout.splitlines()
-    assert result.exit_code == 0
     assert first == third == bench.answer().text
     history: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image", "image": bench.image}, part(QUESTION)]},
@@ -487,6 +486,45 @@ never asked
     assert "there is no command /nonsense; /help lists them" in result.stderr
     assert "/image takes the path of an image" in result.stderr
     assert "forget the conversation" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        (["/image missing.png"], 1),
+        (["/image missing.png", QUESTION, "/quit"], 1),
+        (["/image", QUESTION], 1),
+        (["/nonsense", QUESTION], 1),
+        (["there " * 300, QUESTION], 1),
+        ([QUESTION, "", "/clear", "/help", "/quit", "/nonsense"], 0),
+    ],
+)
+def test_a_piped_chat_in_which_a_line_failed_ends_with_1(
+    bench: Bench, lines: list[str], code: int
+) -> None:
+    result = invoke("chat", *bench.asking, "-c", "256", input="\n".join(lines))
+    assert result.exit_code == code
+    assert bool(result.stdout) == (QUESTION in lines)  # the others were done
+
+
+def test_who_types_sees_what_failed_and_leaves_with_0(bench: Bench) -> None:
+    typed, keyboard = pty.openpty()
+    os.write(typed, b"/image missing.png\n/nonsense\n/quit\n")
+    done = subprocess.run(
+        [*PROGRAM, "chat", *bench.model],
+        stdin=keyboard,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd="/",
+        timeout=60,
+        check=False,
+    )
+    os.close(keyboard)
+    os.close(typed)
+    assert done.returncode == 0
+    assert "error: image file 'missing.png'" in done.stderr
+    assert "there is no command /nonsense" in done.stderr
 
 
 def test_a_failed_turn_leaves_no_trace_and_its_images_wait(bench: Bench) -> None:
