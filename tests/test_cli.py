@@ -619,6 +619,11 @@ def test_help_explains_every_flag(command: str) -> None:
     assert "Examples:" in shown
 
 
+def test_help_says_how_many_threads_none_are() -> None:
+    shown = flat(invoke("run", "--help").stdout)
+    assert "0 = all usable CPUs up to 4, else half of them. 1 where other programs" in shown
+
+
 def test_help_and_version_need_no_llama() -> None:
     code = "import sys; from cmg_gguf.cli import main\ntry: main(sys.argv[1:])\n"
     code += "except SystemExit as end: sys.exit(end.code or 'llama_cpp' in sys.modules)"
