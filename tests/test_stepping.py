@@ -24,6 +24,7 @@ from unhooked import Unhooked
 
 from cmg_gguf import BackendError, GuidedVLM, Sampling
 from cmg_gguf.engine.decoding import Decoder
+from cmg_gguf.engine.rows import masked_rows
 from cmg_gguf.engine.session import Session
 from cmg_gguf.engine.steps import AUTO, EAGER, Strategy
 from cmg_gguf.guidance import (

@@ -46,8 +46,8 @@ class Engine:
 
     lanes: where sessions live, one in each; all in the same contexts. prefixes: what is kept from
     one prompt to the next; None = nothing. strategy: which ways of decoding a step may take. pace:
-    how a session alone chooses between them. filling: how small decodes are filled up. lock: held by who calls; who makes sessions' rows
-    himself and passes them to `decode` holds it meanwhile.
+    how a session alone chooses between them. filling: how small decodes are filled up. lock: held
+    by who calls; who makes sessions' rows himself and gives them to `decode` holds it meanwhile.
     """
 
     def __init__(
