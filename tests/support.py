@@ -26,7 +26,8 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
-from cmg_gguf.engine.context import Branch
+from cmg_gguf.engine.context import Branch, Branches
+from cmg_gguf.engine.engine import Engine
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.steps import EAGER, Pace, Strategy
 from cmg_gguf.guidance import Guidance
@@ -89,6 +90,61 @@ class Counted(LlamaContext):
     ) -> None:
         super().decode_image(image, position, seq, plan, first=first, n_rows=n_rows)
         self.n_rows[seq] += image.n_tokens - first if n_rows is None else n_rows
+
+
+class Celled(Counted):
+    """A context that knows the cells of its sequences, by llama.cpp's rules."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._cells: dict[int, dict[int, int]] = {}
+        self._n_ever = 0
+
+    @property
+    def n_used(self) -> int:
+        """KV cells that hold something."""
+        return len({cell for cells in self._cells.values() for cell in cells.values()})
+
+    def held(self) -> dict[int, int]:
+        """How many cells each sequence holds that holds any."""
+        return {seq: len(cells) for seq, cells in self._cells.items() if cells}
+
+    def decode(self, tokens: IntArray, positions: IntArray, seqs: IntArray, **more: Any) -> None:
+        super().decode(tokens, positions, seqs, **more)
+        for seq, position in zip(seqs.tolist(), positions.tolist(), strict=True):
+            self._take(seq, position)
+
+    def decode_image(
+        self,
+        image: ImageSegment,
+        position: int,
+        seq: int,
+        plan: _core.Plan | None,
+        *,
+        first: int = 0,
+        n_rows: int | None = None,
+    ) -> None:
+        super().decode_image(image, position, seq, plan, first=first, n_rows=n_rows)
+        stop = image.n_tokens if n_rows is None else first + n_rows
+        for i in range(first, stop):
+            self._take(seq, position + i)
+
+    def share(self, source: int, target: int, n_pos: int) -> None:
+        super().share(source, target, n_pos)
+        self._cells[target] = {p: c for p, c in self._cells.get(source, {}).items() if p < n_pos}
+
+    def share_more(self, source: int, target: int, start: int, stop: int) -> None:
+        super().share_more(source, target, start, stop)
+        held = self._cells[source]
+        self._cells.setdefault(target, {}).update((p, held[p]) for p in range(start, stop))
+
+    def truncate(self, seq: int, n_pos: int) -> None:
+        super().truncate(seq, n_pos)
+        self._cells[seq] = {p: c for p, c in self._cells.get(seq, {}).items() if p < n_pos}
+
+    def _take(self, seq: int, position: int) -> None:
+        self._cells.setdefault(seq, {})[position] = self._n_ever
+        self._n_ever += 1
 
 
 class Rig:
@@ -203,6 +259,36 @@ class Rig:
         # Computing l_d must leave l_o as it was.
         original = max(original, float(np.abs(self.engine.original_logits - step.original).max()))
         return original, float(np.abs(degraded - step.degraded).max())
+
+
+class Lanes:
+    """An engine with several lanes on one context, nothing of it decoded yet.
+
+    n_slots, max_cells: what it may keep of past prompts.
+    """
+
+    def __init__(
+        self,
+        tiny: Tiny,
+        n_lanes: int,
+        options: ContextOptions = EXACT,
+        *,
+        n_slots: int = 0,
+        max_cells: int = 10**6,
+        strategy: Strategy = EAGER,
+        pace: Pace | None = None,
+    ) -> None:
+        n_pairs = n_lanes + n_slots
+        self.tiny = tiny
+        self.context = Celled(tiny.model, options, n_seq_max=2 * n_pairs)
+        pairs = [(2 * i, 2 * i + 1) for i in range(n_pairs)]
+        contexts = self.context, self.context
+        self.engine = Engine(
+            [Branches(*(Branch(self.context, seq) for seq in pair)) for pair in pairs[:n_lanes]],
+            PrefixCache(contexts, pairs[n_lanes:], max_cells),
+            strategy=strategy,
+            pace=pace,
+        )
 
 
 def logits(context: LlamaContext, row: int) -> F32:
