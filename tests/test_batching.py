@@ -111,7 +111,7 @@ def by_the_judge(ref: Reference, first: Prompt, second: Prompt, guidance: Guidan
     return Verdict(steps, (), [])
 
 
-# --- a schedule of the test's own ----------------------------------------------------------------
+# --- a schedule of the test's own --------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -366,7 +366,7 @@ def only(engine: Engine, batch: Batch | ImageBatch) -> Any:
     return came
 
 
-# --- masks stay with their session ----------------------------------------------------------------
+# --- masks stay with their session -------------------------------------------------------------
 
 
 class PartsSwapped(merge.Merged):
@@ -421,7 +421,7 @@ def test_a_merge_that_mixes_sessions_up_is_noticed(
         check_errors(lanes.engine, cases)
 
 
-# --- errors --------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [BackendError, ContextLengthError])
@@ -469,7 +469,7 @@ def test_an_error_reaches_its_session_alone_and_the_others_rows_stay_right(
     assert all(len(scripts[i].errors) == N_STEPS for i in (0, 2, 3))
 
 
-# --- cells ---------------------------------------------------------------------------------------
+# --- cells -------------------------------------------------------------------------------------
 
 
 @every_strategy
