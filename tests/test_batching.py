@@ -6,10 +6,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pytest
+from fakes import FakeContext, Fuse
+from fakes import prompt as fake_prompt
+from guided import held
 from judge import Verdict, prompt_rows
 from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES, TWO_IN_A_ROW
 from reference import Reference, Step, combine
@@ -18,7 +21,9 @@ from support import EXACT, TOLERANCE, Lanes, Tiny
 
 from cmg_gguf.engine import merge
 from cmg_gguf.engine.batch import Batch, Decodes, ImageBatch
+from cmg_gguf.engine.context import Branch, Branches, Context
 from cmg_gguf.engine.engine import AnySession, Engine
+from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.session import Session
 from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, Filling, Strategy
 from cmg_gguf.engine.steps import EXACT as FORKED
@@ -33,7 +38,7 @@ from cmg_gguf.guidance import (
     MeanStd,
     TopRatio,
 )
-from cmg_gguf.prompt.segments import Prompt
+from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 NO_IMAGE = "USER: How many people are there in the street? ASSISTANT:"
 OTHER_TEXT = "USER: Please answer the question about the left photo. ASSISTANT:"
@@ -484,6 +489,8 @@ def test_cells_that_are_counted_are_those_that_are_held(
 
     def compare() -> None:
         used = lanes.context.n_used
+        for seq in range(lanes.context.n_seq_max):
+            assert lanes.context.held().get(seq, 0) == held(lanes.context, seq)
         assert used <= engine.n_cells <= options.n_ctx
         seen.append(engine.n_cells - used)
 
@@ -520,3 +527,29 @@ def test_between_steps_no_cell_is_counted_that_nobody_holds(
     assert engine.prefixes.n_cells == context.n_used > 0
     assert engine.make_room(ROOMY.n_ctx)
     assert engine.n_cells == context.n_used == 0
+
+
+@pytest.mark.parametrize("pairing", ["pair", "contexts"])
+def test_no_context_holds_more_than_is_counted(pairing: str) -> None:
+    """Without a model. Three answers go on from one kept prompt: of two contexts, the degraded
+    branches' one shares nothing."""
+    contexts = [FakeContext(Fuse(), n_ctx=200) for _ in range(1 if pairing == "pair" else 2)]
+    first, second = cast(Context, contexts[0]), cast(Context, contexts[-1])
+    step = 2 if pairing == "pair" else 1
+    lanes = [
+        Branches(Branch(first, step * i), Branch(second, step * i + step - 1)) for i in range(3)
+    ]
+    prefixes = PrefixCache((first, second), [(10, 20), (11, 21)], 100)
+    engine = Engine(lanes, prefixes, strategy=EAGER)
+    question = fake_prompt(20, -8, 6)
+    for segment in question.segments:
+        if isinstance(segment, ImageSegment):
+            object.__setattr__(segment, "key", "a picture")
+    for _ in lanes:
+        session = engine.open(question, Guidance(scope="question"))
+        engine.prefill(session, question)
+        assert max(context.n_used for context in contexts) <= engine.n_cells
+    assert session.n_reused > 20
+    for opened in engine.sessions:
+        engine.step(opened, 1)
+        assert max(context.n_used for context in contexts) <= engine.n_cells

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +33,7 @@ from cmg_gguf import (
     TopRatio,
 )
 from cmg_gguf.llama.context import LlamaContext
+from cmg_gguf.llama.model import Model
 from cmg_gguf.stream import Run
 
 OTHER = "How many people are there?"
@@ -87,7 +89,7 @@ class Events:
     def __init__(self, vlm: GuidedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.n: Counter[str] = Counter()
         engine, admission = vlm.engine, Run.admission
-        make_room = engine.make_room
+        make_room, decode = engine.make_room, engine.decode
 
         def admitted(run: Run) -> Any:
             says = admission(run)
@@ -96,14 +98,18 @@ class Events:
 
         def made_room(n_more: int = 0) -> bool:
             n_kept = engine.prefixes.n_prefixes
-            assert all(session.n_cells <= vlm.n_ctx for session in engine.sessions)
             there_is = make_room(n_more)
             self.n["evicted"] += n_kept - engine.prefixes.n_prefixes
             self.n["gave way"] += not there_is
             return there_is
 
+        def decoded(batches: Any) -> Any:
+            assert engine.n_cells <= vlm.n_ctx
+            return decode(batches)
+
         monkeypatch.setattr(Run, "admission", admitted)
         monkeypatch.setattr(engine, "make_room", made_room)
+        monkeypatch.setattr(engine, "decode", decoded)
 
 
 def ask_as(way: int, vlm: GuidedVLM, requests: list[Request]) -> list[list[int]]:
@@ -164,12 +170,57 @@ def test_so_do_schedules_with_contrasted_answers(
         assert differences(vlm, contrasted * 5 + expected[::2], 20, seed=n_ctx) == []
 
 
+@pytest.mark.parametrize("kind", ["windows", "contexts", "exact"])
+def test_so_do_other_pairs_and_ways(
+    pair: TinyPair, gemma_pair: TinyPair, expected: Expected, kind: str
+) -> None:
+    files = gemma_pair if kind == "windows" else pair
+    settings: dict[str, Any] = {"pairing": "contexts"} if kind == "contexts" else {}
+    if kind == "exact":
+        settings["strategy"] = "exact"
+    asked = [(request, said) for request, said in expected if request.contrast is None]
+    if kind == "windows":
+        with open_vlm(files, n_parallel=1, prefix_cells=0, strategy="exact") as alone:
+            asked = [(request, ids(alone.generate(request))) for request, _ in asked]
+    with open_vlm(files, n_parallel=5, prefix_cells=128, **settings) as vlm:
+        assert differences(vlm, asked, 12, seed=len(kind)) == []
+
+
+def test_answers_without_a_limit_say_at_once_what_each_says_alone(pair: TinyPair) -> None:
+    """Each of them fills the whole context."""
+    requests = [
+        Request(QUESTION, [picture(seed)], guidance=guidance)
+        for seed in range(2)
+        for guidance in (PLAIN, Guidance())
+    ]
+    with open_vlm(pair, n_parallel=1, prefix_cells=0, strategy="exact") as alone:
+        expected = [ids(alone.generate(request)) for request in requests]
+    assert max(len(said) for said in expected) > 90
+    with open_vlm(pair, n_parallel=4) as vlm:
+        said = {o.index: ids(o.unwrap()) for o in vlm.generate_many(requests)}
+    assert [said[i] for i in range(4)] == expected
+
+
+def test_answers_that_grow_beyond_their_share_give_way_and_end_alike(pair: TinyPair) -> None:
+    """Room for all shares, and for no two whole answers."""
+    requests = [
+        Request(QUESTION, [picture(seed)], guidance=Guidance(beta=0.0), max_tokens=70)
+        for seed in range(3)
+    ]
+    with open_vlm(pair, n_parallel=1, prefix_cells=0, strategy="exact") as alone:
+        expected = [ids(alone.generate(request)) for request in requests]
+    with open_vlm(pair, n_parallel=3) as vlm:
+        said = {o.index: ids(o.unwrap()) for o in vlm.generate_many(requests)}
+    assert [said[i] for i in range(3)] == expected
+
+
 def differences(
     vlm: GuidedVLM, expected: Expected, n_schedules: int, seed: int
 ) -> list[tuple[object, ...]]:
     """What is said otherwise than alone in random schedules of 2 to 8 requests, beside streams that
     are abandoned."""
-    rng, wrong = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    wrong: list[tuple[object, ...]] = []
     for i in range(n_schedules):
         chosen = rng.integers(0, len(expected), rng.integers(2, 9)).tolist()
         lengths = rng.integers(1, MOST + 1, len(chosen)).tolist()
@@ -259,8 +310,7 @@ def test_an_answer_that_gave_way_says_what_it_would_have_said(
         assert (mine.top is None) == (other.top is None)
         if mine.logprob is not None:
             assert mine.logprob == pytest.approx(other.logprob, abs=1e-3)
-    for mine, other in zip(reply.scores, expected.scores, strict=True):
-        np.testing.assert_allclose(mine, other, atol=1e-3)
+    np.testing.assert_allclose(reply.scores, expected.scores, atol=1e-3)
 
 
 # --- how long a running answer waits --------------------------------------------------------------
@@ -394,9 +444,30 @@ def in_time(call: Callable[[], object]) -> object:
     return came[0]
 
 
+@pytest.fixture
+def used_when_freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of a model behind its end."""
+    used: list[str] = []
+
+    def watched(name: str) -> None:
+        method = getattr(Model, name)
+
+        def called(model: Model, token: int) -> Any:
+            if not model._finalizer.alive:
+                used.append(name)
+                return b"" if name == "token_bytes" else True
+            return method(model, token)
+
+        monkeypatch.setattr(Model, name, called)
+
+    for name in ("is_end", "token_bytes"):
+        watched(name)
+    return used
+
+
 @pytest.mark.parametrize("closes", range(3))
 def test_a_callback_that_closes_the_model_ends_the_answers_of_the_same_decode(
-    pair: TinyPair, closes: int
+    pair: TinyPair, closes: int, used_when_freed: list[str]
 ) -> None:
     """Three plain answers share each decode; one closes the model under the others."""
     vlm = open_vlm(pair, n_ctx=1024, n_parallel=4)
@@ -418,11 +489,14 @@ def test_a_callback_that_closes_the_model_ends_the_answers_of_the_same_decode(
         for i in range(3)
     ]
     all_asked.set()
-    for came in [in_time(lambda stream=stream: list(stream)) for stream in streams]:
+    for came in [in_time(partial(list, stream)) for stream in streams]:
         assert isinstance(came, ModelError), came
+    assert used_when_freed == []
 
 
-def test_a_strength_that_closes_the_model_ends_its_answer(pair: TinyPair) -> None:
+def test_a_strength_that_closes_the_model_ends_its_answer(
+    pair: TinyPair, used_when_freed: list[str]
+) -> None:
     vlm = open_vlm(pair)
 
     def strength(n: int) -> float:
@@ -433,6 +507,7 @@ def test_a_strength_that_closes_the_model_ends_its_answer(pair: TinyPair) -> Non
     contrast = Contrast(QUESTION, strength=strength)
     came = in_time(lambda: vlm.generate(QUESTION, [picture(0)], contrast=contrast, max_tokens=9))
     assert isinstance(came, ModelError)
+    assert used_when_freed == []
 
 
 def test_closing_does_not_wait_for_an_answer_that_another_asks_for(pair: TinyPair) -> None:
@@ -623,10 +698,13 @@ def test_eight_threads_ask_streams_faults_and_closings_and_each_gets_its_own(
         except BaseException as exc:
             wrong.append((kind, exc))
 
+    def ask(thread: int) -> None:
+        for i in range(n_asked):
+            one(thread, i)
+
     def run() -> None:
         threads = [
-            threading.Thread(target=lambda t=t: [one(t, i) for i in range(n_asked)], daemon=True)
-            for t in range(n_threads)
+            threading.Thread(target=ask, args=(thread,), daemon=True) for thread in range(n_threads)
         ]
         for thread in threads:
             thread.start()
