@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -601,6 +603,41 @@ def test_no_two_threads_are_in_a_context_at_once(
             thread.join()
     assert all(said[i] == said[i % 3] for i in said)
     assert met == set()
+
+
+EXITING = """
+import sys
+from cmg_gguf import Guidance, GuidedVLM, Request
+
+def asked():
+    return vlm.generate_many(Request("What is there?", max_tokens=40) for _ in range(99))
+
+vlm = GuidedVLM(*sys.argv[1:3], n_ctx=2048, n_threads=1, n_gpu_layers=0, n_parallel=4)
+streams = [vlm.stream("What is there?", max_tokens=900) for _ in range(6)]
+next(streams[0])
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["pass", "many = asked(); next(many)", "del vlm", "raise SystemExit(0)"]
+)
+def test_a_program_may_end_while_answers_are_made(pair: TinyPair, end: str) -> None:
+    command = [sys.executable, "-c", EXITING + end, str(pair.llm), str(pair.mmproj)]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_session_of_the_callers_own_leaves_room_for_answers(pair: TinyPair) -> None:
+    """It takes a lane: answers wait for those that are left."""
+    with open_vlm(pair, n_ctx=1024, n_parallel=2) as vlm:
+        prompt = vlm.projector.encode(vlm.tokenize(QUESTION, [picture(0)]))
+        session = vlm.engine.open(prompt, Guidance())
+        vlm.engine.prefill(session, prompt)
+        requests = [Request(QUESTION, max_tokens=3) for _ in range(4)]
+        said = [ids(outcome.unwrap()) for outcome in vlm.generate_many(requests)]
+        vlm.engine.step(session, 300)
+        vlm.engine.end(session)
+    assert len({tuple(tokens) for tokens in said}) == 1
 
 
 # --- many requests --------------------------------------------------------------------------------
