@@ -623,7 +623,8 @@ next(streams[0])
 )
 def test_a_program_may_end_while_answers_are_made(pair: TinyPair, end: str) -> None:
     command = [sys.executable, "-c", EXITING + end, str(pair.llm), str(pair.mmproj)]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    folder = pair.llm.parent  # of no package
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr[-500:]
 
 
