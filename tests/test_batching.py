@@ -6,10 +6,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pytest
+from fakes import FakeContext, Fuse
+from fakes import prompt as fake_prompt
+from guided import held
 from judge import Verdict, prompt_rows
 from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES, TWO_IN_A_ROW
 from reference import Reference, Step, combine
@@ -18,7 +21,9 @@ from support import EXACT, TOLERANCE, Lanes, Tiny
 
 from cmg_gguf.engine import merge
 from cmg_gguf.engine.batch import Batch, Decodes, ImageBatch
+from cmg_gguf.engine.context import Branch, Branches, Context
 from cmg_gguf.engine.engine import AnySession, Engine
+from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.session import Session
 from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, Filling, Strategy
 from cmg_gguf.engine.steps import EXACT as FORKED
@@ -31,9 +36,11 @@ from cmg_gguf.guidance import (
     LayerSet,
     LowestCosine,
     MeanStd,
+    Refresh,
+    Scope,
     TopRatio,
 )
-from cmg_gguf.prompt.segments import Prompt
+from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 NO_IMAGE = "USER: How many people are there in the street? ASSISTANT:"
 OTHER_TEXT = "USER: Please answer the question about the left photo. ASSISTANT:"
@@ -484,6 +491,8 @@ def test_cells_that_are_counted_are_those_that_are_held(
 
     def compare() -> None:
         used = lanes.context.n_used
+        for seq in range(lanes.context.n_seq_max):
+            assert lanes.context.held().get(seq, 0) == held(lanes.context, seq)
         assert used <= engine.n_cells <= options.n_ctx
         seen.append(engine.n_cells - used)
 
@@ -520,3 +529,103 @@ def test_between_steps_no_cell_is_counted_that_nobody_holds(
     assert engine.prefixes.n_cells == context.n_used > 0
     assert engine.make_room(ROOMY.n_ctx)
     assert engine.n_cells == context.n_used == 0
+
+
+@pytest.mark.parametrize("pairing", ["pair", "contexts"])
+def test_no_context_holds_more_than_is_counted(pairing: str) -> None:
+    """Without a model. Three answers go on from one kept prompt: of two contexts, the degraded
+    branches' one shares nothing."""
+    engine, contexts = fake_lanes(pairing, 3, n_ctx=200, n_slots=2)
+    question = fake_prompt(20, -8, 6)
+    for segment in question.segments:
+        if isinstance(segment, ImageSegment):
+            object.__setattr__(segment, "key", "a picture")
+    for _ in engine.lanes:
+        session = engine.open(question, Guidance(scope="question"))
+        engine.prefill(session, question)
+        assert max(context.n_used for context in contexts) <= engine.n_cells
+    assert session.n_reused > 20
+    for opened in engine.sessions:
+        engine.step(opened, 1)
+        assert max(context.n_used for context in contexts) <= engine.n_cells
+
+
+@pytest.mark.parametrize("n_pos", [None, 3], ids=["rows", "shared positions"])
+@pytest.mark.parametrize("pairing", ["pair", "contexts"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whoever_is_let_in_gets_the_cells_that_were_set_aside(
+    pairing: str, n_pos: int | None, seed: int
+) -> None:
+    """Without a model. Random answers are let in where `fits` says so, with all that they may need;
+    kept prompts give way and nobody else."""
+    rng = np.random.default_rng(seed)
+    engine, contexts = fake_lanes(pairing, 4, n_ctx=160, n_slots=3)
+    engine.strategy = [EAGER, AUTO][seed % 2]
+    waiting = deque(fake_case(rng, n_pos) for _ in range(60))
+    active: list[tuple[Decodes, Batch | ImageBatch]] = []
+    n_waited = n_reused = 0
+
+    def answer(prompt: Prompt, guidance: Guidance, n_tokens: int, n_cells: int) -> Decodes:
+        nonlocal n_reused
+        session = engine.open(prompt, guidance, n_reserved=n_cells)
+        n_reused += session.n_reused
+        yield from engine.prefilling(session)
+        for token in range(n_tokens):
+            if rng.random() < 0.5:
+                yield from session.catch_up()
+            yield from session.step(token)
+        (engine.end, engine.drop)[int(rng.integers(2))](session)
+
+    while waiting or active:
+        while waiting and len(active) < 4:
+            prompt, guidance, n_tokens = waiting[0]
+            n_cells = engine.cells(prompt, guidance, n_tokens)
+            if not engine.fits(n_cells, prompt, guidance):
+                assert active, "one alone always fits"
+                n_waited += 1
+                break
+            waiting.popleft()
+            decodes = answer(prompt, guidance, n_tokens, n_cells)
+            active.append((decodes, next(decodes)))
+        assert engine.make_room()
+        decodes, batch = active.pop(int(rng.integers(len(active))))
+        came = only(engine, batch)
+        used = max(context.n_used for context in contexts)
+        assert used <= engine.n_cells <= 160
+        with suppress(StopIteration):
+            active.append((decodes, decodes.send(came)))
+    assert n_waited > 20
+    assert n_reused > 100
+
+
+def fake_case(rng: np.random.Generator, n_pos: int | None) -> tuple[Prompt, Guidance, int]:
+    """One of a few prompts, so that many begin alike."""
+    parts = [(3, -4, 12), (3, -4, 20), (20, -4, 2), (30,), (2, -4, 1, -4, 8)][rng.integers(5)]
+    asked = fake_prompt(*parts, n_pos=n_pos)
+    segments = [
+        replace(segment, key=("a picture", i, int(rng.integers(2))))
+        if isinstance(segment, ImageSegment)
+        else segment
+        for i, segment in enumerate(asked.segments)
+    ]
+    scopes: list[Scope] = ["decode", "question", "text", "all"]
+    refreshes: list[Refresh] = ["prompt", "step"]
+    guidance = Guidance(scope=scopes[rng.integers(4)], refresh=refreshes[rng.integers(2)])
+    plain = rng.random() < 0.3
+    return Prompt(tuple(segments)), PLAIN if plain else guidance, int(rng.integers(1, 30))
+
+
+def fake_lanes(
+    pairing: str, n_lanes: int, *, n_ctx: int, n_slots: int
+) -> tuple[Engine, list[FakeContext]]:
+    """An engine on contexts without a model."""
+    contexts = [FakeContext(Fuse(), n_ctx=n_ctx) for _ in range(1 if pairing == "pair" else 2)]
+    first, second = cast(Context, contexts[0]), cast(Context, contexts[-1])
+    step = 2 if pairing == "pair" else 1
+    lanes = [
+        Branches(Branch(first, step * i), Branch(second, step * i + step - 1))
+        for i in range(n_lanes)
+    ]
+    slots = [(20 + i, 30 + i) for i in range(n_slots)]
+    prefixes = PrefixCache((first, second), slots, n_ctx // 2)
+    return Engine(lanes, prefixes, strategy=EAGER, pace=SharePace()), contexts

@@ -75,7 +75,7 @@ class Engine:
     def n_cells(self) -> int:
         """KV cells that sessions and kept prefixes hold in the fullest context; shared ones count
         once."""
-        return self._n_own() + self.prefixes.n_held()
+        return max(self._n_own() + self.prefixes.n_held(), self._n_unshared())
 
     def check(self, prompt: Prompt, guidance: Guidance) -> None:
         """Raises what `open` would raise about its arguments: PromptError, ContextLengthError,
@@ -110,8 +110,12 @@ class Engine:
         with self.lock:
             rows = None if prompt is None else self._rows_of(prompt, guidance)
             n_leased, n_shared = self.prefixes.n_leased(prompt, rows)
-            own = sum(max(s.n_cells, s.n_reserved) - _n_named(s) for s in self.sessions)
-            return own + n_leased + n_cells - n_shared <= self._context.n_ctx
+            counted = [max(s.n_cells, s.n_reserved) for s in self.sessions]
+            own = sum(counted) - sum(map(_n_named, self.sessions))
+            needed = own + n_leased + n_cells - n_shared
+            if not self.lanes[0].paired:
+                needed = max(needed, sum(counted) + n_cells)
+            return needed <= self._context.n_ctx
 
     def decodes_pictures_of(self, prompt: Prompt) -> bool:
         """Whether a session is just decoding a prompt that begins with the same pictures: behind it
@@ -248,7 +252,9 @@ class Engine:
         """Lets kept prefixes go until all that sessions count as their own fits, and n_more cells;
         whether it does."""
         with self.lock:
-            return self.prefixes.make_room(self._n_own() + n_more)
+            unshared = self._n_unshared() + n_more
+            fits = self.prefixes.make_room(self._n_own() + n_more)
+            return fits and unshared <= self._context.n_ctx
 
     def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
         guided = guidance.contrasts and prompt.n_image_tokens > 0
@@ -306,6 +312,10 @@ class Engine:
     def _n_own(self) -> int:
         """KV cells of all sessions that no prefix names."""
         return sum(session.n_cells - _n_named(session) for session in self.sessions)
+
+    def _n_unshared(self) -> int:
+        """KV cells of degraded branches in a context of their own, where nothing is kept."""
+        return 0 if self.lanes[0].paired else sum(session.n_cells for session in self.sessions)
 
     def _make_room(self, n_more: int) -> None:
         if not self.make_room(n_more):
