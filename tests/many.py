@@ -87,7 +87,7 @@ def continued(prompt: Prompt) -> list[int]:
 
 
 def open_context(tiny: Tiny, options: ContextOptions = LARGE) -> Counted:
-    return Counted(tiny.model, tiny.projector, options, n_seq_max=N_SEQ)
+    return Counted(tiny.model, options, n_seq_max=N_SEQ)
 
 
 class Answer:

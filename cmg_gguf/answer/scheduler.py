@@ -117,7 +117,7 @@ class Scheduler:
         self._closed = False
         self._n_held = 0
         self._ticket = itertools.count()
-        _schedulers.add(self)
+        _close_at_exit(self)
 
     @property
     def is_closed(self) -> bool:
@@ -373,8 +373,15 @@ def _closed_error() -> ModelError:
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
-@atexit.register
+def _close_at_exit(scheduler: Scheduler) -> None:
+    """No thread computes while the interpreter is taken down: what is registered last is called
+    first, and finalizers of the contexts were registered when those were made."""
+    if not _schedulers:
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
+    _schedulers.add(scheduler)
+
+
 def _close_all() -> None:
-    """No thread computes while the interpreter is taken down."""
     for scheduler in tuple(_schedulers):
         scheduler.close_if_at_work()
