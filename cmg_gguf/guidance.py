@@ -85,6 +85,10 @@ class LayerSet:
     layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, Iterable):
+            raise GuidanceError(
+                f"layers={self.layers!r} is no list; write LayerSet(({self.layers},))"
+            )
         for il in self.layers:
             if not isinstance(il, Integral) or isinstance(il, bool) or il < 0:
                 raise GuidanceError(f"layer {il!r} is out of range: layers are counted from 0")

@@ -14,6 +14,7 @@ import llama_cpp
 
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.opening import Pairing
+from cmg_gguf.request import check_guidance
 from cmg_gguf.vlm import GuidedVLM
 
 
@@ -25,7 +26,8 @@ class CMGChatHandler:
     with the first answer, with the context settings of that `Llama`.
 
     The options of `Llama.create_chat_completion` have their usual meaning; replies carry a `cmg`
-    block. Raises what `GuidedVLM` and `create_chat_completion` raise.
+    block. Raises GuidanceError for guidance that is none, and what `GuidedVLM` and
+    `create_chat_completion` raise.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class CMGChatHandler:
         prefix_cells: int | None = None,
         use_gpu: bool = True,
     ) -> None:
+        if guidance is not None:
+            check_guidance(guidance)
         self.guidance = guidance
         self._mmproj_path = mmproj_path
         self._chat_template = chat_template

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from cmg_gguf.answer.scheduler import Scheduler
-from cmg_gguf.errors import CMGError, ModelError
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Request
 from cmg_gguf.stream import Run
@@ -26,7 +25,7 @@ class Outcome:
 
     index: int
     reply: Reply | None = None
-    error: CMGError | None = None
+    error: Exception | None = None
 
     def unwrap(self) -> Reply:
         """The reply. Raises the error where there is none."""
@@ -57,14 +56,15 @@ def generate_many(
                     break
                 try:
                     runs[index] = new_run(request, partial(finished.put, index))
-                except ModelError:
-                    raise
-                except CMGError as exc:
+                except Exception as exc:
+                    scheduler.check()
                     yield Outcome(index, error=exc)
             if runs:
                 scheduler.drive(lambda: not finished.empty())
                 index = finished.get()
-                yield _outcome(index, runs.pop(index))
+                outcome = _outcome(index, runs.pop(index))
+                scheduler.check()
+                yield outcome
     finally:
         for run in runs.values():
             run.cancel()
@@ -75,8 +75,6 @@ def _outcome(index: int, run: Run) -> Outcome:
         return Outcome(index, run.reply)
     try:
         run.whole()
-    except ModelError:
-        raise
-    except CMGError as exc:
+    except Exception as exc:
         return Outcome(index, error=exc)
     raise AssertionError("an answer that has ended has a reply or an error")

@@ -6,12 +6,14 @@ Request(messages, guidance=Guidance(alpha=2.0), max_tokens=64, stop=["\n"])
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
-from cmg_gguf.errors import PromptError, SamplingError, shown
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.errors import CMGError, GuidanceError, PromptError, SamplingError, shown
+from cmg_gguf.guidance import Guidance, Settings
 from cmg_gguf.prompt.images import ImageSource
 from cmg_gguf.sampling import LogitsProcessor, Sampling
 
@@ -28,11 +30,21 @@ class Contrast:
 
     prompt, images: as in `Request`. strength: alpha of the draw behind n tokens, by n; None =
     `Guidance.alpha` for all.
+
+    Raises PromptError or GuidanceError for what cannot be.
     """
 
     prompt: str | Messages
     images: Sequence[ImageSource] = ()
     strength: Callable[[int], float] | None = None
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt, self.images)
+        if self.strength is not None and not callable(self.strength):
+            raise GuidanceError(
+                f"strength={shown(self.strength)} is no function of the number of tokens said; "
+                "write lambda n: 1.0, or leave it out for that of guidance=Guidance(alpha=1.0)"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +63,7 @@ class Request:
     must be quick. n_scores: of so many tokens from the first on, the reply has the scores of the
     whole vocabulary. salt: kept prompts and images are found by requests of the same salt alone.
 
-    Raises PromptError or SamplingError for what cannot be.
+    Raises PromptError, GuidanceError or SamplingError for what cannot be.
     """
 
     prompt: str | Messages
@@ -69,18 +81,29 @@ class Request:
     salt: str | None = None
 
     def __post_init__(self) -> None:
-        _check_prompt(self.prompt, self.images, raw=self.raw)
-        if self.contrast is not None:
-            _check_prompt(self.contrast.prompt, self.contrast.images, raw=self.raw)
+        _check_prompt(self.prompt, self.images)
+        _check_settings(self)
+        if self.raw:
+            _check_raw(self.prompt, self.contrast)
         object.__setattr__(self, "stop", checked_stops(self.stop))
-        if self.max_tokens is not None and self.max_tokens < 1:
+        if self.max_tokens is not None and not (_is_whole(self.max_tokens) and self.max_tokens > 0):
             raise PromptError(
-                f"max_tokens={self.max_tokens} is out of range: 1 and up, or None for no limit"
+                f"max_tokens={shown(self.max_tokens)} is out of range: whole numbers from 1 up, or "
+                "None for no limit"
             )
-        if self.n_scores < 0:
-            raise SamplingError(f"n_scores={self.n_scores} is out of range: 0 and up")
-        if self.top_logprobs is not None and self.top_logprobs < 0:
-            raise SamplingError(f"top_logprobs={self.top_logprobs} is out of range: 0 and up")
+        top = self.top_logprobs
+        if top is not None and not (_is_whole(top) and top >= 0):
+            raise SamplingError(
+                f"top_logprobs={shown(top)} is out of range: whole numbers from 0 up, or None"
+            )
+        if not (_is_whole(self.n_scores) and self.n_scores >= 0):
+            raise SamplingError(
+                f"n_scores={shown(self.n_scores)} is out of range: whole numbers from 0 up"
+            )
+        if self.salt is not None and not isinstance(self.salt, str):
+            raise PromptError(
+                f"salt={shown(self.salt)} is no string; write salt={str(self.salt)!r}"
+            )
 
     @property
     def strength(self) -> Callable[[int], float] | None:
@@ -114,6 +137,10 @@ def checked_stops(stops: str | Sequence[str] | None) -> tuple[str, ...]:
     """The stop strings as a tuple. Raises SamplingError for one that is empty or no string."""
     if stops is None:
         return ()
+    if not isinstance(stops, Iterable) or isinstance(stops, (bytes, bytearray, Mapping)):
+        raise SamplingError(
+            f'stop={shown(stops)} is neither a string nor a list of strings; write ["END"]'
+        )
     listed = (stops,) if isinstance(stops, str) else tuple(stops)
     for i, stop in enumerate(listed):
         if not isinstance(stop, str) or not stop:
@@ -123,12 +150,87 @@ def checked_stops(stops: str | Sequence[str] | None) -> tuple[str, ...]:
     return listed
 
 
-def _check_prompt(prompt: str | Messages, images: Sequence[ImageSource], *, raw: bool) -> None:
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-        raise PromptError("images is a list; for one image give [image]")
+def check_guidance(value: object) -> None:
+    """Raises GuidanceError for what is no `Guidance`, with how to write what it seems to mean."""
+    if isinstance(value, Guidance):
+        return
+    if isinstance(value, Settings):
+        remedy = "it holds one: write settings.guidance"
+    elif value is False:
+        remedy = "for plain decoding write Guidance(alpha=0.0, beta=0.0)"
+    else:
+        remedy = f"write {_spelled(Guidance, 'alpha', value)}"
+    raise GuidanceError(f"guidance={shown(value)} is no Guidance; {remedy}")
+
+
+def _check_prompt(prompt: str | Messages, images: Sequence[ImageSource]) -> None:
+    if isinstance(images, _BYTES) or not isinstance(images, Sequence):
+        raise PromptError(f"images={shown(images)} is no list; {_as_list(images)}")
     if isinstance(prompt, str):
         return
-    if raw:
-        raise PromptError("raw=True takes the prompt as one text, not as messages")
+    if isinstance(prompt, Mapping):
+        raise PromptError(f"the prompt {shown(prompt)} is one message; write [message]")
+    if isinstance(prompt, _BYTES) or not isinstance(prompt, Sequence):
+        raise PromptError(
+            f"the prompt is {shown(prompt)}: give a question as a string, or a list of messages"
+        )
     if images:
         raise PromptError("with messages, images belong into the messages' content")
+
+
+_BYTES = (str, bytes, bytearray, memoryview)
+"""Sequences that are one thing: of characters or bytes."""
+
+
+def _as_list(images: object) -> str:
+    """How to write as a list what was meant as images."""
+    if images is None:
+        return "for no image leave it out"
+    several = isinstance(images, Iterable) and not isinstance(images, (*_BYTES, Mapping))
+    if several and getattr(images, "ndim", 4) == 4:  # an array of one image is three-dimensional
+        return "write list(images)"
+    return "for one image write [image]"
+
+
+def _check_settings(request: Request) -> None:
+    """Raises for a setting of another type, with how to write what it seems to mean."""
+    check_guidance(request.guidance)
+    if not isinstance(request.sampling, Sampling):
+        raise SamplingError(
+            f"sampling={shown(request.sampling)} is no Sampling; write "
+            f"{_spelled(Sampling, 'temperature', request.sampling)}"
+        )
+    if request.contrast is not None and not isinstance(request.contrast, Contrast):
+        raise PromptError(
+            f"contrast={shown(request.contrast)} is no Contrast; write Contrast(prompt, images)"
+        )
+    if not isinstance(request.raw, bool):
+        raise PromptError(f"raw={shown(request.raw)} is neither True nor False; write one of them")
+    processors = request.logits_processors
+    if not isinstance(processors, Sequence):
+        remedy = "write [process]" if callable(processors) else "write [] for none"
+        raise SamplingError(f"logits_processors={shown(processors)} is no list; {remedy}")
+    for i, process in enumerate(processors):
+        if not callable(process):
+            raise SamplingError(
+                f"logits processor {i} is {shown(process)}: give a function, (tokens, logits) -> "
+                "logits"
+            )
+
+
+def _spelled(kind: type[Guidance] | type[Sampling], first: str, value: object) -> str:
+    """The call that makes a `kind` of a dictionary or of a number, its field `first`."""
+    given = value if isinstance(value, Mapping) else {first: value}
+    with suppress(CMGError, TypeError):
+        kind(**given)
+        return f"{kind.__name__}({', '.join(f'{name}={v!r}' for name, v in given.items())})"
+    return f"{kind.__name__}({first}=1.0)"
+
+
+def _check_raw(prompt: str | Messages, contrast: Contrast | None) -> None:
+    if not all(isinstance(p, str) for p in (prompt, *([contrast.prompt] if contrast else []))):
+        raise PromptError("raw=True takes the prompt as one text, not as messages")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

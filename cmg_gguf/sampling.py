@@ -101,12 +101,7 @@ class Sampling:
                     "None"
                 )
             object.__setattr__(self, "seed", int(self.seed))
-        for token, bias in self.logit_bias.items():
-            if not (abs(bias) <= MAX_BIAS or bias == -math.inf):
-                raise SamplingError(
-                    f"logit_bias of token {token} is {bias!r}: it must be a number of at most "
-                    f"{MAX_BIAS:g} either way, or -inf to forbid the token"
-                )
+        _check_bias(self.logit_bias)
         if self.grammar is not None:
             check_grammar(self.grammar)
         if self.response_format is not None:
@@ -129,11 +124,18 @@ class Sampling:
 def schema_of(response_format: Mapping[str, Any]) -> Any:
     """The JSON schema of an OpenAI `response_format`; None = it names none.
 
-    Raises SamplingError for a type that is unknown, or a schema that repeats too often.
+    Raises SamplingError for what is none, a type that is unknown, or a schema that repeats too
+    often.
     """
+    if not isinstance(response_format, Mapping):
+        raise SamplingError(
+            f"response_format={shown(response_format)} is no mapping; write "
+            '{"type": "json_object"}'
+        )
     kind, schema = response_format.get("type"), response_format.get("schema")
     if kind == "json_schema":
-        schema = (response_format.get("json_schema") or {}).get("schema")
+        named = response_format.get("json_schema")
+        schema = named.get("schema") if isinstance(named, Mapping) else None
         if schema is None:
             raise SamplingError("response_format json_schema has no json_schema.schema; give one")
     elif kind not in ("json_object", "text"):
@@ -142,6 +144,22 @@ def schema_of(response_format: Mapping[str, Any]) -> Any:
         )
     _check_repeats(schema)
     return schema
+
+
+def _check_bias(logit_bias: object) -> None:
+    if not isinstance(logit_bias, Mapping):
+        raise SamplingError(
+            f"logit_bias={shown(logit_bias)} does not map token numbers to numbers; write "
+            "{5: -1.0}, or {} for none"
+        )
+    for token, bias in logit_bias.items():
+        if not _is_number(token, whole=True):
+            raise SamplingError(f"logit_bias names token {shown(token)}: write a whole number")
+        if not _is_number(bias, whole=False) or not (abs(bias) <= MAX_BIAS or bias == -math.inf):
+            raise SamplingError(
+                f"logit_bias of token {token} is {shown(bias)}: it must be a number of at most "
+                f"{MAX_BIAS:g} either way, or -inf to forbid the token"
+            )
 
 
 def _is_number(value: object, *, whole: bool) -> bool:

@@ -53,7 +53,13 @@ class Stream(Iterator[Piece]):
         self._finalizer = weakref.finalize(self, run.cancel)
 
     def __next__(self) -> Piece:
-        piece = self._run.next_piece() if self._finalizer.alive else None
+        piece = None
+        if self._finalizer.alive:
+            try:
+                piece = self._run.next_piece()
+            except BaseException:
+                self._finalizer()
+                raise
         if piece is None:
             raise StopIteration
         self._text += piece.text

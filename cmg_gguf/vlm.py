@@ -138,7 +138,7 @@ class GuidedVLM:
 
     def _set_up(self, pair: Pair) -> None:
         self._pair = pair
-        self._scheduler = Scheduler(pair.engine, pair.n_parallel)
+        self._scheduler = Scheduler(pair.engine, pair.n_parallel, pair.engine.lock)
         self.model, self.projector = pair.model, pair.projector
         self.template, self.engine = pair.template, pair.engine
         self.n_ctx = pair.contexts[0].n_ctx

@@ -71,9 +71,6 @@ void ForkSurvey::agree_with(const ForkSurvey & other) {
         if (cannot_enter_[layer].empty()) {
             cannot_enter_[layer] = other.cannot_enter_[layer];
         }
-        if (cannot_shrink_[layer].empty()) {
-            cannot_shrink_[layer] = other.cannot_shrink_[layer];
-        }
     }
     size_t i = 0;
     for (; i < nodes_.size() && i < other.nodes_.size(); i++) {

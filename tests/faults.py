@@ -150,7 +150,7 @@ PROMPTS = (
     _prompt("a marker too many", "<__media__> a", "1 images and 0 were", raw=True),
     _prompt("raw messages", asked(), "one text", raw=True),
     _prompt("no messages", [], "0 messages"),
-    _prompt("nothing", None, "0 messages"),
+    _prompt("nothing", None, "prompt is None"),
     _prompt("an unknown role", [{"role": "wizard", "content": "a"}], "'wizard'", "user"),
     _prompt("no content", [{"role": "user"}], "content None"),
     _prompt("an unknown part", [{"role": "user", "content": [{"type": "video"}]}], "'video'"),
@@ -196,6 +196,9 @@ SETTINGS = (
     ),
     _setting("stop", SamplingError, lambda: {"stop": [""]}, "stop string 0"),
     _setting("max_tokens", PromptError, lambda: {"max_tokens": 0}, "max_tokens=0", "1"),
+    _setting("a number for guidance", GuidanceError, lambda: {"guidance": 2.0}, "(alpha=2.0)"),
+    _setting("a number for sampling", SamplingError, lambda: {"sampling": 0.5}, "Sampling("),
+    _setting("a text for max_tokens", PromptError, lambda: {"max_tokens": "3"}, "'3'"),
     _setting("top_logprobs", SamplingError, lambda: {"top_logprobs": -1}, "top_logprobs=-1"),
 )
 

@@ -8,7 +8,7 @@ from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.engine import AnySession, Engine, Progress
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.session import Session
-from cmg_gguf.engine.steps import EAGER, Pace, Strategy
+from cmg_gguf.engine.steps import EAGER, Filling, Pace, Strategy
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.segments import Prompt
@@ -28,6 +28,20 @@ class SharePace(Pace):
     def step(self, *, asked: bool) -> None:
         super().step(asked=asked)
         self._is_together = self._together_is_cheaper()
+
+
+class Unfilled(Filling):
+    """Every decode as it is; no clock has a say."""
+
+    def n_padding(self, n_below: int, n_rows: int) -> int:
+        return 0
+
+
+class FilledUp(Filling):
+    """Small decodes are filled up to a multiple of four, always."""
+
+    def n_padding(self, n_below: int, n_rows: int) -> int:
+        return -n_rows % 4 if 1 < n_rows < self.MOST else 0
 
 
 class Answering:
@@ -96,9 +110,18 @@ class PairedEngine(Answering):
         *,
         stepping: Strategy = EAGER,
         pace: Pace | None = None,
+        filling: Filling | None = None,
     ) -> None:
         branches = Branches(original, degraded)
-        super().__init__(Engine([branches], prefixes, strategy=stepping, pace=pace or SharePace()))
+        super().__init__(
+            Engine(
+                [branches],
+                prefixes,
+                strategy=stepping,
+                pace=pace or SharePace(),
+                filling=filling or Unfilled(),
+            )
+        )
         self.original, self.degraded, self.paired = original, degraded, branches.paired
         self.prefixes = self.whole.prefixes
 

@@ -29,7 +29,7 @@ from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.engine import Engine
 from cmg_gguf.engine.prefix_cache import PrefixCache
-from cmg_gguf.engine.steps import EAGER, Pace, Strategy
+from cmg_gguf.engine.steps import EAGER, Filling, Pace, Strategy
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.llama.context import ContextOptions, LlamaContext
 from cmg_gguf.llama.model import Model
@@ -165,6 +165,7 @@ class Rig:
         max_cells: int = 10**6,
         stepping: Strategy = EAGER,
         pace: Pace | None = None,
+        filling: Filling | None = None,
     ) -> None:
         self.tiny = tiny
         n_seq_max = max(n_seq_max, 2 + 2 * n_slots)
@@ -176,7 +177,7 @@ class Rig:
         branches = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
         slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
         reuse = PrefixCache((self.contexts[0], self.contexts[-1]), slots, max_cells)
-        self.engine = PairedEngine(*branches, reuse, stepping=stepping, pace=pace)
+        self.engine = PairedEngine(*branches, reuse, stepping=stepping, pace=pace, filling=filling)
 
     def n_decoded(self) -> tuple[int, int]:
         """Rows that each branch has decoded since the last call."""

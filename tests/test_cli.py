@@ -252,6 +252,12 @@ def test_a_prompt_can_be_piped(bench: Bench, flags: list[str]) -> None:
     assert result.stdout == bench.answer().text + "\n"
 
 
+def test_a_blank_prompt_from_a_pipe_is_none(bench: Bench) -> None:
+    result = invoke("run", *bench.asking, "-p", "-", input=" \n\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "standard input holds none" in flat(result.stderr)
+
+
 def test_json_holds_what_the_library_says(bench: Bench) -> None:
     result = invoke("run", *bench.asking, "-p", QUESTION, "--json")
     said, reply = json.loads(result.stdout), bench.answer()
@@ -384,6 +390,7 @@ def test_an_error_is_one_line_and_exit_1(bench: Bench, flags: list[str], message
         (["-n", "0"], "0 tokens are no answer"),
         (["-ctk", "q3"], "q8_0"),
         (["-p", ""], "it is empty"),
+        (["-p", " \n\t"], "it is empty"),
     ],
 )
 def test_wrong_usage_is_exit_2(bench: Bench, flags: list[str], message: str) -> None:
@@ -467,7 +474,6 @@ never asked
 """
     result = invoke("chat", *bench.asking, input=script)
     first, second, third = result.stdout.splitlines()
-    assert result.exit_code == 0
     assert first == third == bench.answer().text
     history: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image", "image": bench.image}, part(QUESTION)]},
@@ -480,6 +486,45 @@ never asked
     assert "there is no command /nonsense; /help lists them" in result.stderr
     assert "/image takes the path of an image" in result.stderr
     assert "forget the conversation" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        (["/image missing.png"], 1),
+        (["/image missing.png", QUESTION, "/quit"], 1),
+        (["/image", QUESTION], 1),
+        (["/nonsense", QUESTION], 1),
+        (["there " * 300, QUESTION], 1),
+        ([QUESTION, "", "/clear", "/help", "/quit", "/nonsense"], 0),
+    ],
+)
+def test_a_piped_chat_in_which_a_line_failed_ends_with_1(
+    bench: Bench, lines: list[str], code: int
+) -> None:
+    result = invoke("chat", *bench.asking, "-c", "256", input="\n".join(lines))
+    assert result.exit_code == code
+    assert bool(result.stdout) == (QUESTION in lines)  # the others were done
+
+
+def test_who_types_sees_what_failed_and_leaves_with_0(bench: Bench) -> None:
+    typed, keyboard = pty.openpty()
+    os.write(typed, b"/image missing.png\n/nonsense\n/quit\n")
+    done = subprocess.run(
+        [*PROGRAM, "chat", *bench.model],
+        stdin=keyboard,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd="/",
+        timeout=60,
+        check=False,
+    )
+    os.close(keyboard)
+    os.close(typed)
+    assert done.returncode == 0
+    assert "error: image file 'missing.png'" in done.stderr
+    assert "there is no command /nonsense" in done.stderr
 
 
 def test_a_failed_turn_leaves_no_trace_and_its_images_wait(bench: Bench) -> None:
@@ -572,6 +617,11 @@ def test_help_explains_every_flag(command: str) -> None:
     if command != "info":
         assert all(f" {flag} " in shown for flag in GUIDANCE_FLAGS)
     assert "Examples:" in shown
+
+
+def test_help_says_how_many_threads_none_are() -> None:
+    shown = flat(invoke("run", "--help").stdout)
+    assert "0 = all usable CPUs up to 4, else half of them. 1 where other programs" in shown
 
 
 def test_help_and_version_need_no_llama() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from cmg_gguf import Guidance, GuidedVLM, ModelError
 from cmg_gguf.cli.demo import PROMPT, _marked, _named, _truth
 from cmg_gguf.cli.heat import overlay
+from cmg_gguf.guidance import Settings, save_settings
 from cmg_gguf.tiny import pair as embedded
 from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair
 from cmg_gguf.tiny.scenes import draw, make_scene
@@ -153,6 +154,50 @@ def test_run_without_a_model_takes_the_one_that_is_built_in(tmp_path: Path) -> N
             CAPTION_PROMPTS["plain"], [tmp_path / "scene.png"], guidance=embedded_guidance()
         )
     assert result.stdout == expected.text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "answers, with the guidance chosen for it: it knows only"),
+        (["--alpha", "2"], "answers, with the guidance chosen for it, but for --alpha: "),
+        (["--layers", "1", "--beta", "0"], "chosen for it, but for --beta, --layers: "),
+        (["--settings", "own.json"], "answers, with the guidance of own.json: "),
+        (["--settings", "own.json", "--scope", "all"], "of own.json, but for --scope: "),
+        (["--no-guidance"], "answers, without guidance: "),
+        (["--alpha", "0"], "answers, without guidance: "),
+    ],
+)
+def test_the_built_in_model_says_what_guides_it(
+    flags: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(draw(make_scene("test", 0))).save("scene.png")
+    save_settings("own.json", Settings(Guidance(alpha=2.0)))
+    shown = ["--image", "scene.png", "-n", "1", *flags]
+    assert told in flat(invoke("run", *shown, "-p", "What?").stderr)
+    assert told in flat(invoke("chat", *shown, input="").stderr)
+    blind = flat(invoke("run", *shown[2:], "-p", "What?").stderr)
+    assert ("without guidance" in blind) == ("without guidance" in told)
+    assert "with the guidance" not in blind
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["scenes", "--methods", "greedy,cmg"], "answers, cmg with the guidance chosen for it: "),
+        (["scenes", "--methods", "greedy,cmg", "--alpha", "0"], "answers, cmg without guidance: "),
+        (["scenes", "--methods", "greedy"], "tiny model answers: it knows only"),
+        (["tune", "scenes", "--trials", "1"], "tiny model answers: it knows only"),
+    ],
+)
+def test_an_evaluation_of_the_built_in_model_says_what_guides_it(
+    flags: list[str], told: str, tmp_path: Path
+) -> None:
+    task = ["--ask", "colours", "--pictures", "8", "--limit", "1", "-o", str(tmp_path / "run")]
+    result = invoke("eval", *flags, *task)
+    assert result.exit_code == 0, result.stderr
+    assert told in flat(result.stderr)
 
 
 def test_heat_has_one_scale_for_all_pictures() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,20 @@ def test_a_run_goes_on_and_reports_from_its_folder_alone(run: Path, model: list[
     for name in ("report.md", "figures.csv", "accuracy-by-yes.png", "changes.png"):
         assert (run / name).stat().st_size > 0
     assert (run / "report.md").read_text() == markdown(make_report(read_run(run)))
+
+
+def test_without_matplotlib_a_report_is_its_tables_and_one_note(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    shown = invoke("eval", "report", str(run), str(run))
+    assert shown.exit_code == 0
+    assert shown.stdout.count("All items: n = ") == 2
+    assert shown.stderr.count("note: plots need matplotlib: pip install matplotlib") == 1
+    assert shown.stderr.count("report.md, figures.csv") == 2
+    assert ".png" not in shown.stderr
+    assert "matplotlib" not in invoke("eval", "report", str(run), "--no-plots").stderr
 
 
 def test_other_settings_in_the_same_folder_are_an_error(run: Path, model: list[str]) -> None:
@@ -160,6 +175,8 @@ def test_what_cannot_be_run_is_exit_1(flags: list[str], message: str, model: lis
         (["mme", "-o", "x"], "name MME's folder"),
         (["amber", "-o", "x"], "name AMBER's data folder"),
         (["hallusion", "-o", "x"], "name HallusionBench.json"),
+        (["folder", "-o", "x", "--images", ".", "-p", " "], "'--prompt' / '-p': it is empty"),
+        (["chair", "-o", "x", "--instances", "x", "--images", ".", "-p", " "], "it is empty"),
         (["tune", "scenes"], "'--out' / '-o': none is given"),
         (["tune", "scenes", "-o", "x", "--try-layers", "x"], "no choice of layers"),
         (["tune", "scenes", "-o", "x", "--try-alpha", "1000"], "alpha=1000.0 is out of range"),

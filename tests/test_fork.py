@@ -270,7 +270,12 @@ def longer(graph: Graph, kind: int) -> int:
     return graph.node("sqr", rows) if kind == 7 else rows
 
 
-every_make = pytest.mark.parametrize("make", [folded, turned, crossed, longer])
+def renamed(graph: Graph, kind: int) -> int:
+    """The same operation on the same rows, for something else."""
+    return graph.node("sqr", graph.embed(), name=f"square_of_{kind}")
+
+
+every_make = pytest.mark.parametrize("make", [folded, turned, crossed, longer, renamed])
 
 
 def around(make: Callable[[Graph, int], int], kind_of: Callable[[Graph], int]) -> Build:

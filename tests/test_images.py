@@ -595,6 +595,24 @@ def test_every_source_of_a_large_image_has_one_id_and_loading_twice_changes_noth
 
 
 @pytest.mark.usefixtures("kept_100")
+def test_a_large_jpeg_file_has_an_id_of_its_own_that_is_the_same_from_every_place(
+    tmp_path: Path,
+) -> None:
+    """It is scaled while it is decoded; a PIL image of it is decoded whole, and not changed."""
+    y, x = np.mgrid[:40, :36]
+    smooth = np.stack([y * 6, x * 7, (x + y) * 3], -1).astype(np.uint8)
+    content = encoded(smooth, "JPEG", quality=95)
+    (tmp_path / "large.jpg").write_bytes(content)
+    files = [load_image(source) for source in (content, tmp_path / "large.jpg", data_url(content))]
+    opened = Image.open(io.BytesIO(content))
+    decoded = load_image(opened)
+    assert opened.size == (36, 40)
+    assert len({image_id(pixels) for pixels in files}) == 1
+    assert image_id(decoded) == image_id(load_image(whole(content))) != image_id(files[0])
+    assert np.abs(decoded.astype(int) - files[0]).max() <= 16
+
+
+@pytest.mark.usefixtures("kept_100")
 @pytest.mark.parametrize("shape", [(1, 1001), (1001, 1), (3, 700), (150, 150)])
 def test_no_shape_keeps_more_than_the_limit(shape: tuple[int, int]) -> None:
     height, width, _ = load_image(np.zeros((*shape, 3), np.uint8)).shape

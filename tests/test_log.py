@@ -208,7 +208,6 @@ except KeyboardInterrupt:
         'llama_cpp, "llama_init_from_model"',
         'mtmd_cpp, "mtmd_tokenize_from_parts"',
         'mtmd_cpp, "mtmd_encode_chunk"',
-        'mtmd_cpp, "mtmd_helper_decode_image_chunk"',
         'llama_cpp, "llama_decode"',
     ],
 )

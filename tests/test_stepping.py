@@ -17,12 +17,13 @@ from judge import Verdict
 from matrix import HALF_FLASH, SCOPES, WIDE, every_refresh, every_scope
 from prompts import ONE_IMAGE, PICTURE, PICTURES, THREE_AND_A_LONG_END, TWO_IMAGES
 from reference import F64
-from stepped import SharePace
+from stepped import FilledUp, SharePace
 from support import EXACT, TOLERANCE, Rig, Tiny
 from tiny_llava import TinyConfig, TinyPair, write_pair
 from unhooked import Unhooked
 
 from cmg_gguf import BackendError, GuidedVLM, Sampling
+from cmg_gguf.engine.decoding import Decoder
 from cmg_gguf.engine.rows import masked_rows
 from cmg_gguf.engine.session import Session
 from cmg_gguf.engine.steps import AUTO, EAGER, Strategy
@@ -242,16 +243,6 @@ def test_any_sequence_ids_and_request_after_request(tiny: Tiny, way: Strategy) -
         agree(rig, tiny.prompt(TWO_IMAGES, *PICTURES), Guidance(layers=[3, 4], scope=scope), EVERY)
 
 
-class Filling(SharePace):
-    """Fills every batch up, and never decodes both branches together."""
-
-    def __init__(self) -> None:
-        super().__init__(share=1.0)
-
-    def batch_of(self, n_rows: int) -> int:
-        return -(-n_rows // 4) * 4
-
-
 @pytest.mark.parametrize("asked", [EVERY, SOME, frozenset({7})], ids=["all", "some", "7"])
 @every_refresh
 @every_scope
@@ -259,25 +250,22 @@ def test_rows_that_fill_a_batch_up_leave_no_trace(
     tiny: Tiny, scope: Scope, refresh: Refresh, asked: frozenset[int]
 ) -> None:
     prompt, guidance = tiny.prompt(ONE_IMAGE, PICTURE), Guidance(scope=scope, refresh=refresh)
-    rig = Rig(tiny, stepping=ADAPTIVE, pace=Filling())
+    rig = Rig(tiny, stepping=ADAPTIVE, pace=SharePace(1.0), filling=FilledUp())
     agree(rig, prompt, guidance, asked)
-    rig.n_decoded()  # among them those of the survey
+    context = rig.contexts[0]
+    context.n_rows.clear()
     agree(rig, prompt, guidance, asked)
-    waited = sum(1 for step in asked if 0 < step < 8)
-    _, degraded = rig.n_decoded()
-    assert degraded % 4 == n_own(prompt, guidance) % 4
-    assert degraded > n_own(prompt, guidance) + waited
-
-
-def n_own(prompt: Prompt, guidance: Guidance) -> int:
-    """Rows of the prompt that the degraded branch decodes itself."""
-    return prompt.n_tokens - int(masked_rows(prompt, guidance.scope).argmax())
+    if sum(1 for step in asked if 0 < step < 8) > 1:
+        assert context.n_rows[context.spare_seq] > 0
+    memory = llama_cpp.llama_get_memory(context.handle)
+    assert llama_cpp.llama_memory_seq_pos_max(memory, context.spare_seq) == -1
 
 
 def test_a_batch_is_not_filled_up_where_cells_are_taken() -> None:
     rig = FakeRig(n_ctx=22)
     rig.engine.stepping = ADAPTIVE
-    rig.engine.whole._pace = Filling()
+    rig.engine.whole._pace = SharePace(1.0)
+    rig.engine.whole._decoder = Decoder(FilledUp())
     rig.asked(PROMPT, Guidance())
     assert rig.engine.degraded_address
     for token in (1, 2, 3):

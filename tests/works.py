@@ -49,8 +49,17 @@ class FakeEngine:
 
     def together(self, batches: Sequence[Rows]) -> list[list[int]]:
         self._may_raise("together")
-        n = range(len(batches))
-        return [[i] for i in n] if self.apart else ([list(n)] if batches else [])
+        groups: list[list[int]] = []
+        for i, batch in enumerate(batches):
+            for group in groups:
+                rows = [*(batches[j] for j in group), batch]
+                fits = sum(r.n_rows for r in rows) <= self.n_ubatch
+                if fits and not self.apart and not any(r.is_image for r in rows):
+                    group.append(i)
+                    break
+            else:
+                groups.append([i])
+        return groups
 
     def decode(self, batches: Sequence[Rows]) -> list[BaseException | str]:
         self._log.append(("decode", *(batch.name for batch in batches)))

@@ -152,6 +152,7 @@ class Generation:
         request, drawer, n = self._request, self._drawer, self.n_said
         if request.strength is not None:
             drawer.alpha = request.strength(n)
+            self._check()
         logits = original = session.l_o
         if request.logits_processors:
             logits = _processed(original, self._ids, request.logits_processors)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import queue
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -23,20 +24,33 @@ class Outbox(Generic[Event]):
     def __init__(self, drive: Callable[[Callable[[], bool]], object]) -> None:
         """drive(there): makes events come until there(), where waiting would be for oneself."""
         self._drive = drive
-        self._events: queue.SimpleQueue[Event | End] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._events: deque[Event] = deque()
+        self._end: End | None = None
 
     def put(self, event: Event) -> None:
         """Tells an event."""
-        self._events.put(event)
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify()
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing will be told any more."""
-        self._events.put(End(error))
+        with self._changed:
+            self._end = End(error)
+            self._changed.notify_all()
 
     def get(self) -> Event | End:
-        """The next event; waits for it. Behind the end, the end again."""
-        self._drive(lambda: not self._events.empty())
-        event = self._events.get()
-        if isinstance(event, End):
-            self._events.put(End())
-        return event
+        """The next event; waits for it. Behind the last, the end, as often as asked; its error
+        once."""
+        self._drive(self._has_any)
+        with self._changed:
+            self._changed.wait_for(self._has_any)
+            if self._events:
+                return self._events.popleft()
+            end, self._end = self._end, End()
+            assert end is not None
+            return end
+
+    def _has_any(self) -> bool:
+        return bool(self._events) or self._end is not None

@@ -17,12 +17,13 @@ others bring. Answers join and leave between rounds:
 from __future__ import annotations
 
 import atexit
+import inspect
 import itertools
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -71,8 +72,6 @@ class Work(Protocol):
 class Engine(Protocol):
     """What decodes: see `cmg_gguf.engine.engine.Engine`."""
 
-    @property
-    def n_ubatch(self) -> int: ...
     def together(self, batches: Sequence[Any]) -> list[list[int]]: ...
     def decode(self, batches: Sequence[Any]) -> Sequence[Any]: ...
     def make_room(self) -> bool: ...
@@ -80,18 +79,35 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class _Active:
-    """An answer under way. wanted: None while it computes. since: when it began to want that."""
+    """An answer under way.
+
+    wanted: what is to be done for it; None while something is. came: what that gave, where it was
+    not told yet. since: when it began to want that.
+    """
 
     work: Work
     steps: Steps
     wanted: Wanted | None = None
+    came: tuple[Any] | None = None
     since: int = 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has called what is running now: code of the caller's may make rounds."""
+        return inspect.getgeneratorstate(self.steps) == inspect.GEN_RUNNING
 
 
 class Scheduler:
     """Drives answers on one engine, up to n_parallel at once."""
 
-    def __init__(self, engine: Engine, n_parallel: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        n_parallel: int,
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """lock: held while answers compute and decode; None = nobody else uses the engine."""
+        self._computing = lock or nullcontext()
         self.n_parallel = n_parallel
         self._engine = engine
         self._lock = threading.Condition()
@@ -145,7 +161,9 @@ class Scheduler:
         if not self.is_mine:
             return False
         while not done():
-            if not self._round():
+            if self._closed:
+                self._end_all(_closed_error())
+            elif not self._round():
                 raise BackendError(
                     "an answer waits for another that can only be made behind it; raise n_parallel"
                 )
@@ -155,12 +173,10 @@ class Scheduler:
         """Ends all answers with ModelError, and takes no more. Waits for the decode under way."""
         with self._lock:
             self._closed = True
-            thread = self._thread
             self._lock.wait_for(lambda: self._n_held == 0)
-        if thread is None or self.is_mine:
+            if not self.is_mine:
+                self._lock.wait_for(lambda: self._thread is None)
             self._end_all(_closed_error())
-        else:
-            thread.join()
 
     def close_if_at_work(self) -> None:
         """Closes it if it is making answers."""
@@ -175,20 +191,20 @@ class Scheduler:
         while True:
             with self._lock:
                 if self._closed or not (self._waiting or self._active):
+                    if self._closed:
+                        self._end_all(_closed_error())
                     self._thread = None
-                    break
+                    self._lock.notify_all()
+                    return
             try:
                 self._round()
             except BaseException as exc:
                 self._end_all(exc)
-        if self._closed:
-            self._end_all(_closed_error())
 
     def _end_all(self, error: BaseException) -> None:
         for active in tuple(self._active):
-            if active.wanted is not None:
-                self._remove(active)
-                active.work.ended(error)
+            if not active.is_running:
+                self._end(active, error)
         with self._lock:
             waiting = tuple(self._waiting)
             self._waiting.clear()
@@ -197,20 +213,26 @@ class Scheduler:
 
     def _round(self) -> bool:
         """Whether anything was done."""
+        with self._computing:
+            return self._locked_round()
+
+    def _locked_round(self) -> bool:
         self._drop_cancelled()
-        did = self._admit()
+        did = self._deliver()
+        did |= self._admit()
         did |= self._encode_one()
-        self._make_room()
-        groups = self._due()
-        for group in groups:
-            self._decode(group)
-        return did or bool(groups)
+        n_decodes = 0
+        for choose in (self._smallest, self._oldest):
+            self._make_room()
+            if group := self._due(choose):
+                self._decode(group)
+                n_decodes += 1
+        return did or n_decodes > 0
 
     def _drop_cancelled(self) -> None:
         for active in tuple(self._active):
-            if active.work.cancelled and active.wanted is not None:
-                self._remove(active)
-                active.work.ended(None)
+            if active.work.cancelled and not active.is_running:
+                self._end(active, None)
         with self._lock:
             dropped = [work for work in self._waiting if work.cancelled]
             self._waiting = deque(work for work in self._waiting if not work.cancelled)
@@ -224,7 +246,13 @@ class Scheduler:
         for work in waiting:
             if len(self._active) >= self.n_parallel:
                 break
-            admission = work.admission() if self._active else "go"
+            try:
+                admission = work.admission() if self._active else "go"
+            except BaseException as exc:
+                with self._lock:
+                    self._waiting.remove(work)
+                work.ended(exc)
+                continue
             if admission == "full":
                 break
             if admission == "go":
@@ -244,7 +272,7 @@ class Scheduler:
         active.wanted, came = None, None
         try:
             encoding.run()
-        except Exception as exc:
+        except BaseException as exc:
             came = exc
         self._advance(active, came)
         return True
@@ -252,34 +280,35 @@ class Scheduler:
     def _make_room(self) -> None:
         """The newest answer gives way, where all that is wanted does not fit."""
         while not self._engine.make_room():
-            idle = [a for a in self._active if a.wanted is not None]
+            idle = [a for a in self._active if not a.is_running]
             if len(self._active) < 2 or not idle:
                 return  # whoever is left meets the error
-            self._remove(idle[-1])
-            with self._lock:
-                self._waiting.appendleft(idle[-1].work)
+            newest = idle[-1]
+            if self._close_steps(newest, None):
+                with self._lock:
+                    self._waiting.appendleft(newest.work)
 
-    def _due(self) -> list[list[_Pending]]:
-        """What this round decodes: all that is small, together; and the oldest of the rest."""
-        wanting = sorted(
-            ((a, a.wanted) for a in self._active if not isinstance(a.wanted, Encoding | None)),
-            key=lambda pending: pending[0].since,
-        )
-        small: list[_Pending] = []
-        n_rows = 0
-        for active, rows in sorted(wanting, key=lambda pending: pending[1].n_rows):
-            if n_rows + rows.n_rows <= self._engine.n_ubatch and not rows.is_image:
-                small.append((active, rows))
-                n_rows += rows.n_rows
-        rest = [pending for pending in wanting if pending not in small]
-        groups = self._engine.together([rows for _, rows in small])
-        return [[small[i] for i in group] for group in groups] + ([rest[:1]] if rest else [])
+    def _due(self, choose: Callable[[Sequence[_Pending]], _Pending]) -> list[_Pending]:
+        """Of the rows that are wanted, those that share a decode with the ones chosen: small ones
+        first, so that what takes steps goes with them."""
+        wanting = [(a, a.wanted) for a in self._active if not isinstance(a.wanted, Encoding | None)]
+        if not wanting:
+            return []
+        first = choose(wanting)
+        others = sorted((p for p in wanting if p is not first), key=_size)
+        pending = [first, *others]
+        (group, *_) = self._engine.together([rows for _, rows in pending])
+        return [pending[i] for i in group]
+
+    @staticmethod
+    def _smallest(wanting: Sequence[_Pending]) -> _Pending:
+        return min(wanting, key=_size)
+
+    @staticmethod
+    def _oldest(wanting: Sequence[_Pending]) -> _Pending:
+        return min(wanting, key=lambda pending: pending[0].since)
 
     def _decode(self, group: Sequence[_Pending]) -> None:
-        # Code of a caller's that was called meanwhile may have made rounds of its own.
-        group = [(active, rows) for active, rows in group if active.wanted is rows]
-        if not group:
-            return
         for active, _ in group:
             active.wanted = None
         try:
@@ -287,7 +316,16 @@ class Scheduler:
         except BaseException as exc:
             came = [exc] * len(group)
         for (active, _), one in zip(group, came, strict=True):
-            self._advance(active, one)
+            active.came = (one,)
+        self._deliver()
+
+    def _deliver(self) -> bool:
+        """Tells answers what came of their rows; whether there was something to tell."""
+        delivered = False
+        while active := next((a for a in self._active if a.came is not None), None):
+            (came,), active.came, delivered = active.came or (None,), None, True
+            self._advance(active, came)
+        return delivered
 
     def _advance(self, active: _Active, came: Any) -> None:
         """Sends an answer what it wanted, or throws it the error that this met."""
@@ -304,13 +342,28 @@ class Scheduler:
             self._active.remove(active)
             active.work.ended(exc)
 
-    def _remove(self, active: _Active) -> None:
+    def _end(self, active: _Active, error: BaseException | None) -> None:
+        if self._close_steps(active, error):
+            active.work.ended(error)
+
+    def _close_steps(self, active: _Active, error: BaseException | None) -> bool:
+        """Ends an answer's steps early; where that fails, the answer has ended with that."""
         self._active.remove(active)
         active.wanted = None
-        active.steps.close()
+        try:
+            active.steps.close()
+        except BaseException as exc:
+            active.work.ended(error or exc)
+            return False
+        return True
 
 
 _Pending: TypeAlias = tuple[_Active, Rows]
+
+
+def _size(pending: _Pending) -> tuple[bool, int, int]:
+    active, rows = pending
+    return rows.is_image, rows.n_rows, active.since
 
 
 def _closed_error() -> ModelError:

@@ -12,9 +12,10 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Protocol
 
-from cmg_gguf.errors import SamplingError, UnsupportedError
+from cmg_gguf.errors import SamplingError, UnsupportedError, shown
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Piece, Reply, Token
 from cmg_gguf.request import Messages, Request
@@ -58,7 +59,7 @@ def request_of(
         messages,
         guidance=guidance if guidance is not None else Guidance(),
         sampling=sampling_of(**sampling),
-        max_tokens=max_tokens if max_tokens is not None and max_tokens > 0 else None,
+        max_tokens=None if isinstance(max_tokens, Real) and max_tokens <= 0 else max_tokens,
         stop=stop or (),
         top_logprobs=_top_logprobs(logprobs, top_logprobs),
         logits_processors=logits_processor or (),
@@ -91,8 +92,8 @@ def sampling_of(
     """
     _refuse(unsupported)
     return Sampling(
-        temperature=max(temperature, 0.0),
-        top_k=max(top_k, 0),
+        temperature=_not_negative(temperature),
+        top_k=_not_negative(top_k),
         top_p=top_p,
         min_p=min_p,
         typical_p=typical_p,
@@ -229,19 +230,28 @@ def _top_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int | None
     if not logprobs:
         return None
     count = top_logprobs or 0
-    if not 0 <= count <= MAX_TOP_LOGPROBS:
-        raise SamplingError(f"top_logprobs={count} is out of range: 0 to {MAX_TOP_LOGPROBS}")
+    if not isinstance(count, Integral) or not 0 <= count <= MAX_TOP_LOGPROBS:
+        raise SamplingError(
+            f"top_logprobs={shown(count)} is out of range: whole numbers from 0 to "
+            f"{MAX_TOP_LOGPROBS}"
+        )
     return count
 
 
 def _bias(logit_bias: Mapping[Any, float] | None) -> dict[int, float]:
     try:
         return {int(token): float(value) for token, value in (logit_bias or {}).items()}
-    except (TypeError, ValueError, OverflowError) as exc:
-        raise SamplingError(f"logit_bias maps token numbers to numbers: {exc}") from exc
+    except (AttributeError, TypeError, ValueError, OverflowError) as exc:
+        raise SamplingError(
+            f"logit_bias={shown(logit_bias)} does not map token numbers to numbers ({exc}); write "
+            "{5: -1.0}"
+        ) from exc
 
 
-def _grammar(grammar: Any) -> str | None:
-    if grammar is None or isinstance(grammar, str):
-        return grammar
-    return str(grammar._grammar)
+def _grammar(grammar: Any) -> Any:
+    """The text of a `LlamaGrammar`; anything else as it is, for `Sampling` to check."""
+    return getattr(grammar, "_grammar", grammar)
+
+
+def _not_negative(value: Any) -> Any:
+    return max(value, 0) if isinstance(value, Real) else value

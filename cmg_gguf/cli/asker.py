@@ -11,6 +11,7 @@ from cmg_gguf.cli.interrupt import Interrupt
 from cmg_gguf.cli.screen import Phase, Screen, summary
 
 if TYPE_CHECKING:
+    from cmg_gguf.cli.guidance_flags import GuidanceFlags
     from cmg_gguf.cli.model_flags import ModelFlags
     from cmg_gguf.guidance import Guidance
     from cmg_gguf.reply import Piece, Reply
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from cmg_gguf.vlm import GuidedVLM
 
 Message = Mapping[str, Any]
-
-BUILT_IN = (
-    "no -m is given, so the built-in tiny model answers, with the guidance chosen for it: it knows "
-    "only the drawn scenes of cmg-gguf demo"
-)
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,11 +39,21 @@ class Asker:
     seconds: float
 
     @classmethod
-    def open(cls, flags: ModelFlags, screen: Screen, *, max_tokens: int | None) -> Asker:
-        """Loads the model. Raises CMGError; KeyboardInterrupt on Ctrl-C."""
+    def open(
+        cls,
+        flags: ModelFlags,
+        guidance: GuidanceFlags,
+        screen: Screen,
+        *,
+        max_tokens: int | None,
+        blind: bool = False,
+    ) -> Asker:
+        """Loads the model, and says so if it is the built-in one. blind: no image is shown.
+
+        Raises CMGError; KeyboardInterrupt on Ctrl-C.
+        """
         flags.pair()
-        if flags.built_in:
-            screen.note(BUILT_IN)
+        note_built_in(screen, flags, guidance.told(flags.own_settings, blind=blind))
         started = time.perf_counter()
         with Interrupt() as interrupt, screen.waiting("load") as waiting:
 
@@ -104,6 +110,16 @@ class Asker:
         """Writes the figures of an answer. load: those of loading the model too."""
         seconds = self.seconds if load else None
         self.screen.aside(label + summary(reply, load=seconds, max_tokens=self.max_tokens))
+
+
+def note_built_in(screen: Screen, flags: ModelFlags, guided: str) -> None:
+    """Says that the built-in model answers, if it does. guided: how it is guided, "" = no word."""
+    if flags.built_in:
+        how = f", {guided}" if guided else ""
+        screen.note(
+            f"no -m is given, so the built-in tiny model answers{how}: it knows only the drawn "
+            "scenes of cmg-gguf demo"
+        )
 
 
 def user_message(text: str, images: Sequence[Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 from cmg_gguf.cli.asker import Asker, system_messages, user_message
@@ -56,7 +57,8 @@ def chat(
     """Talk about images, turn by turn.
 
     Within the chat, /image FILE attaches an image, /clear starts over, /help lists the rest.
-    Answers go to standard output; all else goes to standard error.
+    Answers go to standard output; all else goes to standard error. Where lines come from a pipe or
+    a file, one that failed makes the exit code 1 at the end.
     """
     load_library()
     settings, draw = guidance.guidance(model.own_settings), sampling.sampling()
@@ -65,19 +67,25 @@ def chat(
         err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
     model.pair()
     images = list(zip(question.images, question.load_images(), strict=True))
-    asker = Asker.open(model, err, max_tokens=question.max_tokens)
+    asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens)
     with asker.vlm:
         talk = Chat(asker, settings, draw, show_changes=screen.show_changes)
         talk.begin(question.system_prompt, images)
-        if sys.stdin.isatty():
+        typed = sys.stdin.isatty()
+        if typed:
             err.aside(f"{asker.vlm.model.describe()}; /help lists the commands")
         for line in lines(err):
             if not talk.take(line):
-                return
+                break
+    if talk.failed and not typed:  # who types has seen it
+        raise typer.Exit(1)
 
 
 class Chat:
-    """A conversation: its history, and the images that wait for the next message."""
+    """A conversation: its history, and the images that wait for the next message.
+
+    failed: whether a line could not be done.
+    """
 
     def __init__(
         self, asker: Asker, guidance: Guidance, sampling: Sampling, *, show_changes: bool
@@ -89,6 +97,7 @@ class Chat:
         self._system: str | None = None
         self._history: list[dict[str, Any]] = []
         self._waiting: list[NDArray[np.uint8]] = []
+        self.failed = False
 
     def begin(self, system: str | None, images: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
         """Sets the instruction and attaches the first images: (name, (H, W, 3) uint8)."""
@@ -105,6 +114,7 @@ class Chat:
             if text:
                 self._answer(text)
         except CMGError as exc:
+            self.failed = True
             print_error(exc)
             if isinstance(exc, ContextLengthError) and self._history:
                 self._asker.screen.tell("/clear makes room")
@@ -119,6 +129,7 @@ class Chat:
         if command == "/image" and rest:
             self._attach(path := _path(rest), load_image(path))
         elif command == "/image":
+            self.failed = True
             screen.tell("/image takes the path of an image: /image kitchen.jpg")
         elif command == "/clear":
             self._history.clear()
@@ -127,6 +138,7 @@ class Chat:
         elif command == "/help":
             screen.tell(HELP)
         else:
+            self.failed = True
             screen.tell(f"there is no command {command}; /help lists them")
         return True
 

@@ -1,7 +1,8 @@
 """How a command ends.
 
 0    done
-1    error: one line on standard error. Also for a bug, with its traceback
+1    error: one line on standard error. Also for a bug, with its traceback; and at the end of a chat
+     whose lines came from no terminal, if one of them failed
 2    wrong use of the command line
 130  stopped with Ctrl-C; what was written stays
 141  nobody reads standard output any more; nothing is said

@@ -150,6 +150,19 @@ class GuidanceFlags:
         file = self.settings or own
         return Settings(_DEFAULT) if file is None else load_settings(file)
 
+    def told(self, own: Path | None = None, *, blind: bool = False) -> str:
+        """What `guidance` gives, in words for a model that comes with settings of its own.
+
+        blind: there is no image to guide by; "" then. Raises what `guidance` raises.
+        """
+        if not self.guidance(own).contrasts:
+            return "without guidance"
+        if blind:
+            return ""
+        base = "chosen for it" if self.settings is None else f"of {self.settings}"
+        flags = ", ".join(f"--{name}" for name in self._given())
+        return f"with the guidance {base}{f', but for {flags}' if flags else ''}"
+
     def _given(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in ("alpha", "beta", "scope", "refresh")}
         if self.tokens is not None:

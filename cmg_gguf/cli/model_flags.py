@@ -71,7 +71,8 @@ class ModelFlags:
             min=0,
             max=512,
             metavar="N",
-            help="CPU threads; 0 = llama.cpp chooses.",
+            help="CPU threads; 0 = all usable CPUs up to 4, else half of them. 1 where other "
+            "programs keep the CPUs busy.",
         ),
     ] = 0
     ubatch_size: Annotated[

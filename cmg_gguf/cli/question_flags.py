@@ -70,6 +70,14 @@ class QuestionFlags:
         return None if self.predict == NO_LIMIT else self.predict
 
 
+def asked(text: str, remedy: str = "it is empty; ask something") -> str:
+    """What --prompt says. Raises BadParameter where that is white space alone: nobody asks that,
+    with an image or without; a shell did, by a variable that is empty."""
+    if not text.strip():
+        raise typer.BadParameter(remedy, param_hint="'--prompt' / '-p'")
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScreenFlags:
     """What is written besides the answer."""

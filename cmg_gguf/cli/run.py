@@ -14,7 +14,7 @@ from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import PLAIN, GuidanceFlags
 from cmg_gguf.cli.model_flags import ModelFlags
 from cmg_gguf.cli.output import AnswerWriter, write_json
-from cmg_gguf.cli.question_flags import QuestionFlags, ScreenFlags
+from cmg_gguf.cli.question_flags import QuestionFlags, ScreenFlags, asked
 from cmg_gguf.cli.report import question_block, reply_block
 from cmg_gguf.cli.sampling_flags import SamplingFlags
 from cmg_gguf.cli.screen import Screen
@@ -88,7 +88,7 @@ def run(
     pixels = question.load_images()
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
     _note_idle(err, sampling.idle(), blind=not pixels and settings.contrasts)
-    asker = Asker.open(model, err, max_tokens=question.max_tokens)
+    asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens, blind=not pixels)
     messages = [*system_messages(question.system_prompt), user_message(text, pixels)]
     with asker.vlm:
         if compare:
@@ -158,11 +158,8 @@ def _compare(
 
 def _prompt(given: str | None) -> str:
     """The prompt, from standard input where that is meant. Raises BadParameter for none."""
-    text, remedy = given, "it is empty; ask something"
     if given is None and sys.stdin.isatty():
-        text, remedy = "", "none is given; write -p TEXT"
-    elif given is None or given == "-":
-        text, remedy = sys.stdin.read().rstrip("\n"), "standard input holds none; write -p TEXT"
-    if not text:
-        raise typer.BadParameter(remedy, param_hint="'--prompt' / '-p'")
-    return text
+        return asked("", "none is given; write -p TEXT")
+    if given is None or given == "-":
+        return asked(sys.stdin.read().rstrip("\n"), "standard input holds none; write -p TEXT")
+    return asked(given)

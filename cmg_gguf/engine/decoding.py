@@ -50,8 +50,8 @@ def together(batches: Sequence[Batch | ImageBatch]) -> list[list[int]]:
 class Decoder:
     """Decodes groups of batches."""
 
-    def __init__(self) -> None:
-        self._filling = Filling()
+    def __init__(self, filling: Filling) -> None:
+        self._filling = filling
 
     def decode(self, batches: Sequence[Batch | ImageBatch], n_free: int) -> list[Decoded | Failure]:
         """What came of batches that go together. n_free: KV cells that a decode may be filled up

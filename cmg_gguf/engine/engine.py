@@ -29,7 +29,7 @@ from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.engine.session import Session, cells_of
-from cmg_gguf.engine.steps import AUTO, Pace, Strategy
+from cmg_gguf.engine.steps import AUTO, Filling, Pace, Strategy
 from cmg_gguf.errors import BackendError, ContextLengthError, PromptError, UnsupportedError
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.segments import ImageSegment, Prompt
@@ -46,7 +46,8 @@ class Engine:
 
     lanes: where sessions live, one in each; all in the same contexts. prefixes: what is kept from
     one prompt to the next; None = nothing. strategy: which ways of decoding a step may take. pace:
-    how a session alone chooses between them.
+    how a session alone chooses between them. filling: how small decodes are filled up. lock: held
+    by who calls; who makes sessions' rows himself and gives them to `decode` holds it meanwhile.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Engine:
         *,
         strategy: Strategy = AUTO,
         pace: Pace | None = None,
+        filling: Filling | None = None,
     ) -> None:
         self.lanes = tuple(lanes)
         self._contexts = lanes[0].original.context, lanes[0].degraded.context
@@ -64,21 +66,16 @@ class Engine:
         self.sessions: tuple[AnySession, ...] = ()
         self._context = self._contexts[0]
         self._pace = pace or Pace()
-        self._decoder = Decoder()
-        self._lock = threading.RLock()
+        self._decoder = Decoder(filling or Filling())
+        self.lock = threading.RLock()
         for branches in self.lanes:
             _clear(branches)
-
-    @property
-    def n_ubatch(self) -> int:
-        """Most rows of one decode."""
-        return self._context.n_ubatch
 
     @property
     def n_cells(self) -> int:
         """KV cells that sessions and kept prefixes hold in the fullest context; shared ones count
         once."""
-        return self._n_own() + self.prefixes.n_held()
+        return max(self._n_own() + self.prefixes.n_held(), self._n_unshared())
 
     def check(self, prompt: Prompt, guidance: Guidance) -> None:
         """Raises what `open` would raise about its arguments: PromptError, ContextLengthError,
@@ -110,11 +107,15 @@ class Engine:
         """Whether an answer of n_cells can begin, so that every session gets the cells that were
         set aside for it; kept prompts give way. What of `prompt` the others hold as well counts
         once."""
-        with self._lock:
+        with self.lock:
             rows = None if prompt is None else self._rows_of(prompt, guidance)
             n_leased, n_shared = self.prefixes.n_leased(prompt, rows)
-            own = sum(max(s.n_cells, s.n_reserved) - _n_named(s) for s in self.sessions)
-            return own + n_leased + n_cells - n_shared <= self._context.n_ctx
+            counted = [max(s.n_cells, s.n_reserved) for s in self.sessions]
+            own = sum(counted) - sum(map(_n_named, self.sessions))
+            needed = own + n_leased + n_cells - n_shared
+            if not self.lanes[0].paired:
+                needed = max(needed, sum(counted) + n_cells)
+            return needed <= self._context.n_ctx
 
     def decodes_pictures_of(self, prompt: Prompt) -> bool:
         """Whether a session is just decoding a prompt that begins with the same pictures: behind it
@@ -132,10 +133,10 @@ class Engine:
 
         The images need not be encoded: `Session.first_row` says from where on they must be for
         `prefill`. n_reserved: KV cells to set aside, see `fits`. Raises what `check` raises;
-        BackendError if no lane is free, ContextLengthError if other sessions hold the cells.
+        BackendError if no lane is free.
         """
         self.check(prompt, guidance)
-        with self._lock:
+        with self.lock:
             branches = self._free_lane()
             return self._opened(
                 branches, n_reserved, lambda: self._new_session(prompt, guidance, branches)
@@ -146,7 +147,7 @@ class Engine:
     ) -> ContrastSession:
         """An answer behind two prompts, their images encoded. Raises as `open` does."""
         self.check_contrast(original, degraded)
-        with self._lock:
+        with self.lock:
             branches = self._free_lane()
             return self._opened(
                 branches, n_reserved, lambda: ContrastSession(branches, original, degraded)
@@ -158,7 +159,8 @@ class Engine:
         """Decodes the prompt of a session that was just opened; its l_o is then there.
 
         prompt: the same with its images encoded, if they were not. progress(done, total) counts
-        rows. Raises BackendError; the session has ended then.
+        rows. Raises BackendError, and ContextLengthError if other sessions hold the cells; the
+        session has ended then.
         """
         self._check_open(session)
         total = session.n_ahead
@@ -171,12 +173,12 @@ class Engine:
             raise
 
     def prefilling(self, session: AnySession, prompt: Prompt | None = None) -> Decodes:
-        """What `prefill` decodes. Where there are several lanes, another prompt that begins alike
-        can go on from it at once."""
+        """What `prefill` decodes. Where there are several lanes, another prompt that begins with
+        the same pictures can go on from them at once."""
         if prompt is not None and isinstance(session, Session):
             session.rows.prompt = prompt
         yield from session.prefill()
-        if len(self.lanes) > 1:
+        if len(self.lanes) > 1 and isinstance(session, Session) and session.decoded_pictures:
             self.keep(session)
 
     def step(self, session: AnySession, token: int) -> None:
@@ -202,7 +204,7 @@ class Engine:
 
     def keep(self, session: AnySession) -> None:
         """Keeps what a session has decoded for prompts that begin alike, while it goes on."""
-        with self._lock:
+        with self.lock:
             self._check_open(session)
             if isinstance(session, Session) and session.is_whole:
                 self.prefixes.keep(session.lease)
@@ -210,7 +212,7 @@ class Engine:
     def end(self, session: AnySession) -> None:
         """Ends a session; a prompt that begins alike goes on from its cells. Does nothing for one
         that has ended."""
-        with self._lock:
+        with self.lock:
             if not self._is_open(session):
                 return
             try:
@@ -220,13 +222,13 @@ class Engine:
 
     def drop(self, session: AnySession) -> None:
         """Ends a session and keeps nothing of it. Does nothing for one that has ended."""
-        with self._lock:
+        with self.lock:
             if self._is_open(session):
                 self._clear_lane(session.branches)
 
     def forget(self) -> None:
         """Lets all kept prompts go."""
-        with self._lock:
+        with self.lock:
             self.prefixes.forget()
 
     def decode(self, batches: Sequence[Batch | ImageBatch]) -> list[Decoded | Failure]:
@@ -234,7 +236,7 @@ class Engine:
 
         Their sessions must have room, see `make_room`. An error reaches the batch it belongs to.
         """
-        with self._lock:
+        with self.lock:
             fills = self.strategy.waiting == "cheapest"
             n_free = self._context.n_ctx - self.n_cells if fills else 0
             came = self._decoder.decode(batches, n_free)
@@ -249,8 +251,10 @@ class Engine:
     def make_room(self, n_more: int = 0) -> bool:
         """Lets kept prefixes go until all that sessions count as their own fits, and n_more cells;
         whether it does."""
-        with self._lock:
-            return self.prefixes.make_room(self._n_own() + n_more)
+        with self.lock:
+            unshared = self._n_unshared() + n_more
+            fits = self.prefixes.make_room(self._n_own() + n_more)
+            return fits and unshared <= self._context.n_ctx
 
     def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
         guided = guidance.contrasts and prompt.n_image_tokens > 0
@@ -259,8 +263,7 @@ class Engine:
     def _new_session(self, prompt: Prompt, guidance: Guidance, branches: Branches) -> Session:
         rows = self._rows_of(prompt, guidance)
         if rows.guided and self.strategy.fork and branches.paired:
-            if not is_surveyed(self._context):
-                self._make_room(max(SURVEYED))
+            if not is_surveyed(self._context) and self.make_room(max(SURVEYED)):
                 survey(self._context)
             forking = Forking(self._context, rows.layers or ())
             if forking.pairs or self.strategy.may_wait(guidance):
@@ -278,12 +281,12 @@ class Engine:
     def _opened(
         self, branches: Branches, n_reserved: int, new: Callable[[], SomeSession]
     ) -> SomeSession:
+        _clear(branches)  # who decodes by hand can have left something
         try:
             session = new()
             session.n_reserved = n_reserved
             self.sessions = (*self.sessions, session)
             self._pace.company = len(self.sessions) > 1
-            self._make_room(session.cells_a_step)
         except BaseException:
             self._clear_lane(branches)
             raise
@@ -292,7 +295,7 @@ class Engine:
     def _run(self, decodes: Decodes) -> Iterator[int]:
         """Decodes each batch that is wanted, until none is; rows so far."""
         done = 0
-        with self._lock, closing(decodes):
+        with self.lock, closing(decodes):
             batch = next(decodes, None)
             while batch is not None:
                 self._make_room(0)
@@ -309,6 +312,10 @@ class Engine:
     def _n_own(self) -> int:
         """KV cells of all sessions that no prefix names."""
         return sum(session.n_cells - _n_named(session) for session in self.sessions)
+
+    def _n_unshared(self) -> int:
+        """KV cells of degraded branches in a context of their own, where nothing is kept."""
+        return 0 if self.lanes[0].paired else sum(session.n_cells for session in self.sessions)
 
     def _make_room(self, n_more: int) -> None:
         if not self.make_room(n_more):

@@ -32,7 +32,7 @@ class Forking:
     """
 
     def __init__(self, context: Context, layers: Sequence[int]) -> None:
-        """layers: masked ones, ascending. The context was surveyed, see `survey`."""
+        """layers: masked ones, ascending. Nothing forks in a context that was not surveyed."""
         self.layer = layers[0] if layers else 0
         self.pairs = False
         if self.layer > 0:
@@ -41,7 +41,7 @@ class Forking:
                 for shrinks in (False, True)
             )
             for obstacle in dict.fromkeys((alone, paired)):
-                if obstacle != "":
+                if obstacle:
                     _log.debug("no fork at layer %d: %s", self.layer, obstacle)
             self.layer = self.layer if alone == "" else 0
             self.pairs = paired == ""

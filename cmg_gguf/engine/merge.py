@@ -112,5 +112,9 @@ def go_together(batches: Sequence[Batch]) -> bool:
     n_rows = sum(batch.n_rows for batch in batches)
     n_below = sum(batch.n_below for batch in batches)
     layers = {batch.fork_layer for batch in batches} - {0}
-    most = FORK_ROWS if 0 < n_below < n_rows else context.n_ubatch
-    return n_rows <= most and len(layers) <= 1
+    if n_rows > context.n_ubatch or len(layers) > 1:
+        return False
+    if n_below in (0, n_rows):
+        return True
+    (layer,) = layers
+    return n_rows <= FORK_ROWS and context.patch.fork_obstacle(layer, shrinks=True) == ""

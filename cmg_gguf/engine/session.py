@@ -92,6 +92,11 @@ class Session:
         return self.rows.n - self.lease.start.original + n_degraded
 
     @property
+    def decoded_pictures(self) -> bool:
+        """Whether `prefill` decodes image rows."""
+        return bool(self.rows.is_image[self.lease.start.original :].any())
+
+    @property
     def n_reused(self) -> int:
         """Rows of the prompt whose KV cells were there."""
         return self.lease.start.original

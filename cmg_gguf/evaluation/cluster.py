@@ -1,4 +1,4 @@
-"""A run spread over the workers of a Dask cluster. Needs `pip install 'cmg-gguf[cluster]'`."""
+"""A run spread over the workers of a Dask cluster. Needs Dask, which the extra `cluster` brings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _distributed() -> Any:
         import distributed
     except ImportError as exc:
         raise UnsupportedError(
-            "runs on a cluster need Dask: pip install 'cmg-gguf[cluster]'"
+            "runs on a cluster need Dask: pip install 'dask[distributed]', or leave --dask out"
         ) from exc
     return distributed
 

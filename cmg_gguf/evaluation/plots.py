@@ -1,4 +1,4 @@
-"""A report as pictures. Needs matplotlib: `pip install 'cmg-gguf[eval]'`."""
+"""A report as pictures. Needs matplotlib, which the extra `eval` brings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _matplotlib() -> Any:
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise UnsupportedError(
-            "plots need matplotlib: pip install 'cmg-gguf[eval]', or leave them out (--no-plots)"
+            "plots need matplotlib: pip install matplotlib, or leave them out (--no-plots)"
         ) from exc
     return Figure
 

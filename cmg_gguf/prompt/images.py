@@ -74,9 +74,10 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
         max_pixels: largest width * height, >= 1, checked before anything is decoded. Pillow's own
             limit (`PIL.Image.MAX_IMAGE_PIXELS`) holds as well for files.
 
-    An image of more than `KEPT_PIXELS` is scaled down by the smallest whole factor that brings it
-    to this or below: each pixel is the mean of a square, one level of 255 at most beside the exact
-    one. A JPEG file is scaled by 2, 4 or 8 while it is decoded, and by the mean for the rest.
+    An image above `KEPT_PIXELS` is scaled down by the least whole factor that brings it to this or
+    below: each pixel is the mean of a square, within one level of 255. A JPEG file is scaled by 2,
+    4 or 8 while it is decoded, in half the time and memory, and by the mean for the rest: not quite
+    the pixels, nor the `image_id`, of the same JPEG as a PIL image, which is decoded whole.
 
     EXIF orientation is applied and transparency is laid on white. Of an animation the first frame
     is taken. 16-bit grey (modes I;16 and I, 0 to 65535) is divided by 257; float grey (mode F) is

@@ -1,6 +1,6 @@
 """Whether llama.cpp computes from the exported files what torch trained: greedy captions, compared.
 
-    python -m embedded.agree --work DIR --models cmg_gguf/tiny/models
+    scripts/agree_embedded --work DIR
 
 With the files of the package, and with the same language model in F16: the first is what users
 get, the second tells quantisation from mistakes in the files or the graph. Where a caption differs,

@@ -1,6 +1,6 @@
 """Trains the model pair that ships with cmg-gguf, from nothing, and writes its GGUF files.
 
-    scripts/train_embedded --work DIR --out cmg_gguf/tiny/models
+    scripts/train_embedded --work DIR
 
 Stages, each resumed where it stopped:
 

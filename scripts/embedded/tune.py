@@ -1,6 +1,6 @@
 """Chooses the embedded model's guidance on the tune split: scenes that nobody reports on.
 
-    python -m embedded.tune --models MODELS --out MODELS/tiny-llava.settings.json
+    scripts/tune_embedded --out cmg_gguf/tiny/models/tiny-llava.settings.json
 
 Coordinate search: from the library's defaults on, one setting is varied at a time, twice round. The
 best is the one with the lowest CHAIR_i in captions of counter scenes, among those that

@@ -12,6 +12,7 @@ from cmg_gguf.cli.evaluate.running import tell_skipped
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.output import write_rendered
 from cmg_gguf.cli.screen import Screen
+from cmg_gguf.errors import UnsupportedError
 
 REPORT_EXAMPLES = """\
 Examples:
@@ -40,7 +41,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
     *,
     plots: Annotated[
-        bool, typer.Option("--plots/--no-plots", help="Draw plots; they need matplotlib.")
+        bool, typer.Option("--plots/--no-plots", help="Draw plots, if matplotlib is there.")
     ] = True,
     baseline: Annotated[
         str | None,
@@ -76,7 +77,11 @@ def report(
         write_rendered(rendered(made), wide=True)
         written = write_report(made, folder)
         if plots:
-            written += write_plots(made, folder)
+            try:
+                written += write_plots(made, folder)
+            except UnsupportedError as exc:  # tables are a report too
+                plots = False
+                err.note(str(exc))
         err.aside(f"in {folder}: {', '.join(path.name for path in written)}")
 
 

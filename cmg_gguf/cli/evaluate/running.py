@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cmg_gguf.cli.asker import BUILT_IN
+from cmg_gguf.cli.asker import note_built_in
 from cmg_gguf.cli.evaluate.run_flags import RunFlags, SpreadFlags
 from cmg_gguf.cli.evaluate.task_flags import TaskFlags
 from cmg_gguf.cli.exits import load_library, manners
@@ -73,8 +73,8 @@ def evaluate_task(
     methods = chosen(names, guidance.guidance(model.own_settings))
     tuned_on = guidance.file(model.own_settings).tuned_on
     files = ModelFiles(*model.pair(), model.options())
-    if model.built_in:
-        err.note(BUILT_IN)
+    guided = f"cmg {guidance.told(model.own_settings)}" if "cmg" in names else ""
+    note_built_in(err, model, guided)
 
     def work(progress: Progress) -> Run:
         return evaluate(

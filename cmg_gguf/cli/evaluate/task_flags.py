@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
 
+from cmg_gguf.cli.question_flags import asked
+
 if TYPE_CHECKING:
     from cmg_gguf.evaluation.answers import YesNoRule
     from cmg_gguf.evaluation.task import Task
@@ -114,7 +116,7 @@ class ChairFlags:
             captions=self.captions,
             n=self.draw,
             seed=self.draw_seed,
-            prompt=PROMPT if self.prompt is None else self.prompt,
+            prompt=PROMPT if self.prompt is None else asked(self.prompt),
             max_tokens=self.predict,
         )
 
@@ -223,7 +225,7 @@ class FolderFlags:
         from cmg_gguf.evaluation.tasks.folder import FolderPrompt
 
         images = _given(self.images, "'--images'", "the folder of the images")
-        return FolderPrompt(images, self.prompt, max_tokens=self.predict)
+        return FolderPrompt(images, asked(self.prompt), max_tokens=self.predict)
 
 
 @dataclass(frozen=True, kw_only=True)

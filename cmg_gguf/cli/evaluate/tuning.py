@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cmg_gguf.cli.asker import BUILT_IN
+from cmg_gguf.cli.asker import note_built_in
 from cmg_gguf.cli.evaluate.run_flags import SpreadFlags, needed
 from cmg_gguf.cli.evaluate.running import tell_skipped, watched
 from cmg_gguf.cli.evaluate.task_flags import ScenesFlags, TaskFlags
@@ -202,8 +202,7 @@ def tune_task(
     folder = needed(search.out)
     goal = Goal(search.figure, search.lower, search.keep)
     files = ModelFiles(*model.pair(), model.options())
-    if model.built_in:
-        err.note(BUILT_IN)
+    note_built_in(err, model, "")
     found: list[Tuned] = []
 
     def work(progress: Progress) -> Run:
