@@ -88,7 +88,7 @@ class Merged:
         table[padding, 0] = self.seqs[padding]
         table[padding, 2:5] = NONE  # what enters a fork is all that padding takes part in
         if self.n_below == self.n_rows:
-            table[padding, 5] = NONE
+            table[padding, 1] = table[padding, 5] = NONE
         fork = _core.ForkPlan(layer=fork_layer, n_below=self.n_below) if fork_layer else None
         return _core.Plan(table, parts, fork=fork)
 
