@@ -32,6 +32,7 @@ from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
     Guidance,
+    LayerPolicy,
     LayerRange,
     LayerSet,
     LowestCosine,
@@ -336,6 +337,22 @@ def test_rows_of_no_use_change_nothing(
     errors, _ = errors_of(lanes.engine, cases, at_a_time, asked=0.5, n=30)
     assert errors.max() <= TOLERANCE, errors
     assert lanes.context.n_rows[lanes.context.spare_seq] > 100
+
+
+@pytest.mark.parametrize("layers", [LowestCosine(0.6), AttentionMass(0.3)], ids=str)
+@pytest.mark.parametrize("n_padding", [1, 2, 3])
+def test_rows_of_no_use_are_not_the_ones_that_layers_are_chosen_by(
+    llama: Tiny, layers: LayerPolicy, n_padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer alone; every decode is filled up."""
+    monkeypatch.setattr(Filling, "n_padding", lambda self, n_below, n_rows: n_padding)
+    lanes = Lanes(llama, 1, ROOMY, strategy=AUTO, pace=SharePace())
+    guidance = Guidance(layers=layers, scope="decode")
+    prompt = llama.prompt(ONE_IMAGE, PICTURE)
+    session = lanes.engine.open(prompt, guidance)
+    lanes.engine.prefill(session, prompt)
+    assert lanes.context.n_rows[lanes.context.spare_seq] > 0
+    assert session.layers == llama.verdict(prompt, guidance).layers
 
 
 def test_forks_at_different_layers_are_decoded_apart_and_the_rest_together(

@@ -91,7 +91,7 @@ class Events:
     def __init__(self, vlm: GuidedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.n: Counter[str] = Counter()
         engine, admission = vlm.engine, Run.admission
-        make_room, decode = engine.make_room, engine.decode
+        make_room = engine.make_room
 
         def admitted(run: Run) -> Any:
             says = admission(run)
@@ -101,17 +101,13 @@ class Events:
         def made_room(n_more: int = 0) -> bool:
             n_kept = engine.prefixes.n_prefixes
             there_is = make_room(n_more)
+            assert engine.n_cells <= vlm.n_ctx or not there_is
             self.n["evicted"] += n_kept - engine.prefixes.n_prefixes
             self.n["gave way"] += not there_is
             return there_is
 
-        def decoded(batches: Any) -> Any:
-            assert engine.n_cells <= vlm.n_ctx
-            return decode(batches)
-
         monkeypatch.setattr(Run, "admission", admitted)
         monkeypatch.setattr(engine, "make_room", made_room)
-        monkeypatch.setattr(engine, "decode", decoded)
 
 
 def ask_as(way: int, vlm: GuidedVLM, requests: list[Request]) -> list[list[int]]:
@@ -141,6 +137,7 @@ SHAPES = [(2, 256, 256), (3, 256, 60), (5, 256, 128), (8, 256, 100), (8, 1024, 5
 """n_parallel, n_ctx, prefix_cells."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_parallel", "n_ctx", "prefix_cells"), SHAPES)
 def test_forty_random_schedules_say_what_each_request_alone_says(
     pair: TinyPair,
@@ -172,6 +169,7 @@ def test_so_do_schedules_with_contrasted_answers(
         assert differences(vlm, contrasted * 5 + expected[::2], 20, seed=n_ctx) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["windows", "contexts", "exact"])
 def test_so_do_other_pairs_and_ways(
     pair: TinyPair, gemma_pair: TinyPair, expected: Expected, kind: str
@@ -618,6 +616,7 @@ next(streams[0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "end", ["pass", "many = asked(); next(many)", "del vlm", "raise SystemExit(0)"]
 )
@@ -695,6 +694,7 @@ def test_the_model_closed_under_many_requests_says_so(pair: TinyPair) -> None:
 # --- threads --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eight_threads_ask_streams_faults_and_closings_and_each_gets_its_own(
     pair: TinyPair,
 ) -> None:
@@ -761,6 +761,7 @@ def test_eight_threads_ask_streams_faults_and_closings_and_each_gets_its_own(
     vlm.close()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_closed_under_eight_threads_answers_or_fails_each(pair: TinyPair) -> None:
     for pause in (0.0, 0.02, 0.1):
         vlm = open_vlm(pair, n_ctx=512, n_parallel=4)

@@ -112,7 +112,7 @@ class Work:
                 self.n_done += 1
         except GeneratorExit:
             self._stage.log.append(("closed", self.name))
-            if self._at_close is not None:
+            if self._at_close is not None and not self._stage.is_over:
                 raise self._at_close from None
             raise
         finally:
@@ -140,10 +140,13 @@ class Work:
 
 
 class Stage:
-    """A scheduler, its engine, and the log of both. active: works that have begun."""
+    """A scheduler, its engine, and the log of both. active: works that have begun. crashes: what
+    ended a thread. is_over: nothing is told to fail any more."""
 
     def __init__(self, n_parallel: int, n_ubatch: int) -> None:
         self.log: list[tuple[Any, ...]] = []
+        self.crashes: list[object] = []
+        self.is_over = False
         self.active: list[Work] = []
         self.engine = FakeEngine(self.log, n_ubatch)
         self.scheduler = Scheduler(self.engine, n_parallel)
@@ -180,11 +183,15 @@ class Stage:
 @contextmanager
 def driving(n_parallel: int = 4, n_ubatch: int = 8) -> Iterator[Stage]:
     """A stage that is closed behind the test, and does not hang where that does."""
-    stage = Stage(n_parallel, n_ubatch)
+    stage, hook = Stage(n_parallel, n_ubatch), threading.excepthook
+    threading.excepthook = lambda crash: stage.crashes.append(crash.exc_value)
     try:
         yield stage
     finally:
+        stage.is_over = True
         in_time(stage.scheduler.close)
+        threading.excepthook = hook
+    assert stage.crashes == []
 
 
 def in_time(call: Callable[[], object]) -> bool:
