@@ -86,7 +86,7 @@ class Bench:
         shape |= {"n_gpu_layers": args.n_gpu_layers, "flash_attn": True}
         self._task = PictureFiles("test", "counter", 20 * args.images)
         self.groups = picture_groups(self._task, args, folder)
-        self.vlm = GuidedVLM(*pair, **shape)
+        self.vlm = GuidedVLM(*pair, **shape, n_parallel=1)
         self._llama = llama_cpp.Llama(
             str(pair[0]),
             n_threads_batch=args.threads,
@@ -106,7 +106,7 @@ class Bench:
         answerer = Answerer(Job(self._task, files, (method,), 0), self.vlm)
         name = frozenset([method.name])
         works = [Work(tuple((item, name) for item in group)) for group in self.groups]
-        return lambda: [r.answer or "" for work in works for r in answerer.answers(work)]
+        return lambda: [r.answer or "" for r in answerer.answers(works)]
 
     def _handler(self) -> Callable[[], list[str]]:
         asked = [(self._messages(item), item.max_tokens) for group in self.groups for item in group]

@@ -1,6 +1,6 @@
 """A benchmark of a few drawn pictures, for tests of runs; importable by other processes.
 
-python tests/evals.py FOLDER MODEL MMPROJ METHODS      # runs it, as `evaluate` does
+python tests/evals.py FOLDER MODEL MMPROJ METHODS PARALLEL     # runs it, as `evaluate` does
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from tiny_llava import TinyPair
@@ -24,6 +25,8 @@ from cmg_gguf.evaluation.run import Run, evaluate
 from cmg_gguf.evaluation.task import BadItem, Item
 from cmg_gguf.guidance import Guidance, TopRatio
 
+ROUNDED = ("yes_margin", "yes_lead")
+"""Fields that differ by rounding where answers are made together."""
 GUIDANCE = Guidance(alpha=3.0, tokens=TopRatio(1.0))
 QUESTIONS = ("Is there a dog?", "Is there a red cup?", "Is the table green?")
 OPTIONS = {
@@ -93,9 +96,9 @@ def squares(folder: Path, **settings: Any) -> Squares:
     return task
 
 
-def files(pair: TinyPair) -> ModelFiles:
-    """The tiny pair, as runs take it."""
-    return ModelFiles(pair.llm, pair.mmproj, OPTIONS)
+def files(pair: TinyPair, parallel: int = 1) -> ModelFiles:
+    """The tiny pair, as runs take it; one answer at a time, so that they repeat to the bit."""
+    return ModelFiles(pair.llm, pair.mmproj, {**OPTIONS, "n_parallel": parallel})
 
 
 def methods(names: str) -> tuple[Method, ...]:
@@ -108,14 +111,27 @@ def untimed(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [{k: v for k, v in asdict(r).items() if k not in TIMING} for r in records]
 
 
-def ran(task: Squares, pair: TinyPair, names: str, folder: Path, **settings: Any) -> Run:
+def check_alike(records: Sequence[Record], others: Sequence[Record], within: float = 1e-4) -> None:
+    """Fails unless the records are the same in the same order, but for rounding and timing."""
+    for one, other in zip(untimed(records), untimed(others), strict=True):
+        assert one == {**other, **{name: one[name] for name in ROUNDED}}
+        for name in ROUNDED:
+            assert one[name] == pytest.approx(other[name], abs=within), (name, one)
+
+
+def ran(
+    task: Squares, pair: TinyPair, names: str, folder: Path, *, parallel: int = 1, **settings: Any
+) -> Run:
     """A finished run."""
-    return evaluate(task, files(pair), methods(names), folder, **{"shard": WHOLE, **settings})
+    model = files(pair, parallel)
+    return evaluate(task, model, methods(names), folder, **{"shard": WHOLE, **settings})
 
 
 def main(arguments: Sequence[str]) -> None:
-    """A run in a process of its own: folder, model, mmproj, methods. Prints what is done."""
-    folder, model, mmproj, names = arguments
+    """A run in a process of its own: folder, model, mmproj, methods, n_parallel. Prints what is
+    done."""
+    folder, model, mmproj, names, parallel = arguments
     pair = TinyPair(Path(model), Path(mmproj))
     task = Squares(Path(folder).parent / "pictures")
-    ran(task, pair, names, Path(folder), progress=lambda done, total: print(done, flush=True))
+    told = lambda done, total: print(done, flush=True)  # noqa: E731
+    ran(task, pair, names, Path(folder), parallel=int(parallel), progress=told)

@@ -21,7 +21,7 @@ from cmg_gguf.evaluation.report_text import markdown
 from cmg_gguf.evaluation.run import read_run
 from cmg_gguf.guidance import load_settings
 
-SCENES = ("--pictures", "2", "--methods", "greedy,cmg")
+SCENES = ("--pictures", "2", "--methods", "greedy,cmg", "--parallel", "1")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,19 @@ def test_without_matplotlib_a_report_is_its_tables_and_one_note(
     assert shown.stderr.count("report.md, figures.csv") == 2
     assert ".png" not in shown.stderr
     assert "matplotlib" not in invoke("eval", "report", str(run), "--no-plots").stderr
+
+
+def test_a_run_goes_on_with_any_number_of_answers_at_once(model: list[str], tmp_path: Path) -> None:
+    flags = ["eval", "scenes", *SCENES, *model, "-o", str(tmp_path / "run")]
+    first = invoke(*flags, "--parallel", "3")
+    assert first.exit_code == 0, first.stderr
+    told = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
+    assert {json.loads(line)["parallel"] for line in told} == {3}
+    assert "for up to 3 answers were made at once" in flat(first.stdout)
+    again = invoke(*flags, "--parallel", "1")
+    assert again.exit_code == 0
+    assert "0 new answers" in again.stderr
+    assert "n_parallel" not in (tmp_path / "run" / "run.json").read_text()
 
 
 def test_other_settings_in_the_same_folder_are_an_error(run: Path, model: list[str]) -> None:
@@ -170,6 +183,7 @@ def test_what_cannot_be_run_is_exit_1(flags: list[str], message: str, model: lis
         (["scenes", "-o", "x", "--ask", "colours", "--rule", "strict"], "no effect on colours"),
         (["scenes", "-o", "x", "--style", "brief"], "no effect on pope"),
         (["scenes", "-o", "x", "--jobs", "2", "--dask", "tcp://h:1"], "leave one of the two out"),
+        (["scenes", "-o", "x", "--parallel", "0"], "greater than or equal to 1"),
         (["pope", "-o", "x", "--images", "/"], "name a POPE question file"),
         (["chair", "-o", "x"], "name COCO's instance annotations"),
         (["mme", "-o", "x"], "name MME's folder"),

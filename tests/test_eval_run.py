@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -13,18 +15,19 @@ from typing import Any
 
 import evals
 import pytest
-from evals import Squares, methods, ran, squares, untimed
+from evals import Squares, check_alike, methods, ran, squares, untimed
 from tiny_llava import TinyPair
 
-from cmg_gguf.errors import EvaluationError, ModelError
+from cmg_gguf.errors import BackendError, EvaluationError, GuidanceError, ModelError
 from cmg_gguf.evaluation.executors import Executor, Processes, in_process
 from cmg_gguf.evaluation.items import Shard, groups, item_hash, read_items, seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles, task_from, task_identity
-from cmg_gguf.evaluation.methods import chosen
+from cmg_gguf.evaluation.methods import Cmg, chosen
 from cmg_gguf.evaluation.records import Journal, Record, read_records
 from cmg_gguf.evaluation.run import Run, evaluate, merge, read_run
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.tasks.pope import Pope
+from cmg_gguf.guidance import Guidance, LayerSet
 
 NAMES = "greedy,sample,cmg,yes-bias"
 N_ANSWERS = 13 * 4
@@ -112,17 +115,18 @@ def test_a_finished_run_is_not_asked_again(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", [[1], [4, 1, 8]], ids=str)
 def test_a_run_that_is_killed_goes_on_to_the_same_end(
-    task: Squares, pair: TinyPair, home: Path, tmp_path_factory: pytest.TempPathFactory
+    parallel: list[int], task: Squares, pair: TinyPair, home: Path
 ) -> None:
-    reference = ran(task, pair, NAMES, home / "reference")
+    reference = ran(task, pair, NAMES, home / f"reference{len(parallel)}")
     draw = random.Random(0)
-    folder = home / "killed"
+    folder = home / f"killed{len(parallel)}"
     program = f"import sys; sys.path[:] = {sys.path}; import evals; evals.main(sys.argv[1:])"
     command = [sys.executable, "-c", program, str(folder), *map(str, pair), NAMES]
     stops = sorted(draw.sample(range(1, N_ANSWERS - 8), 10))
-    for stop in stops:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    for stop, n in zip(stops, itertools.cycle(parallel), strict=False):
+        with subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if int(line) >= stop:
@@ -131,8 +135,10 @@ def test_a_run_that_is_killed_goes_on_to_the_same_end(
         # As if the kill had come in the middle of a line.
         with (folder / "journal.jsonl").open("ab") as journal:
             journal.write(b'{"item": "0.png/0", "me')
-    done = ran(task, pair, NAMES, folder)
-    assert untimed(done.records) == untimed(reference.records)
+    done = ran(task, pair, NAMES, folder, parallel=parallel[0])
+    if parallel == [1]:
+        assert untimed(done.records) == untimed(reference.records)
+    check_alike(done.records, reference.records)
     assert (folder / "skipped.jsonl").read_bytes() == (
         reference.folder / "skipped.jsonl"
     ).read_bytes()
@@ -159,12 +165,57 @@ def test_shards_merged_are_the_whole(
         merge([folders[0], reference.folder], tmp_path / "none", task)
 
 
+@pytest.mark.parametrize("parallel", [1, 4])
 def test_processes_side_by_side_give_the_same(
-    task: Squares, pair: TinyPair, tmp_path: Path
+    parallel: int, task: Squares, pair: TinyPair, tmp_path: Path
 ) -> None:
     reference = ran(task, pair, NAMES, tmp_path / "one")
-    spread = ran(task, pair, NAMES, tmp_path / "two", executor=Processes(2))
-    assert untimed(spread.records) == untimed(reference.records)
+    spread = ran(task, pair, NAMES, tmp_path / "two", parallel=parallel, executor=Processes(2))
+    if parallel == 1:
+        assert untimed(spread.records) == untimed(reference.records)
+    check_alike(spread.records, reference.records)
+
+
+def test_a_process_that_dies_ends_the_run_and_it_goes_on(
+    task: Squares, pair: TinyPair, tmp_path: Path
+) -> None:
+    def kill_one(done: int, total: int) -> None:
+        if done == 2:
+            multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(BackendError, match=r"a process of the run died.*fewer \(--jobs\)"):
+        ran(task, pair, NAMES, tmp_path / "run", executor=Processes(2), progress=kill_one)
+    assert not multiprocessing.active_children()
+    assert len(ran(task, pair, NAMES, tmp_path / "run").records) == N_ANSWERS
+
+
+def test_an_interrupt_ends_all_processes_at_once(
+    task: Squares, pair: TinyPair, tmp_path: Path
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ran(task, pair, NAMES, tmp_path / "run", executor=Processes(2), progress=stop)
+    assert not multiprocessing.active_children()
+
+
+def test_what_the_model_cannot_do_ends_the_run_in_every_executor(
+    task: Squares, pair: TinyPair, tmp_path: Path
+) -> None:
+    method = Cmg(Guidance(layers=LayerSet((40,))))
+    executors: list[Executor] = [in_process, Processes(2)]
+    for number, executor in enumerate(executors):
+        for parallel in (1, 4):
+            with pytest.raises(GuidanceError, match="layer 40 is out of range"):
+                evaluate(
+                    task,
+                    evals.files(pair, parallel),
+                    [method],
+                    tmp_path / f"{number}-{parallel}",
+                    executor=executor,
+                )
 
 
 def test_a_model_that_cannot_be_opened_is_told_by_every_executor(
@@ -224,8 +275,11 @@ def test_going_on_with_other_settings_names_the_difference(
         )
 
 
-def test_threads_are_no_other_settings(whole: Run, task: Squares, pair: TinyPair) -> None:
-    model = ModelFiles(pair.llm, pair.mmproj, {**evals.OPTIONS, "n_threads": 2, "verbose": False})
+def test_threads_and_answers_at_once_are_no_other_settings(
+    whole: Run, task: Squares, pair: TinyPair
+) -> None:
+    silent = {"n_threads": 2, "n_parallel": 3, "verbose": False}
+    model = ModelFiles(pair.llm, pair.mmproj, {**evals.OPTIONS, **silent})
     assert evaluate(task, model, methods(NAMES), whole.folder).records
 
 

@@ -259,6 +259,18 @@ def test_to_forget_is_to_hold_nothing(vlm: GuidedVLM) -> None:
     assert ask(vlm, QUESTION, [picture(0)]).n_reused_tokens == 0
 
 
+def test_a_salt_is_forgotten_alone(vlm: GuidedVLM) -> None:
+    def reused(salt: str | None, question: str = OTHER) -> bool:
+        return ask(vlm, question, [picture(0)], salt=salt).n_reused_tokens > N_IMAGE_TOKENS
+
+    for salt in ("a", "b", None):
+        assert not reused(salt, QUESTION)
+    vlm.engine.forget("a")
+    assert [reused("b"), reused(None), reused("a")] == [True, True, False]
+    vlm.engine.forget("a of b")
+    assert [reused("a"), reused("b"), reused(None)] == [True, True, True]
+
+
 # --- settings ----------------------------------------------------------------------------------
 
 

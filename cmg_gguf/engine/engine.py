@@ -228,10 +228,10 @@ class Engine:
             if self._is_open(session):
                 self._clear_lane(session.branches)
 
-    def forget(self) -> None:
-        """Lets all kept prompts go."""
+    def forget(self, salt: str | None = None) -> None:
+        """Lets all kept prompts go, or those of one salt."""
         with self.lock:
-            self.prefixes.forget()
+            self.prefixes.forget(salt)
 
     def decode(self, batches: Sequence[Batch | ImageBatch]) -> list[Decoded | Failure]:
         """What came of each batch: those that go together (`decoding.together`) in one decode.

@@ -39,6 +39,7 @@ from cmg_gguf.engine.prefixes import (
     n_image_rows,
     n_positions,
     n_rows,
+    salt_item,
 )
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.prompt.segments import Prompt
@@ -213,10 +214,11 @@ class PrefixCache:
         for slot in tuple(self._unsettled):
             self._clear(slot)
 
-    def forget(self) -> None:
-        """Lets all prefixes go."""
+    def forget(self, salt: str | None = None) -> None:
+        """Lets all prefixes go, or those of one salt."""
         for prefix in self._store:
-            self._let_go(prefix)
+            if salt is None or prefix.items[:1] == (salt_item(salt),):
+                self._let_go(prefix)
 
     def _best(self, items: tuple[Item, ...], rows: PromptRows) -> tuple[Start, Prefix | None]:
         best: tuple[Start, Prefix | None] = Start(), None

@@ -40,7 +40,7 @@ NO_CELLS: Cells = np.empty(0, np.int64)
 def items_of(prompt: Prompt) -> tuple[Item, ...]:
     """The prompt's items. An image without a key is like no other, not even itself. A salt is an
     item in front that takes no row."""
-    items: list[Item] = [] if prompt.salt is None else [ImageItem(("salt", prompt.salt), 0, 0)]
+    items: list[Item] = [] if prompt.salt is None else [salt_item(prompt.salt)]
     for segment in prompt.segments:
         if isinstance(segment, ImageSegment):
             key = object() if segment.key is None else segment.key
@@ -48,6 +48,11 @@ def items_of(prompt: Prompt) -> tuple[Item, ...]:
         else:
             items += segment.tokens.tolist()
     return tuple(items)
+
+
+def salt_item(salt: str) -> ImageItem:
+    """What stands in front of the items of a prompt with this salt."""
+    return ImageItem(("salt", salt), 0, 0)
 
 
 def n_common(a: Sequence[Item], b: Sequence[Item]) -> int:

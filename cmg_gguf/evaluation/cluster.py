@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ class Dask:
     """The workers of the scheduler at `address`: one task is the questions about one image.
 
     Each worker process opens the model once, and needs this package and the same files at the same
-    paths. A worker that is lost costs no item: its tasks are given to others.
+    paths. It asks about as many images at once as it has threads, where the model answers several.
+    A worker that is lost costs no item: its tasks are given to others.
 
     Raises UnsupportedError without Dask, BackendError if the scheduler cannot be reached or tasks
     keep losing their workers.
@@ -58,16 +60,37 @@ def _distributed() -> Any:
     return distributed
 
 
-# A worker process has several threads and one model.
-_lock = threading.Lock()
+# A worker process has several threads and one model, which answers for as many as it takes at once.
+_changed = threading.Condition()
 _opened: tuple[Job, Answerer] | None = None
+_n_users = 0
 
 
 def _do(job: Job, work: Work) -> list[Record]:
     """The records of a piece of work, on a worker."""
-    global _opened
-    with _lock:
+    with _answerer(job) as answerer:
+        return list(answerer.answers([work]))
+
+
+@contextmanager
+def _answerer(job: Job) -> Iterator[Answerer]:
+    """The worker's answerer for this job, opened where another was; shared if that takes several
+    at once."""
+    global _opened, _n_users
+    with _changed:
+        _changed.wait_for(lambda: _n_users == 0 or _is_shared(job))
         if _opened is None or _opened[0] != job:
             _opened = None  # frees the model before the next one is loaded
             _opened = job, Answerer(job, job.model.open())
-        return list(_opened[1].answers(work))
+        answerer = _opened[1]
+        _n_users += 1
+    try:
+        yield answerer
+    finally:
+        with _changed:
+            _n_users -= 1
+            _changed.notify_all()
+
+
+def _is_shared(job: Job) -> bool:
+    return _opened is not None and _opened[0] == job and _opened[1].n_parallel > 1

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Literal, TypeAlias, cast
 
 from cmg_gguf.errors import BackendError, EvaluationError
 from cmg_gguf.evaluation.answering import Answerer, Job, Work
@@ -17,19 +19,19 @@ Executor = Callable[[Job, Sequence[Work]], Iterator[Record]]
 """Does the work, in any order, and yields each record as soon as it is there."""
 
 
-def in_process(job: Job, works: Sequence[Work]) -> Iterator[Record]:
-    """One piece of work after the other, with one model in this process."""
+def in_process(job: Job, works: Iterable[Work]) -> Iterator[Record]:
+    """One piece of work after the other, with one model in this process; its answers several at
+    once, if the model takes them."""
     with job.model.open() as vlm:
-        answerer = Answerer(job, vlm)
-        for work in works:
-            yield from answerer.answers(work)
+        yield from Answerer(job, vlm).answers(works)
 
 
 @dataclass(frozen=True)
 class Processes:
     """Several processes on this machine, each with a model of its own. count: >= 1.
 
-    Raises EvaluationError for a count below 1; BackendError, while working, if a process dies.
+    Each asks for the next piece of work when it has room for it. Raises EvaluationError for a count
+    below 1; BackendError, while working, if a process dies.
     """
 
     count: int
@@ -39,39 +41,80 @@ class Processes:
             raise EvaluationError(f"{self.count} processes are out of range: 1 and up")
 
     def __call__(self, job: Job, works: Sequence[Work]) -> Iterator[Record]:
-        pool = ProcessPoolExecutor(
-            self.count,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            initargs=(job,),
-        )
+        left = iter(works)
+        at_work: dict[Connection, SpawnProcess] = {}
         try:
-            for future in as_completed([pool.submit(_do, work) for work in works]):
-                yield from future.result()
-        except BrokenProcessPool as exc:
-            raise BackendError(
-                "a process of the run died, for want of memory as a rule; run again with fewer "
-                "(--jobs) to go on"
-            ) from exc
+            for _ in range(min(self.count, len(works))):
+                connection, process = _started(job)
+                at_work[connection] = process
+            while at_work:
+                for connection in cast("list[Connection]", wait(list(at_work))):
+                    told = _received(connection, left)
+                    if isinstance(told, Record):
+                        yield told
+                    elif told == "done":
+                        at_work.pop(connection).join()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for connection, process in at_work.items():
+                connection.close()
+                process.terminate()
+            for process in at_work.values():
+                process.join()
 
 
-_answerer: Answerer | Exception | None = None
+@dataclass(frozen=True)
+class _Failure:
+    """What ended the work of a process, and where in it."""
+
+    error: Exception
+    trace: str
 
 
-def _begin(job: Job) -> None:
-    # Ctrl-C is for the process that started this one. What an initializer raises would only show as
-    # a broken pool: it is told by the first work.
-    global _answerer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+_Told: TypeAlias = Record | _Failure | Literal["next", "done"]
+"""What a process tells: "next": it has room for a piece of work, and waits for it."""
+
+
+def _started(job: Job) -> tuple[Connection, SpawnProcess]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, job), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def _received(connection: Connection, left: Iterator[Work]) -> _Told:
+    """What a process tells; if it wants work, it gets it. Raises what ended it."""
     try:
-        _answerer = Answerer(job, job.model.open())
+        told = cast(_Told, connection.recv())
+        if told == "next":
+            connection.send(next(left, None))
+    except (EOFError, OSError) as exc:
+        raise BackendError(
+            "a process of the run died, for want of memory as a rule; run again with fewer "
+            "(--jobs) to go on"
+        ) from exc
+    if isinstance(told, _Failure):
+        raise told.error from BackendError(f"in a process of the run:\n{told.trace}")
+    return told
+
+
+def _work(connection: Connection, job: Job) -> None:
+    """What a process does: answers, until there is no more work."""
+    # Ctrl-C is for the process that started this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def works() -> Iterator[Work]:
+        connection.send("next")
+        while (work := connection.recv()) is not None:
+            yield work
+            connection.send("next")
+
+    try:
+        for record in in_process(job, works()):
+            connection.send(record)
+        connection.send("done")
+    except (EOFError, ConnectionError):
+        pass  # nobody wants the rest
     except Exception as exc:
-        _answerer = exc
-
-
-def _do(work: Work) -> list[Record]:
-    if not isinstance(_answerer, Answerer):
-        raise _answerer or EvaluationError("this process has no model")
-    return list(_answerer.answers(work))
+        connection.send(_Failure(exc, traceback.format_exc()))

@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 FORMAT = 1
 _END = 16 * 2**20
 _TASKS = "cmg_gguf.evaluation.tasks."
-_SILENT = ("n_threads", "verbose", "progress", "use_mmap", "main_gpu")
-"""Options of a model that do not change what it says."""
+_SILENT = ("n_threads", "n_parallel", "verbose", "progress", "use_mmap", "main_gpu")
+"""Options of a model that do not change what it says, but for rounding."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that any process can open. options: keyword arguments of `GuidedVLM`."""
+    """A model that any process can open. options: keyword arguments of `GuidedVLM`.
+
+    n_parallel among them: how many questions it is asked at once. With 1, answers repeat to the
+    bit and their seconds are their own; with more, answers share decodes, and repeat but for
+    rounding.
+    """
 
     model: str | Path
     mmproj: str | Path
@@ -43,7 +48,7 @@ class ModelFiles:
         """The loaded model. Raises CMGError."""
         from cmg_gguf.vlm import GuidedVLM
 
-        # Not by the clock: a run that is resumed or repeated gives the same answers to the bit.
+        # Not by the clock: a run that is resumed or repeated gives the same answers.
         return GuidedVLM(self.model, self.mmproj, **{"strategy": "exact", **self.options})
 
     @cached_property

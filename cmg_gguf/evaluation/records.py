@@ -19,7 +19,7 @@ from cmg_gguf.errors import EvaluationError, shown
 with suppress(ImportError):
     import fcntl
 
-TIMING = ("seconds",)
+TIMING = ("seconds", "parallel")
 """Fields that differ between two runs of the same settings."""
 
 
@@ -28,10 +28,12 @@ class Record:
     """One answer of one method to one item, or the reason why there is none.
 
     tokens: of the answer. changed: those that the method chose otherwise than plain decoding on the
-    same logits. finish: "stop" or "length". seconds: image, prompt and answer. problem: why there
-    is no answer; the fields above are then empty. Of yes/no items, by the method's own scores at
-    the first token before the cut: yes_margin, log p(yes) - log p(no); yes_lead, the best score of
-    a yes token minus the best of all others. says_yes: whether the first token is a yes token.
+    same logits. finish: "stop" or "length". seconds: image, prompt and answer, by the clock.
+    parallel: answers that the model made at once, at most; above 1, seconds count waiting for
+    others and are nobody's cost. problem: why there is no answer; the fields above are then empty.
+    Of yes/no items, by the method's own scores at the first token before the cut: yes_margin,
+    log p(yes) - log p(no); yes_lead, the best score of a yes token minus the best of all others.
+    says_yes: whether the first token is a yes token.
     """
 
     item: str
@@ -41,6 +43,7 @@ class Record:
     changed: int = 0
     finish: str = ""
     seconds: float = 0.0
+    parallel: int = 1
     yes_margin: float | None = None
     yes_lead: float | None = None
     says_yes: bool | None = None

@@ -9,6 +9,7 @@ Only arithmetic here; `cmg_gguf.evaluation.report_text` and `.plots` show it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,8 @@ class Row:
     """One method on the items of a part.
 
     figures: by name; the baseline's have no difference. seconds: a mean item took. cost: seconds
-    relative to the baseline's. tokens: of a mean answer.
+    relative to the baseline's. Both are NaN where answers were made several at once: the time of
+    each counts waiting for others. tokens: of a mean answer.
     """
 
     method: str
@@ -72,6 +74,7 @@ class Report:
     parts: all items first, then each part if there are several. baseline: what differences are to.
     unanswered: items that some method could not answer; they count nowhere. bad: what was no item.
     biases: the constants of yes-bias for the two halves of the images, None where it was not run.
+    parallel: most answers that were made at once; seconds and costs are those of 1.
     """
 
     run: Run
@@ -80,6 +83,7 @@ class Report:
     unanswered: int
     bad: int
     biases: tuple[float, float] | None
+    parallel: int = 1
 
 
 def make_report(
@@ -116,16 +120,18 @@ def make_report(
     settings = run.manifest["methods"]
     biased = any(told["method"] == "YesBias" for told in settings.values())
     sampling = _Bootstrap(baseline, n_samples, seed)
+    parallel = max(record.parallel for record in run.records)
     return Report(
         run=run,
         baseline=baseline,
         parts=tuple(
-            _part(name, run.task, items, _by_method(records, methods, items), sampling)
+            _part(name, run.task, items, _by_method(records, methods, items), sampling, parallel)
             for name, items in parts.items()
         ),
         unanswered=len(run.items) - len(answered),
         bad=len(run.bad),
         biases=fitted(run.items, records, run.manifest["seed"]) if biased else None,
+        parallel=parallel,
     )
 
 
@@ -164,23 +170,28 @@ def _by_method(
     return {method: [records[item.id, method] for item in items] for method in methods}
 
 
-def _part(name: str, task: Task, items: Sequence[Item], told: Told, bs: _Bootstrap) -> Part:
+def _part(
+    name: str, task: Task, items: Sequence[Item], told: Told, bs: _Bootstrap, parallel: int
+) -> Part:
     tables = {
         method: table(task, items, [record.answer for record in found])
         for method, found in told.items()
     }
     figures = bootstrap(task.figures, tables, baseline=bs.baseline, n=bs.n, seed=bs.seed)
     areas = _areas(items, told, bs)
-    base_seconds = sum(record.seconds for record in told[bs.baseline])
+    seconds = {
+        method: sum(record.seconds for record in found) if parallel == 1 else math.nan
+        for method, found in told.items()
+    }
+    base_seconds = seconds[bs.baseline]
     rows = []
     for method, found in told.items():
-        seconds = sum(record.seconds for record in found)
         rows.append(
             Row(
                 method=method,
                 figures={**figures[method], **areas.get(method, {})},
-                seconds=seconds / len(items),
-                cost=seconds / base_seconds if base_seconds else float("nan"),
+                seconds=seconds[method] / len(items),
+                cost=seconds[method] / base_seconds if base_seconds else math.nan,
                 tokens=sum(record.tokens for record in found) / len(items),
                 changes=_changes(task, items, told[bs.baseline], found),
             )

@@ -113,8 +113,7 @@ def notes(report: Report) -> list[str]:
     lines = [
         f"intervals: {LEVEL:.0%}, percentiles of a bootstrap over clusters (images), paired: all "
         "methods see the same samples. Each is for itself: of many, a few exclude zero by chance.",
-        f"cost: seconds relative to {report.baseline}, of these items on this machine; changed: "
-        f"answers other than {report.baseline}'s.",
+        _cost_note(report) + f"; changed: answers other than {report.baseline}'s.",
     ]
     settings = report.run.manifest["methods"]
     kinds = {told["method"] for told in settings.values()}
@@ -132,6 +131,15 @@ def notes(report: Report) -> list[str]:
     if "greedy" not in report.run.methods:
         lines.append("greedy was not run, so nothing here is compared with plain decoding.")
     return lines
+
+
+def _cost_note(report: Report) -> str:
+    if report.parallel == 1:
+        return f"cost: seconds relative to {report.baseline}, of these items on this machine"
+    return (
+        f"seconds and cost: none, for up to {report.parallel} answers were made at once, and the "
+        "time of each counts waiting for others; a run with --parallel 1 tells them"
+    )
 
 
 def figure_table(part: Part) -> tuple[list[str], list[list[str]]]:
@@ -166,8 +174,8 @@ def _figure_row(row: Row, names: Sequence[str]) -> list[str]:
     return [
         row.method,
         *(_number(row.figures[name].own.value) for name in names),
-        f"{row.seconds:.3f}",
-        f"{row.cost:.2f}x",
+        _number(row.seconds, ".3f"),
+        _number(row.cost, ".2f") + ("" if math.isnan(row.cost) else "x"),
         *("–" if count is None else str(count) for count in counts),
     ]
 
@@ -181,8 +189,8 @@ def _label(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2f}"
+def _number(value: float, form: str = ".2f") -> str:
+    return "–" if math.isnan(value) else format(value, form)
 
 
 def _interval(estimate: Estimate) -> str:

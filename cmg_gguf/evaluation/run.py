@@ -9,7 +9,8 @@
     skipped.jsonl   at the end: what could not be asked or answered, and why
 
 A run that was stopped, however hard, goes on where it stood, and ends with the same results in all
-but their timing. So do shards that are merged, and processes side by side.
+but their timing. So do shards that are merged, and processes side by side. A model that answers
+several at once gives the same but for rounding, see `ModelFiles`.
 """
 
 from __future__ import annotations
@@ -175,7 +176,8 @@ def _left(group: Group, names: Sequence[str], journal: Journal) -> Work:
     """The methods that have not answered all of a group yet, each for the whole group.
 
     A method's answers about an image go on from each other's KV cells, so half of them are begun
-    anew to end the same to the bit. What could not be answered is tried again.
+    anew to end the same, to the bit with a model that answers one at a time. What could not be
+    answered is tried again.
     """
 
     def is_answered(item: Item, name: str) -> bool:

@@ -86,6 +86,7 @@ def _settled(turned: Record, plain: Record, bias: float) -> Record:
         method=turned.method,
         changed=int(turns),
         seconds=turned.seconds,
+        parallel=turned.parallel,
         yes_margin=None if plain.yes_margin is None else plain.yes_margin + bias,
         yes_lead=plain.yes_lead + bias,
         says_yes=says_yes,

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from cmg_gguf.cli.model_flags import ModelFlags
     from cmg_gguf.evaluation.executors import Executor
+    from cmg_gguf.evaluation.manifest import ModelFiles
 
 METHODS = "greedy,sample,cut,cmg"
 
@@ -31,6 +33,19 @@ class SpreadFlags:
             help="Processes on this machine, each with its own model; give each few --threads.",
         ),
     ] = 1
+    parallel: Annotated[
+        int | None,
+        _flag(
+            "--parallel",
+            min=1,
+            max=64,
+            metavar="N",
+            show_default="4 on a CPU, 8 on an accelerator",
+            help="Answers that each model makes at once, sharing -c and decodes; the same but for "
+            "rounding. 1 = one after the other: they repeat to the bit, and the report tells what "
+            "each method costs. A run may go on with another N.",
+        ),
+    ] = None
     dask: Annotated[
         str | None,
         _flag(
@@ -43,6 +58,12 @@ class SpreadFlags:
     quiet: Annotated[
         bool, _flag("--quiet", "-q", help="No progress and no notes on standard error.")
     ] = False
+
+    def files(self, model: ModelFlags) -> ModelFiles:
+        """The model, as each process opens it. Raises what `ModelFlags.pair` raises."""
+        from cmg_gguf.evaluation.manifest import ModelFiles
+
+        return ModelFiles(*model.pair(), {**model.options(), "n_parallel": self.parallel})
 
     def executor(self) -> Executor:
         """Raises BadParameter for both at once; UnsupportedError without Dask."""

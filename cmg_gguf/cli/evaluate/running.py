@@ -61,7 +61,6 @@ def evaluate_task(
 ) -> None:
     """Runs a benchmark, shows its report, and writes that into the run's folder."""
     from cmg_gguf.evaluation.items import WHOLE, Shard
-    from cmg_gguf.evaluation.manifest import ModelFiles
     from cmg_gguf.evaluation.methods import chosen
     from cmg_gguf.evaluation.report import make_report
     from cmg_gguf.evaluation.report_text import rendered, write_report
@@ -72,7 +71,7 @@ def evaluate_task(
     names = [name.strip() for name in run.methods.split(",") if name.strip()]
     methods = chosen(names, guidance.guidance(model.own_settings))
     tuned_on = guidance.file(model.own_settings).tuned_on
-    files = ModelFiles(*model.pair(), model.options())
+    files = spread.files(model)
     guided = f"cmg {guidance.told(model.own_settings)}" if "cmg" in names else ""
     note_built_in(err, model, guided)
 

@@ -192,7 +192,6 @@ def tune_task(
     model: ModelFlags,
 ) -> None:
     """Runs a search, shows what it tried, and writes the best settings."""
-    from cmg_gguf.evaluation.manifest import ModelFiles
     from cmg_gguf.evaluation.tuning import Goal, better, tune
     from cmg_gguf.guidance import save_settings
 
@@ -201,7 +200,7 @@ def tune_task(
     task = task_flags.task("tune") if isinstance(task_flags, ScenesFlags) else task_flags.task()
     folder = needed(search.out)
     goal = Goal(search.figure, search.lower, search.keep)
-    files = ModelFiles(*model.pair(), model.options())
+    files = spread.files(model)
     note_built_in(err, model, "")
     found: list[Tuned] = []
 
