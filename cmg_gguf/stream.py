@@ -34,8 +34,8 @@ Called by the thread that waits for the answer, while it waits; what it raises e
 
 ANSWER_SHARE = 0.5
 """Share of `max_tokens` for which there must be room where an answer begins beside others."""
-TOKENS_IF_UNLIMITED = 256
-"""What counts as `max_tokens` there, where a request sets none."""
+MOST_COUNTED = 256
+"""What counts as `max_tokens` there, where a request sets none or more: few answers get so far."""
 
 
 class Stream(Iterator[Piece]):
@@ -210,7 +210,7 @@ class Run:
     def _n_cells(self) -> int:
         """KV cells of the prompt, and of as much of the answer as there is or should fit."""
         engine, n_said = self._pair.engine, self._generation.n_said
-        limit = self._request.max_tokens or TOKENS_IF_UNLIMITED
+        limit = min(self._request.max_tokens or MOST_COUNTED, MOST_COUNTED)
         n_tokens = n_said + max(1, round(ANSWER_SHARE * (limit - n_said)))
         if self._contrasted is None:
             return engine.cells(self._prompt, self._request.guidance, n_tokens)

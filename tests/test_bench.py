@@ -242,7 +242,7 @@ def test_what_is_recorded_is_what_a_sampler_asks_for(pair: TinyPair, beta: float
 @pytest.mark.slow
 def test_captions_are_recorded_and_compared(pair: TinyPair, tmp_path: Path) -> None:
     class Named(Subject):
-        def messages(self, question: int = 0) -> Messages:
+        def messages(self, question: int = 0, pixels: Any = None) -> Messages:
             raise AssertionError("captions are asked for without a system text")
 
     subject = Named("tiny", pair, "", picture(0), ("What?",), random=True)  # type: ignore[arg-type]

@@ -104,9 +104,9 @@ class Engine:
         return n + (2 if self.lanes[0].paired else 1) * n_tokens
 
     def fits(self, n_cells: int, prompt: Prompt | None = None, guidance: Guidance = PLAIN) -> bool:
-        """Whether an answer of n_cells can begin: a lane is free, and every session gets the cells that were
-        set aside for it; kept prompts give way. What of `prompt` the others hold as well counts
-        once."""
+        """Whether an answer of n_cells can begin: a lane is free, and every session gets the cells
+        that were set aside for it; kept prompts give way. What of `prompt` the others hold as well
+        counts once."""
         with self.lock:
             if len(self.sessions) == len(self.lanes):
                 return False

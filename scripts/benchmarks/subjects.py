@@ -36,9 +36,10 @@ class Subject:
     questions: tuple[str, ...]
     random: bool
 
-    def messages(self, question: int = 0) -> Messages:
-        """A question as OpenAI's clients ask it, the picture in front of it."""
-        picture = {"type": "image_url", "image_url": {"url": _data_url(self.pixels)}}
+    def messages(self, question: int = 0, pixels: NDArray[np.uint8] | None = None) -> Messages:
+        """A question as OpenAI's clients ask it, the picture in front of it, or another one."""
+        shown = self.pixels if pixels is None else pixels
+        picture = {"type": "image_url", "image_url": {"url": _data_url(shown)}}
         asked = [picture, {"type": "text", "text": self.questions[question]}]
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": asked}]
@@ -73,6 +74,12 @@ def embedded_subject() -> Subject | None:
         questions=(CAPTION_PROMPTS["plain"], *asked),
         random=False,
     )
+
+
+def pictures(subject: Subject, n: int) -> list[NDArray[np.uint8]]:
+    """n pictures of noise, of the size of the subject's."""
+    random = np.random.default_rng(1)
+    return [random.integers(0, 256, subject.pixels.shape, dtype=np.uint8) for _ in range(n)]
 
 
 def _words(first: int, n: int) -> str:
