@@ -371,6 +371,9 @@ def _closed_error() -> ModelError:
 
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+# The hook of all finalizers, which free contexts and weights, is there from the first one on; those
+# that are there later are called earlier.
+weakref.finalize(_schedulers, tuple)
 
 
 @atexit.register
