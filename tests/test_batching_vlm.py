@@ -655,7 +655,7 @@ def test_one_bad_request_is_an_outcome_and_stops_nothing(pair: TinyPair) -> None
         Request(QUESTION, [b"no picture"]),
         Request("there " * 500),
         replace(good, logits_processors=[wrong_shape]),
-        Request(QUESTION, sampling=Sampling(grammar="root ::= [")),
+        Request(QUESTION, sampling=Sampling(grammar="root = (")),
         Request(QUESTION, sampling=Sampling(logit_bias={10**6: 1.0})),
         replace(good, logits_processors=[divide]),
     ]
