@@ -12,7 +12,7 @@
 // The dot products are most of the work here. A wheel is built for the oldest x86-64; let the
 // loader pick the AVX2 clone where the CPU has it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
-    !defined(__SANITIZE_ADDRESS__)
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define CMG_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define CMG_CLONES
