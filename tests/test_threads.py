@@ -101,7 +101,8 @@ def test_tokens_are_drawn_while_others_rows_are_decoded(llama: Tiny, temperature
     l_o, l_d = random.normal(size=(2, llama.model.n_vocab)).astype(np.float32)
 
     def work() -> None:
-        token, plain = sampler.sample(l_o, l_o, lambda: l_d)
+        sampler.prepare(l_o)
+        token, plain = sampler.draw(l_o, l_d)
         if temperature == 0:
             score = np.where(l_o < l_o.max() + np.log(0.1), -np.inf, 2 * l_o - l_d)
             assert (token, plain) == (int(score.argmax()), int(l_o.argmax()))
