@@ -303,7 +303,8 @@ class Engine:
                 self._make_room(0)
                 (came,) = self.decode([batch])
                 if isinstance(came, Exception):
-                    raise came
+                    decodes.throw(came)
+                    return
                 done += batch.n_rows
                 yield done
                 try:
