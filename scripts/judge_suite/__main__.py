@@ -11,14 +11,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from judge_suite.checkpoint import Pixels
 from judge_suite.checks import CHECKS, Case, Cell, run
 from judge_suite.converter import convert, llama_cpp_sources
 from judge_suite.families import FAMILIES, FAST
-from judge_suite.family import Family
+from judge_suite.family import Family, pictures
 from judge_suite.product import opened
 from judge_suite.reference import Judge
 
@@ -64,12 +62,7 @@ def judged(family: Family, work: Path, sources: Path, settings: dict[str, Any]) 
         convert(sources, checkpoint, files[1], mmproj=True, pre=family.pre)
     judge = Judge(model, family.text_model(model))
     with opened(*files, **settings) as vlm:
-        return run(Case(family, judge, vlm, files, _pictures(family), settings))
-
-
-def _pictures(family: Family) -> list[Pixels]:
-    rng = np.random.default_rng(7)
-    return [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in family.sizes]
+        return run(Case(family, judge, vlm, files, pictures(family), settings))
 
 
 def _arguments() -> argparse.Namespace:

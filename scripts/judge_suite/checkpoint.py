@@ -55,7 +55,7 @@ def randomize(model: Any, seed: int = 0) -> None:
         elif "cls_token" in name or "class_embedding" in name:
             parameter.copy_(noise)
         elif parameter.ndim >= 2:
-            gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+            gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
             parameter.copy_(noise * gain / parameter[0].numel() ** 0.5)
         else:
             parameter.copy_(0.1 * noise)
@@ -110,12 +110,14 @@ def normalized(image: Pixels, mean: Sequence[float], std: Sequence[float]) -> Fl
     return np.ascontiguousarray(x.transpose(2, 0, 1))
 
 
-def tiles(image: Pixels, size: int) -> tuple[list[Pixels], Pixels]:
+def tiles(
+    image: Pixels, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> tuple[list[Pixels], Pixels]:
     """The tiles of an image whose sides are multiples of `size`, row by row; and all of it, small.
 
-    Shrunk as llama.cpp does it, which is as Pillow does it but for rounding.
+    resample: what llama.cpp shrinks this family's pictures with. It does so as Pillow does.
     """
     h, w, _ = image.shape
     cut = [image[y : y + size, x : x + size] for y in range(0, h, size) for x in range(0, w, size)]
-    small = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
+    small = Image.fromarray(image).resize((size, size), resample)
     return cut, np.asarray(small)

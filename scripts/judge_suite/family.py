@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from judge_suite.checkpoint import Pixels
 
 IMAGE = "<image>"
@@ -36,6 +38,12 @@ class Family:
     write_mmproj: Callable[[Any, Path], None] | None = None
     llm_options: tuple[str, ...] = ()
     limit: float = 0.02
+
+
+def pictures(family: Family, seed: int = 0) -> list[Pixels]:
+    """Two pictures of noise, of the family's sizes."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in family.sizes]
 
 
 def asked(start: str, end: str, answer: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class _Pass:
     masked: Sequence[int] = ()
     ratio: float = 1.0
     hide: bool = False
+    narrowest: float = np.inf
     picked: dict[int, dict[int, NDArray[np.int64]]] = field(default_factory=dict)
 
 
@@ -42,13 +43,15 @@ class Judge:
     """transformers' model, its decoder under our attention, its picture embeddings exchangeable.
 
     seen: (n, n_embd) embeddings that its own image encoder gave last. ours: what it is to use in
-    their place; None = its own.
+    their place; None = its own. narrowest: by how much, as a share of it, the last token chosen was
+    ahead of the first that was not, anywhere in the newest `logits`.
     """
 
     def __init__(self, model: Any, text_model: Any) -> None:
         self.model = model
         self.seen: Floats | None = None
         self.ours: Floats | None = None
+        self.narrowest = np.inf
         text_model.config._attn_implementation = _NAME
         for module in text_model.modules():
             if hasattr(module, "config") and hasattr(module, "layer_idx"):
@@ -101,6 +104,7 @@ class Judge:
             return original, None
         _now.hide = True
         degraded = forward()[first:]
+        self.narrowest = _now.narrowest
         _now = _Pass()
         return original, degraded
 
@@ -156,6 +160,9 @@ def _pick(weights: NDArray[np.float64], visible: NDArray[np.bool_], row: int) ->
     columns = columns[columns != row]
     order = columns[np.argsort(-weights[columns], kind="stable")]
     n = min(len(order), max(1, int(np.floor(_now.ratio * len(order) + 0.5))))
+    if n < len(order):
+        ahead = 1 - weights[order[n]] / weights[order[n - 1]]
+        _now.narrowest = min(_now.narrowest, float(ahead))
     return np.sort(order[:n])
 
 

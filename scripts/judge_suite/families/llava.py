@@ -79,13 +79,17 @@ def square(_model: Any, images: list[Pixels]) -> dict[str, Any]:
     return {"pixel_values": torch.from_numpy(x)}
 
 
-def small_and_tiles(model: Any, images: list[Pixels]) -> dict[str, Any]:
-    """What llama.cpp makes of LLaVA 1.6: the whole picture, then its tiles, without newlines."""
+def tiles_and_small(model: Any, images: list[Pixels]) -> dict[str, Any]:
+    """What llama.cpp makes of LLaVA 1.6: its tiles one by one, then the whole picture.
+
+    The model was trained on the whole picture first, and on the tiles' rows joined, each with a
+    newline at its end: here only what the encoder makes of a piece is judged.
+    """
     size = model.config.vision_config.image_size
     pieces = []
     for image in images:
         cut, small = tiles(image, size)
-        pieces += [normalized(piece, CLIP_MEAN, CLIP_STD) for piece in (small, *cut)]
+        pieces += [normalized(piece, CLIP_MEAN, CLIP_STD) for piece in (*cut, small)]
     return {"pixel_values": torch.from_numpy(np.stack(pieces))}
 
 
@@ -181,7 +185,7 @@ def _family(name: str, layout: Layout, *, tiled: bool = False) -> Family:
     return Family(
         name=name,
         build=build,
-        inputs=small_and_tiles if tiled else square,
+        inputs=tiles_and_small if tiled else square,
         sizes=((112, 112), (56, 112)) if tiled else ((56, 56), (56, 56)),
         write_mmproj=writer(layout, PINPOINTS if tiled else ()),
         **asked("<s>USER: ", "", " ASSISTANT:"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from judge_suite.checkpoint import HALF, Pixels, normalized, randomize, save, text_config, tiles
 from judge_suite.family import Family, asked
@@ -79,7 +80,7 @@ def tiles_and_small(model: Any, images: list[Pixels]) -> dict[str, Any]:
     size = model.config.vision_config.image_size
     pieces: list[Pixels] = []
     for image in images:
-        cut, small = tiles(image, size)
+        cut, small = tiles(image, size, Image.Resampling.LANCZOS)
         pieces += [*cut, small]
     x = np.stack([normalized(piece, HALF, HALF) for piece in pieces])
     return {"pixel_values": torch.from_numpy(x)[None]}
