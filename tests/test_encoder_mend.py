@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from encoder_reference import embeddings
 from graphs import I32, Graph, ggml_function
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from prompts import picture
 from tiny_encoder import Layout, TinyEncoder, weights_of, write_encoder
 from tiny_llava import TinyConfig, TinyPair
@@ -181,29 +181,30 @@ class EncoderGraph(Graph):
         ggml_function("ggml_backend_buffer_free", ctypes.c_void_p)(self._buffer)
         super().close()
 
-    def fill(self, leaf: int, values: list[int]) -> None:
-        data = np.array(values, np.int32)
+    def fill(self, leaf: int, values: Sequence[float], kind: DTypeLike = np.int32) -> None:
+        data = np.array(values, kind)
         copy = llama_cpp.llama_cpp._lib.ggml_backend_tensor_set
         copy.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2
         copy(leaf, data.ctypes.data, 0, data.nbytes)
 
-    def read(self, leaf: int, n: int) -> list[int]:
-        data = np.empty(n, np.int32)
+    def read(self, leaf: int, n: int, kind: DTypeLike = np.int32) -> list[float]:
+        data: NDArray[Any] = np.empty(n, kind)
         copy = llama_cpp.llama_cpp._lib.ggml_backend_tensor_get
         copy.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2
         copy(leaf, data.ctypes.data, 0, data.nbytes)
-        found: list[int] = data.tolist()
+        found: list[float] = data.tolist()
         return found
 
     def asked(self) -> set[str]:
-        """Asks about every node, in order; what was mended."""
+        """Asks about every node, in order, shows those it wants to see; what was mended."""
         mend = _core.EncoderMend()
         callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(
             mend.callback
         )
         mend.begin()
         for node in self.nodes:
-            callback(node, True, mend.user_data)
+            if callback(node, True, mend.user_data):
+                assert callback(node, False, mend.user_data)
         mend.end()
         return mend.mended
 
@@ -254,6 +255,17 @@ def test_learned_places_are_shifted_only_behind_a_class_token_of_each_picture(
     graph.node("add", joined, graph.leaf("v.position_embd", 8, graph.N_ROWS))
     graph.allocate()
     assert graph.asked() == mended
+
+
+def test_memory_that_nothing_wrote_is_cleared_where_a_factor_of_zero_is_to_do_it(
+    encoder_graph: EncoderGraph,
+) -> None:
+    graph = encoder_graph
+    cleared = graph.node("scale", graph.leaf("unwritten", 8), sizes=(0.0,))
+    graph.allocate()
+    graph.fill(cleared, [np.nan, np.inf] * 4, np.float32)
+    assert graph.asked() == {"cleared"}
+    assert graph.read(cleared, 8, np.float32) == [0.0] * 8
 
 
 def test_a_factor_of_zero_on_what_the_graph_computes_stays(encoder_graph: EncoderGraph) -> None:
