@@ -2,7 +2,7 @@
 
     scripts/judge                      every family, one table
     scripts/judge --fast               three families, a few minutes
-    scripts/judge llava internvl
+    scripts/judge llava internvl --encoder stock
 
 A family's checkpoint is built with transformers, converted with llama.cpp's own converter, and
 answered for twice: by the product, and by transformers' forward of the whole sequence under an

@@ -25,7 +25,7 @@ def main() -> int:
     arguments = _arguments()
     torch.set_num_threads(1)
     names = arguments.families or (FAST if arguments.fast else tuple(FAMILIES))
-    settings: dict[str, Any] = {}
+    settings = {"encoder": arguments.encoder}
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     sources = llama_cpp_sources(work)
@@ -69,6 +69,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/judge", description=__doc__)
     parser.add_argument("families", nargs="*", choices=[*FAMILIES, []], metavar="FAMILY")
     parser.add_argument("--fast", action="store_true", help=f"only {', '.join(FAST)}")
+    parser.add_argument(
+        "--encoder",
+        choices=["mended", "stock"],
+        default="mended",
+        help="stock: the image encoder as llama.cpp has it",
+    )
     parser.add_argument("--work", type=Path, default=Path("build/judge"), help="where files go")
     return parser.parse_args()
 
