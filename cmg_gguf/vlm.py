@@ -17,6 +17,7 @@ from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.opening import (
     IMAGE_CACHE_BYTES,
+    Encoder,
     Pair,
     Pairing,
     PairOptions,
@@ -50,8 +51,9 @@ class GuidedVLM:
     by the engine's own clock; "exact" = both branches at every step, in one fixed way: the same
     request gives the same bits whatever the clock says; both give the same tokens, but for
     rounding. "approximate" = rows that waited in vain are never decoded: cheaper, and other tokens,
-    see `cmg_gguf.engine.steps`. verbose: llama.cpp's log on stderr. The others: see
-    `ContextOptions`.
+    see `cmg_gguf.engine.steps`. encoder: "mended" = the image encoder is put right where
+    llama.cpp's is not (`projector.mended` says what was), "stock" = it is left as it is. verbose:
+    llama.cpp's log on stderr. The others: see `ContextOptions`.
 
     One request at a time: whoever asks meanwhile waits for its turn. A new one ends a stream that
     is still open, whose next use raises BackendError. Raises ModelError, ProjectorError,
@@ -78,6 +80,7 @@ class GuidedVLM:
         prefix_cells: int | None = None,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         strategy: Strategy = "auto",
+        encoder: Encoder = "mended",
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -87,6 +90,7 @@ class GuidedVLM:
             prefix_cells=prefix_cells,
             image_cache_bytes=image_cache_bytes,
             strategy=strategy,
+            encoder=encoder,
             use_gpu=n_gpu_layers != 0,
         )
         set_verbose(verbose)
@@ -120,9 +124,9 @@ class GuidedVLM:
 
         The weights are shared; the KV cache is not, for the patch must be in a context from the
         start. Its settings are those of `llama`'s. options: chat_template, pairing, prefix_cells,
-        image_cache_bytes, strategy as in `GuidedVLM`; use_gpu = False keeps the image encoder on
-        the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that belongs to its own
-        context.
+        image_cache_bytes, strategy, encoder as in `GuidedVLM`; use_gpu = False keeps the image
+        encoder on the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that belongs
+        to its own context.
         """
         vlm = cls.__new__(cls)
         vlm._set_up(open_on_llama(llama, mmproj_path, PairOptions(**options)))

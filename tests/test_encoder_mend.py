@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 from encoder_reference import embeddings
 from graphs import I32, Graph, ggml_function
+from guided import open_vlm
 from numpy.typing import DTypeLike, NDArray
 from prompts import picture
 from tiny_encoder import Layout, TinyEncoder, weights_of, write_encoder
 from tiny_llava import TinyConfig, TinyPair
 
-from cmg_gguf import _core
+from cmg_gguf import CMGChatHandler, _core
 from cmg_gguf.arrays import FloatArray
-from cmg_gguf.errors import BackendError, ProjectorError
+from cmg_gguf.cli.info import MENDS
+from cmg_gguf.errors import BackendError, ProjectorError, UnsupportedError
+from cmg_gguf.facts import pair_facts
 from cmg_gguf.llama.legacy import lacks_layer
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
@@ -316,6 +319,37 @@ def test_no_room_for_the_copy_is_an_error_that_says_what_to_do(
     with pytest.raises(ProjectorError, match=r"one encoder layer short.*TMPDIR.*encoder=\"stock\""):
         opened(path)
     opened(path, encoder="stock")
+
+
+# --- the same for whoever asks ------------------------------------------------------------------
+
+
+def test_every_way_in_takes_the_setting(pair: TinyPair, tmp_path: Path) -> None:
+    mmproj = write_encoder(tmp_path / "mmproj.gguf", TinyEncoder("clip"))
+    found = {}
+    for encoder in ("mended", "stock"):
+        with open_vlm(TinyPair(pair.llm, mmproj), encoder=encoder) as vlm:
+            found[encoder] = encoded(vlm.projector, picture(2))
+        llama = llama_cpp.Llama(str(pair.llm), n_ctx=256, verbose=False)
+        handler = CMGChatHandler(mmproj, encoder=encoder, use_gpu=False)
+        through_llama = encoded(handler.vlm(llama).projector, picture(2))
+        np.testing.assert_array_equal(through_llama, found[encoder])
+        llama.close()
+    assert np.abs(found["mended"] - found["stock"]).max() > 50 * CLOSE
+    with pytest.raises(UnsupportedError, match="encoder='best' is unknown"):
+        open_vlm(pair, encoder="best")
+
+
+def test_info_says_what_is_mended(pair: TinyPair, tmp_path: Path) -> None:
+    for encoder, mended in (
+        (TinyEncoder("clip", layout="legacy"), ["class token", "layer"]),
+        (TinyEncoder("internvl"), ["places"]),
+        (TinyEncoder("pixtral"), ["cleared"]),
+    ):
+        facts = pair_facts(pair.llm, write_encoder(tmp_path / "mmproj.gguf", encoder))
+        assert facts["mmproj"]["mended"] == mended
+        assert set(mended) <= set(MENDS)
+    assert pair_facts(pair.llm, pair.mmproj)["mmproj"]["mended"] == []
 
 
 # --- errors -------------------------------------------------------------------------------------
