@@ -73,6 +73,7 @@ void check_op_names(const Api & api) {
         {GGML_OP_GLU, "GLU"},
         {GGML_OP_ADD, "ADD"},
         {GGML_OP_CONCAT, "CONCAT"},
+        {GGML_OP_CONT, "CONT"},
         {GGML_OP_GET_ROWS, "GET_ROWS"},
         {GGML_OP_REPEAT, "REPEAT"},
     };

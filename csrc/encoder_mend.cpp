@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -50,6 +51,20 @@ bool counts_from(const ggml_tensor * index, int32_t first, int64_t n) {
 
 void write(ggml_tensor * index, const std::vector<int32_t> & values) {
     api().ggml_backend_tensor_set(index, values.data(), 0, values.size() * sizeof(int32_t));
+}
+
+// [n, a * b] of [n, a, b], which has been made contiguous from another order just before: there is
+// nothing to do, unless a second reordering was to stand between.
+bool leaves_tokens_by_column(const ggml_tensor * node) {
+    const ggml_tensor * from = node->src[0];
+    if (from->op != GGML_OP_CONT || from->src[0]->op != GGML_OP_PERMUTE ||
+        from->src[0]->src[0]->op != GGML_OP_RESHAPE) {
+        return false;
+    }
+    const int32_t * axes = from->src[0]->op_params;
+    const bool swaps = axes[0] == 0 && axes[1] == 2 && axes[2] == 1 && axes[3] == 3;
+    return swaps && from->ne[1] > 1 && from->ne[1] == from->ne[2] && from->ne[3] == 1 &&
+           node->ne[0] == from->ne[0] && node->ne[1] == from->ne[1] * from->ne[2];
 }
 
 // 0 times something that is no value of the model's.
@@ -106,6 +121,9 @@ bool EncoderMend::ask(ggml_tensor * node) {
     case GGML_OP_ADD:
         ask_add(node);
         return false;
+    case GGML_OP_CONT:
+        ask_cont(node);
+        return false;
     default:
         return clears(node);
     }
@@ -150,6 +168,21 @@ void EncoderMend::ask_add(ggml_tensor * node) {
     node->src[1] = places_.assign(places, bytes);
     has_places_ = true;
     mended_.insert("places");
+}
+
+void EncoderMend::ask_cont(ggml_tensor * node) {
+    if (!leaves_tokens_by_column(node)) {
+        return;
+    }
+    ggml_tensor * tokens = node->src[0];
+    by_rows_ = *tokens;
+    by_rows_.op = GGML_OP_PERMUTE;
+    std::fill(std::begin(by_rows_.src), std::end(by_rows_.src), nullptr);
+    by_rows_.src[0] = tokens;
+    by_rows_.view_src = tokens;
+    std::swap(by_rows_.nb[1], by_rows_.nb[2]); // as many rows as columns
+    node->src[0] = &by_rows_;
+    mended_.insert("rows");
 }
 
 } // namespace cmg

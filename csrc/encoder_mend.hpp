@@ -6,6 +6,8 @@
 //                 before them. Here the places become 1 2 3 ... 0 and the rows 0 1 2 ...
 //   places        InternVL. The same order, and the learned places are added as they are, place 0
 //                 first. Here they are added with place 0 last.
+//   rows          Llama 4. Four patches make one token, and the last step of that is left out: a
+//                 square's tokens come column by column. Here they come row by row.
 //   cleared       Pixtral. Memory that nothing has written is "cleared" by a factor of 0, which
 //                 leaves NaN where there was NaN or infinity. Here it is cleared.
 //
@@ -43,12 +45,14 @@ class EncoderMend {
     bool ask(ggml_tensor * node);
     void ask_get_rows(const ggml_tensor * node);
     void ask_add(ggml_tensor * node);
+    void ask_cont(ggml_tensor * node);
 
     int64_t n_rows_ = 0;       // patches and the class token behind them; 0 = there is none
     bool is_repeated_ = false; // the class token, for each picture of a batch
     bool has_places_ = false;  // they have been found
     bool has_rows_ = false;    // those that are kept have been found
     MaskTensor places_;
+    ggml_tensor by_rows_{}; // a view of tokens that stand column by column
     std::set<std::string> mended_;
     std::exception_ptr parked_;
 };

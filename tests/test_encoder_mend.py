@@ -260,6 +260,22 @@ def test_learned_places_are_shifted_only_behind_a_class_token_of_each_picture(
     assert graph.asked() == mended
 
 
+@pytest.mark.parametrize("reordered", [False, True])
+def test_four_patches_that_make_a_token_are_reordered_twice(
+    encoder_graph: EncoderGraph, reordered: bool
+) -> None:
+    graph = encoder_graph
+    patches = graph.project(graph.leaf("pixels", 8, 16))
+    pairs = graph.node("reshape_3d", patches, sizes=(16, 2, 4))
+    tokens = graph.node("permute", pairs, sizes=(0, 2, 1, 3))
+    tokens = graph.node("cont_4d", tokens, sizes=(32, 2, 2, 1))
+    if reordered:
+        tokens = graph.node("permute", tokens, sizes=(0, 2, 1, 3))
+    graph.node("cont_2d", tokens, sizes=(32, 4))
+    graph.allocate()
+    assert graph.asked() == (set() if reordered else {"rows"})
+
+
 def test_memory_that_nothing_wrote_is_cleared_where_a_factor_of_zero_is_to_do_it(
     encoder_graph: EncoderGraph,
 ) -> None:

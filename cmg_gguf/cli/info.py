@@ -31,6 +31,7 @@ MENDS = {
     "cleared": "what stands behind a row of patches does not depend on what memory held",
     "layer": "the last layer of its file is run (llama.cpp issue 25817)",
     "places": "each patch has the place that was learned for it",
+    "rows": "image tokens come row by row",
 }
 """What is said of a mend of the image encoder."""
 

@@ -59,7 +59,8 @@ def judged(family: Family, work: Path, sources: Path, settings: dict[str, Any]) 
     if family.write_mmproj is not None:
         family.write_mmproj(model, files[1])
     else:
-        convert(sources, checkpoint, files[1], mmproj=True, pre=family.pre)
+        names = family.mmproj_names
+        convert(sources, checkpoint, files[1], mmproj=True, pre=family.pre, rename=names)
     judge = Judge(model, family.text_model(model))
     with opened(*files, **settings) as vlm:
         return run(Case(family, judge, vlm, files, pictures(family), settings))

@@ -5,10 +5,11 @@ Nothing of it is in this repository: pip downloads the package once, to the fold
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,28 +38,45 @@ def _is_converter(name: str) -> bool:
 
 
 def convert(
-    sources: Path, folder: Path, out: Path, *, mmproj: bool, pre: str, options: Sequence[str] = ()
+    sources: Path,
+    folder: Path,
+    out: Path,
+    *,
+    mmproj: bool,
+    pre: str,
+    options: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `out` from the checkpoint in `folder`; raises RuntimeError with the converter's words.
 
     pre: the pre-tokenizer's name: llama.cpp knows it by a hash, and has none of a tiny vocabulary.
+    rename: parts of tensors' names that the converter gets wrong -> right.
     """
     kind = ["--mmproj"] if mmproj else []
-    command = [sys.executable, str(Path(__file__)), str(sources), pre, str(folder)]
-    command += ["--outfile", str(out), "--outtype", "f32", *kind, *options]
+    command = [sys.executable, str(Path(__file__)), str(sources), pre, json.dumps(rename or {})]
+    command += [str(folder), "--outfile", str(out), "--outtype", "f32", *kind, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.exists():
         raise RuntimeError(f"llama.cpp's converter failed on {folder}:\n{done.stderr[-2000:]}")
 
 
-def _main(sources: str, pre: str, *arguments: str) -> None:
+def _main(sources: str, pre: str, rename: str, *arguments: str) -> None:
     sys.path[:0] = [sources, f"{sources}/gguf-py"]
     import conversion.base  # type: ignore[import-not-found]
     import convert_hf_to_gguf  # type: ignore[import-not-found]
+    import gguf
 
     def known(_model: Any, _tokenizer: Any) -> str:
         return pre
 
+    add_tensor, names = gguf.GGUFWriter.add_tensor, json.loads(rename)
+
+    def renamed(writer: Any, name: str, *tensor: Any, **settings: Any) -> None:
+        for wrong, right in names.items():
+            name = name.replace(wrong, right)
+        add_tensor(writer, name, *tensor, **settings)
+
+    gguf.GGUFWriter.add_tensor = renamed
     conversion.base.TextModel.get_vocab_base_pre = known
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
     convert_hf_to_gguf.main()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Family:
     sizes: (H, W) of two pictures that no preprocessing resizes. pre: the pre-tokenizer's name.
     image_ids(model, n_tokens, image): the tokens that stand for a piece of a picture, where they
     are not all the image token. text_model(model): the decoder. write_mmproj(model, path): for
-    architectures that the converter does not take; mmproj_options, llm_options: for the converter.
+    architectures that the converter does not take. llm_options, mmproj_names: see `convert`.
     limit: how far the picture's embeddings may be from transformers'.
     """
 
@@ -37,6 +37,7 @@ class Family:
     text_model: Callable[[Any], Any] = lambda model: model.model.language_model
     write_mmproj: Callable[[Any, Path], None] | None = None
     llm_options: tuple[str, ...] = ()
+    mmproj_names: Mapping[str, str] = field(default_factory=dict)
     limit: float = 0.02
 
 

@@ -56,8 +56,12 @@ class Judge:
         for module in text_model.modules():
             if hasattr(module, "config") and hasattr(module, "layer_idx"):
                 module.config._attn_implementation = _NAME
-        self._encode = model.model.get_image_features
-        model.model.get_image_features = self._features
+        # Llama 4 alone has its last step by itself, and no model within the model.
+        self._inner = getattr(model, "model", model)
+        owner = model.multi_modal_projector if self._inner is model else model.model
+        name = "forward" if self._inner is model else "get_image_features"
+        self._encode = getattr(owner, name)
+        setattr(owner, name, self._features)
 
     @property
     def image_token(self) -> int:
@@ -114,7 +118,7 @@ class Judge:
         tokens = torch.tensor([list(ids)])
         given = dict(inputs)
         takes = set(inspect.signature(self.model.forward).parameters)
-        takes |= set(inspect.signature(self.model.model.forward).parameters)
+        takes |= set(inspect.signature(self._inner.forward).parameters)
         for name in takes & {"mm_token_type_ids", "token_type_ids"}:
             given[name] = torch.from_numpy(is_image.astype(np.int64))[None]
 
