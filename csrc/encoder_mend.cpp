@@ -124,6 +124,12 @@ bool EncoderMend::ask(ggml_tensor * node) {
     case GGML_OP_CONT:
         ask_cont(node);
         return false;
+    case GGML_OP_GLU:
+        if (node->op_params[0] == GGML_GLU_OP_GEGLU_QUICK) {
+            node->op_params[0] = GGML_GLU_OP_GEGLU;
+            mended_.insert("activation");
+        }
+        return false;
     default:
         return clears(node);
     }

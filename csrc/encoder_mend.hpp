@@ -8,6 +8,9 @@
 //                 first. Here they are added with place 0 last.
 //   rows          Llama 4. Four patches make one token, and the last step of that is left out: a
 //                 square's tokens come column by column. Here they come row by row.
+//   activation    Gemma 4. Its files name no activation, which llama.cpp reads as CLIP's quick
+//   GELU.
+//                 CLIP's networks have no gate: a gated one gets GELU.
 //   cleared       Pixtral. Memory that nothing has written is "cleared" by a factor of 0, which
 //                 leaves NaN where there was NaN or infinity. Here it is cleared.
 //

@@ -276,6 +276,21 @@ def test_four_patches_that_make_a_token_are_reordered_twice(
     assert graph.asked() == (set() if reordered else {"rows"})
 
 
+def test_a_gated_network_has_no_quick_gelu(encoder_graph: EncoderGraph) -> None:
+    graph = encoder_graph
+    pixels = graph.leaf("pixels", 8, 4)
+    kind = ggml_function("ggml_get_glu_op", ctypes.c_void_p)
+    quick, usual, silu = (
+        graph.node(f"{name}_split", graph.project(pixels), graph.project(pixels))
+        for name in ("geglu_quick", "geglu", "swiglu")
+    )
+    silu_kind = kind(silu)
+    graph.allocate()
+    assert graph.asked() == {"activation"}
+    assert kind(quick) == kind(usual)
+    assert kind(silu) == silu_kind != kind(usual)
+
+
 def test_memory_that_nothing_wrote_is_cleared_where_a_factor_of_zero_is_to_do_it(
     encoder_graph: EncoderGraph,
 ) -> None:

@@ -89,8 +89,11 @@ class Projector:
 
     @property
     def mended(self) -> frozenset[str]:
-        """What has been put right: "layer" in the file, see `cmg_gguf.llama.legacy`; "class token",
-        "places", "rows", "cleared" in the graphs that ran so far, see csrc/encoder_mend.hpp."""
+        """What has been put right.
+
+        "layer": in the file, see `cmg_gguf.llama.legacy`. "class token", "places", "rows",
+        "activation", "cleared": in the graphs that ran so far, see csrc/encoder_mend.hpp.
+        """
         found = set(self._mend.mended) if self._mend is not None else set()
         return frozenset(found | {"layer"} if self._is_legacy else found)
 
