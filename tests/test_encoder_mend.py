@@ -30,6 +30,7 @@ from cmg_gguf.llama.legacy import lacks_layer
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.prompt.segments import ImageSegment
+from cmg_gguf.tiny.pair import embedded_pair
 
 CLOSE = 0.01
 """llama.cpp looks GELU up in a table of half precision; embeddings have an RMS of about 1."""
@@ -133,14 +134,14 @@ def test_a_break_behind_a_row_is_never_made_of_what_memory_held(opened: Opens) -
 # --- what is in order ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [TinyConfig(), TinyConfig(longest_edge=112)])
+@pytest.mark.parametrize("config", [TinyConfig(), TinyConfig(longest_edge=112), None])
 def test_an_encoder_without_a_class_token_is_left_alone_bit_for_bit(
-    written: Callable[[TinyConfig], TinyPair], config: TinyConfig
+    written: Callable[[TinyConfig], TinyPair], config: TinyConfig | None
 ) -> None:
-    pair = written(config)
-    model = Model.load(pair.llm, n_gpu_layers=0)
-    mended = Projector(pair.mmproj, model, use_gpu=False, n_threads=1)
-    stock = Projector(pair.mmproj, model, use_gpu=False, n_threads=1, encoder="stock")
+    llm, mmproj = embedded_pair() if config is None else written(config)
+    model = Model.load(llm, n_gpu_layers=0)
+    mended = Projector(mmproj, model, use_gpu=False, n_threads=1)
+    stock = Projector(mmproj, model, use_gpu=False, n_threads=1, encoder="stock")
     np.testing.assert_array_equal(encoded(mended, picture(2)), encoded(stock, picture(2)))
     assert mended.mended == frozenset()
     for projector in (mended, stock):
