@@ -51,6 +51,8 @@ def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
 def _projector_block(path: Path, model: Model) -> dict[str, Any]:
     """What an mmproj file holds, and the tokens it makes of a square image."""
     projector = Projector(path, model, use_gpu=False)
+    # What is to be mended is known when something has been encoded.
+    projector.encode(projector.tokenize(projector.marker, [np.zeros((32, 32, 3), np.uint8)]))
     facts = projector_facts(path)
     size = facts.image_size or SIZE_IF_UNKNOWN
     square = np.zeros((size, size, 3), np.uint8)
@@ -59,4 +61,5 @@ def _projector_block(path: Path, model: Model) -> dict[str, Any]:
         "projector": facts.kind,
         "image_size": size,
         "image_tokens": projector.tokenize(projector.marker, [square]).n_image_tokens,
+        "mended": sorted(projector.mended),
     }

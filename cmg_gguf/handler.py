@@ -13,7 +13,7 @@ from typing import Any
 import llama_cpp
 
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.opening import Pairing
+from cmg_gguf.opening import Encoder, Pairing
 from cmg_gguf.request import check_guidance
 from cmg_gguf.vlm import GuidedVLM
 
@@ -22,8 +22,8 @@ class CMGChatHandler:
     """A chat handler that answers under guidance with the model its `Llama` has loaded.
 
     mmproj_path: the image projector. guidance: used for every answer; None = `Guidance()`.
-    chat_template, pairing, prefix_cells, use_gpu: as in `GuidedVLM`. A KV cache of its own is made
-    with the first answer, with the context settings of that `Llama`.
+    chat_template, pairing, prefix_cells, encoder, use_gpu: as in `GuidedVLM`. A KV cache of its own
+    is made with the first answer, with the context settings of that `Llama`.
 
     The options of `Llama.create_chat_completion` have their usual meaning; replies carry a `cmg`
     block. Raises GuidanceError for guidance that is none, and what `GuidedVLM` and
@@ -38,6 +38,7 @@ class CMGChatHandler:
         chat_template: str | None = None,
         pairing: Pairing = "auto",
         prefix_cells: int | None = None,
+        encoder: Encoder = "mended",
         use_gpu: bool = True,
     ) -> None:
         if guidance is not None:
@@ -47,6 +48,7 @@ class CMGChatHandler:
         self._chat_template = chat_template
         self._pairing: Pairing = pairing
         self._prefix_cells = prefix_cells
+        self._encoder: Encoder = encoder
         self._use_gpu = use_gpu
         self._vlms: weakref.WeakKeyDictionary[llama_cpp.Llama, GuidedVLM]
         self._vlms = weakref.WeakKeyDictionary()
@@ -60,6 +62,7 @@ class CMGChatHandler:
                 chat_template=self._chat_template,
                 pairing=self._pairing,
                 prefix_cells=self._prefix_cells,
+                encoder=self._encoder,
                 use_gpu=self._use_gpu,
             )
         return self._vlms[llama]

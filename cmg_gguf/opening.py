@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import llama_cpp
 
@@ -17,6 +17,7 @@ from cmg_gguf.engine.steps import Strategy as Steps
 from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.llama.context import ContextOptions, LlamaContext
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.projector import Encoder as Encoder
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.prompt.templates import ChatTemplate
 
@@ -47,6 +48,7 @@ class PairOptions:
     image_cache_bytes: int = IMAGE_CACHE_BYTES
     strategy: Strategy = "auto"
     n_parallel: int | None = None
+    encoder: Encoder = "mended"
     use_gpu: bool = True
 
     def __post_init__(self) -> None:
@@ -57,6 +59,8 @@ class PairOptions:
             )
         if self.pairing not in ("auto", "pair", "contexts"):
             raise UnsupportedError(f"pairing={self.pairing!r} is unknown: auto, pair or contexts")
+        if self.encoder not in get_args(Encoder):
+            raise UnsupportedError(f"encoder={self.encoder!r} is unknown: mended or stock")
         if self.strategy not in STEPS:
             raise UnsupportedError(
                 f"strategy={self.strategy!r} is unknown: one of {', '.join(STEPS)}"
@@ -97,6 +101,7 @@ def open_pair(
         use_gpu=options.use_gpu,
         n_threads=context.n_threads,
         cache_bytes=options.image_cache_bytes,
+        encoder=options.encoder,
     )
     # A recurrent state cannot be cut back to where two prompts part.
     keeps = options.prefix_cells != 0 and not model.has_recurrent_layers

@@ -19,6 +19,7 @@ from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.many import Outcome, generate_many
 from cmg_gguf.opening import (
     IMAGE_CACHE_BYTES,
+    Encoder,
     Pair,
     Pairing,
     PairOptions,
@@ -54,8 +55,9 @@ class GuidedVLM:
     request gives the same bits whatever the clock says; both give the same tokens, but for
     rounding. "approximate" = rows that waited in vain are never decoded: cheaper, and other tokens,
     see `cmg_gguf.engine.steps`. n_parallel: answers that are made at once, sharing n_ctx; None = 4
-    on a CPU, 8 on an accelerator. verbose: llama.cpp's log on stderr. The others: see
-    `ContextOptions`.
+    on a CPU, 8 on an accelerator. encoder: "mended" = the image encoder is put right where
+    llama.cpp's is not (`projector.mended` says what was), "stock" = it is left as it is. verbose:
+    llama.cpp's log on stderr. The others: see `ContextOptions`.
 
     Any number of threads may ask; requests beyond n_parallel, or beyond what n_ctx has room for,
     wait in order. Raises ModelError, ProjectorError, BackendError, PromptError (template).
@@ -82,6 +84,7 @@ class GuidedVLM:
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         strategy: Strategy = "auto",
         n_parallel: int | None = None,
+        encoder: Encoder = "mended",
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -92,6 +95,7 @@ class GuidedVLM:
             image_cache_bytes=image_cache_bytes,
             strategy=strategy,
             n_parallel=n_parallel,
+            encoder=encoder,
             use_gpu=n_gpu_layers != 0,
         )
         set_verbose(verbose)
@@ -125,9 +129,9 @@ class GuidedVLM:
 
         The weights are shared; the KV cache is not, for the patch must be in a context from the
         start. Its settings are those of `llama`'s. options: chat_template, pairing, prefix_cells,
-        image_cache_bytes, strategy, n_parallel as in `GuidedVLM`; use_gpu = False keeps the image
-        encoder on the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that belongs
-        to its own context.
+        image_cache_bytes, strategy, n_parallel, encoder as in `GuidedVLM`; use_gpu = False keeps
+        the image encoder on the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that
+        belongs to its own context.
         """
         vlm = cls.__new__(cls)
         vlm._set_up(open_on_llama(llama, mmproj_path, PairOptions(**options)))

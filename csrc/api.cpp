@@ -71,6 +71,11 @@ void check_op_names(const Api & api) {
         {GGML_OP_PERMUTE, "PERMUTE"},
         {GGML_OP_ROPE, "ROPE"},
         {GGML_OP_GLU, "GLU"},
+        {GGML_OP_ADD, "ADD"},
+        {GGML_OP_CONCAT, "CONCAT"},
+        {GGML_OP_CONT, "CONT"},
+        {GGML_OP_GET_ROWS, "GET_ROWS"},
+        {GGML_OP_REPEAT, "REPEAT"},
     };
     for (const auto & [op, name] : ops) {
         check(std::strcmp(api.ggml_op_name(op), name) == 0, std::string("operation ") + name);

@@ -5,6 +5,7 @@ PYBIND11_MODULE(_core, m) {
     cmg::bind_functions(m);
     cmg::bind_callbacks(m);
     cmg::bind_policies(m);
+    cmg::bind_encoder(m);
     cmg::bind_graph_patch(m);
     cmg::bind_sampler(m);
 }

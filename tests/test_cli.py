@@ -185,6 +185,8 @@ def test_defaults_are_those_of_the_library() -> None:
     defaults = {n: p.default for n, p in inspect.signature(GuidedVLM).parameters.items()}
     assert get_args(ModelStrategy) == get_args(Strategy)
     assert "strategy" not in ModelFlags().options()  # each command has its own
+    assert ModelFlags().options()["encoder"] == defaults["encoder"]
+    assert ModelFlags(stock_encoder=True).options()["encoder"] == "stock"
     for flag in ("chat_template", "pairing", "n_gpu_layers", "verbose", *names):
         assert getattr(ModelFlags(), flag) == defaults[names.get(flag, flag)], flag
 

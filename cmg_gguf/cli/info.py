@@ -26,6 +26,16 @@ Examples:
   cmg-gguf info -m llava.gguf --layers 10-20   which layers that means
 """
 
+MENDS = {
+    "activation": "its gated networks have GELU, which its file does not name",
+    "class token": "its class token stands before the patches (llama.cpp issue 25814)",
+    "cleared": "what stands behind a row of patches does not depend on what memory held",
+    "layer": "the last layer of its file is run (llama.cpp issue 25817)",
+    "places": "each patch has the place that was learned for it",
+    "rows": "image tokens come row by row",
+}
+"""What is said of a mend of the image encoder."""
+
 
 @manners()
 def info(
@@ -89,6 +99,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
             ("", f"projector {mmproj['projector'] or 'of unknown kind'}"),
             ("image tokens", f"{mmproj['image_tokens']} for {side} x {side} pixels"),
         ]
+        lines += [("mended", MENDS[name]) for name in mmproj["mended"]]
     if model:
         lines.append(("masked layers", _masked(facts["guidance"], model["layers"])))
     lines += [

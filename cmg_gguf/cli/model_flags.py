@@ -146,6 +146,14 @@ class ModelFlags:
             "eval exact.",
         ),
     ] = None
+    stock_encoder: Annotated[
+        bool,
+        _flag(
+            "--stock-encoder",
+            help="Leave the image encoder as llama.cpp has it, also where it is known not to do "
+            "what the model was trained with (see info).",
+        ),
+    ] = False
     verbose: Annotated[
         bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False
@@ -169,6 +177,7 @@ class ModelFlags:
             "chat_template": self.chat_template,
             "pairing": self.pairing,
             "prefix_cells": self.prefix_cells,
+            "encoder": "stock" if self.stock_encoder else "mended",
             **({} if self.strategy is None else {"strategy": self.strategy}),
             "verbose": self.verbose,
         }

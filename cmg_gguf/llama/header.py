@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import llama_cpp.llama_cpp
 from cmg_gguf.errors import ModelError
 from cmg_gguf.llama.log import captured_errors
 
-_UINT32, _STRING = 4, 8  # gguf_type
+_UINT32, _BOOL, _STRING = 4, 7, 8  # gguf_type
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
-def _gguf() -> ctypes.CDLL:
+def gguf_library() -> ctypes.CDLL:
+    """The functions of gguf.h that this package calls."""
     # libllama's own ggml: llama_cpp can have a second one loaded, with a log of its own.
     lib: ctypes.CDLL = llama_cpp.llama_cpp._lib
     signatures: dict[str, tuple[list[Any], Any]] = {
@@ -39,6 +41,14 @@ def _gguf() -> ctypes.CDLL:
         "gguf_get_kv_type": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_int),
         "gguf_get_val_str": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_char_p),
         "gguf_get_val_u32": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint32),
+        "gguf_get_val_bool": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_bool),
+        "gguf_find_tensor": ([ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int64),
+        "gguf_get_meta_size": ([ctypes.c_void_p], ctypes.c_size_t),
+        "gguf_get_meta_data": ([ctypes.c_void_p, ctypes.c_void_p], None),
+        "gguf_set_arr_data": (
+            [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t],
+            None,
+        ),
         "gguf_get_n_tensors": ([ctypes.c_void_p], ctypes.c_int64),
         "gguf_get_data_offset": ([ctypes.c_void_p], ctypes.c_size_t),
         "gguf_get_tensor_offset": ([ctypes.c_void_p, ctypes.c_int64], ctypes.c_size_t),
@@ -68,7 +78,7 @@ def read_architecture(path: Path, what: str) -> str:
         raise ModelError(
             f"{what} file {path} is no GGUF file: it begins with {magic!r}, not b'GGUF'"
         )
-    lib = _gguf()
+    lib = gguf_library()
     with captured_errors() as errors:
         gguf = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
     if not gguf:
@@ -85,24 +95,52 @@ def read_architecture(path: Path, what: str) -> str:
 
 def projector_facts(path: str | Path) -> ProjectorFacts:
     """Facts in the header of an mmproj file that `Projector` has accepted; "" and 0 if missing."""
-    lib = _gguf()
-    gguf = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
+    with open_header(path) as header:
+        kind = header.text("clip.projector_type") or header.text("clip.vision.projector_type")
+        return ProjectorFacts(kind, header.number("clip.vision.image_size"))
+
+
+class Header:
+    """The header of a GGUF file, without its tensors' data. handle: gguf_context pointer."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self._lib = gguf_library()
+
+    def text(self, key: str) -> str:
+        """ "" if there is no such key."""
+        value: bytes = self._value(key, _STRING, self._lib.gguf_get_val_str) or b""
+        return value.decode("utf-8", "replace")
+
+    def number(self, key: str) -> int:
+        """0 if there is no such key."""
+        return int(self._value(key, _UINT32, self._lib.gguf_get_val_u32) or 0)
+
+    def flag(self, key: str) -> bool:
+        """False if there is no such key."""
+        return bool(self._value(key, _BOOL, self._lib.gguf_get_val_bool))
+
+    def has_key(self, key: str) -> bool:
+        return int(self._lib.gguf_find_key(self.handle, key.encode())) >= 0
+
+    def has_tensor(self, name: str) -> bool:
+        return int(self._lib.gguf_find_tensor(self.handle, name.encode())) >= 0
+
+    def _value(self, key: str, kind: int, read: Any) -> Any:
+        index = self._lib.gguf_find_key(self.handle, key.encode())
+        found = index >= 0 and self._lib.gguf_get_kv_type(self.handle, index) == kind
+        return read(self.handle, index) if found else None
+
+
+@contextmanager
+def open_header(path: str | Path) -> Iterator[Header]:
+    """The header of a file that `read_architecture` has accepted."""
+    lib = gguf_library()
+    handle = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
     try:
-        keys = ("clip.projector_type", "clip.vision.projector_type")
-        kind = _value(gguf, keys, _STRING, lib.gguf_get_val_str)
-        size = _value(gguf, ("clip.vision.image_size",), _UINT32, lib.gguf_get_val_u32)
-        return ProjectorFacts((kind or b"").decode("utf-8", "replace"), size or 0)
+        yield Header(handle)
     finally:
-        lib.gguf_free(gguf)
-
-
-def _value(gguf: int, keys: Sequence[str], kind: int, read: Any) -> Any:
-    lib = _gguf()
-    for key in keys:
-        index = lib.gguf_find_key(gguf, key.encode())
-        if index >= 0 and lib.gguf_get_kv_type(gguf, index) == kind:
-            return read(gguf, index)
-    return None
+        lib.gguf_free(handle)
 
 
 def _check_size(lib: ctypes.CDLL, gguf: int, path: Path, what: str) -> None:

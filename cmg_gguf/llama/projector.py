@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import secrets
@@ -9,21 +10,27 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from llama_cpp import mtmd_cpp
+from llama_cpp import llama_cpp, mtmd_cpp
 
+from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import BackendError, ModelError, ProjectorError, PromptError
 from cmg_gguf.llama.chunks import Chunk, Part, Pixels, Source, cut
 from cmg_gguf.llama.embeddings import Embeddings
 from cmg_gguf.llama.header import read_architecture
+from cmg_gguf.llama.legacy import lacks_layer, repaired
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
 from cmg_gguf.prompt.specials import split_specials
+
+Encoder = Literal["mended", "stock"]
+"""Whether the image encoder is put right where llama.cpp's is not, see csrc/encoder_mend.hpp."""
 
 
 class Projector:
@@ -31,7 +38,8 @@ class Projector:
 
     handle: mtmd_context pointer. model: the language model it belongs to. marker: the text that
     stands for an image in a prompt; random, so that no user text contains it. embeddings: encoded
-    images, of which cache_bytes are kept. Several threads may ask; one at a time is served.
+    images, of which cache_bytes are kept. encoder: "stock" leaves llama.cpp's image encoder as it
+    is. Several threads may ask; one at a time is served.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class Projector:
         use_gpu: bool = True,
         n_threads: int = 0,
         cache_bytes: int = 0,
+        encoder: Encoder = "mended",
     ) -> None:
         """Raises ProjectorError for a missing, damaged, swapped or unfitting file."""
         path = Path(path)
@@ -57,15 +66,14 @@ class Projector:
         self.path = path
         self.embeddings = Embeddings(cache_bytes)
         self.marker = f"<__image_{secrets.token_hex(16)}__>"
-        params = mtmd_cpp.mtmd_context_params_default()
-        params.use_gpu = use_gpu
-        params.print_timings = False
-        params.warmup = False
-        params.media_marker = self.marker.encode()
-        if n_threads > 0:
-            params.n_threads = n_threads
-        with captured_errors() as errors:
-            handle = mtmd_cpp.mtmd_init_from_file(os.fsencode(path), model.handle, params)
+        self._mend = _core.EncoderMend() if encoder == "mended" else None
+        self._is_legacy = self._mend is not None and lacks_layer(path)
+        params = self._params(use_gpu, n_threads)
+        with (
+            repaired(path) if self._is_legacy else nullcontext(path) as file,
+            captured_errors() as errors,
+        ):
+            handle = mtmd_cpp.mtmd_init_from_file(os.fsencode(file), model.handle, params)
         if not handle:
             reason = errors[0] if errors else "no reason given"
             raise ProjectorError(
@@ -75,10 +83,20 @@ class Projector:
         self.model = model
         self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(handle)
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _free, handle, model.keepalive)
+        self._finalizer = weakref.finalize(self, _free, handle, (model.keepalive, self._mend))
         if not mtmd_cpp.mtmd_support_vision(handle):
             self.close()
             raise ProjectorError(f"{path} cannot see: it has no image encoder")
+
+    @property
+    def mended(self) -> frozenset[str]:
+        """What has been put right.
+
+        "layer": in the file, see `cmg_gguf.llama.legacy`. "class token", "places", "rows",
+        "activation", "cleared": in the graphs that ran so far, see csrc/encoder_mend.hpp.
+        """
+        found = set(self._mend.mended) if self._mend is not None else set()
+        return frozenset(found | {"layer"} if self._is_legacy else found)
 
     def close(self) -> None:
         """Frees the image encoder."""
@@ -140,6 +158,21 @@ class Projector:
                 progress(encoding.done, encoding.total)
         return encoding.prompt
 
+    def _params(self, use_gpu: bool, n_threads: int) -> Any:
+        params = mtmd_cpp.mtmd_context_params_default()
+        params.use_gpu = use_gpu
+        params.print_timings = False
+        params.warmup = False
+        params.media_marker = self.marker.encode()
+        if n_threads > 0:
+            params.n_threads = n_threads
+        if self._mend is not None:
+            params.cb_eval = ctypes.cast(
+                self._mend.callback, llama_cpp.ggml_backend_sched_eval_callback
+            )
+            params.cb_eval_user_data = self._mend.user_data
+        return params
+
     def _parts(self, text: str, seams: Sequence[int]) -> tuple[Part | None, ...]:
         parts: list[Part | None] = []
         start = 0
@@ -177,7 +210,7 @@ class Projector:
 
     def _embed(self, chunk: Chunk) -> FloatArray:
         with captured_errors() as errors:
-            code = mtmd_cpp.mtmd_encode_chunk(self.handle, chunk.handle)
+            code = self._run(chunk)
         pointer = mtmd_cpp.mtmd_get_output_embd(self.handle) if code == 0 else None
         if not pointer:
             reason = errors[0] if errors else f"code {code}"
@@ -187,6 +220,20 @@ class Projector:
         if not np.isfinite(embd).all():
             raise BackendError("the image encoder gave values that are not finite")
         return embd
+
+    def _run(self, chunk: Chunk) -> int:
+        if self._mend is None:
+            return int(mtmd_cpp.mtmd_encode_chunk(self.handle, chunk.handle))
+        self._mend.begin()
+        code = int(mtmd_cpp.mtmd_encode_chunk(self.handle, chunk.handle))
+        try:
+            self._mend.end()
+        except RuntimeError as exc:
+            raise BackendError(
+                f'the image encoder\'s graph cannot be mended ({exc}); with encoder="stock" it is '
+                "left as llama.cpp has it"
+            ) from exc
+        return code
 
 
 class PromptEncoding:
@@ -247,5 +294,6 @@ def _is_inside(chunks: Sequence[Any], i: int) -> bool:
     return len(around) == 2 and len(images) == 1 and all(isinstance(c, Chunk) for c in around)
 
 
-def _free(handle: Any, model: Model | None) -> None:
+def _free(handle: Any, needed: object) -> None:
+    """needed: what must outlive the encoder."""
     mtmd_cpp.mtmd_free(handle)

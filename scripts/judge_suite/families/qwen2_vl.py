@@ -1,0 +1,104 @@
+"""Qwen2-VL: an encoder for every shape, four patches to a token, positions in three dimensions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from judge_suite.checkpoint import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Pixels,
+    normalized,
+    randomize,
+    save,
+    text_config,
+)
+from judge_suite.family import CHATML, Family, chatml_template
+from judge_suite.vocabulary import write_tokenizer
+
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+TEMPLATE = chatml_template("<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def build(folder: Path) -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    ids = write_tokenizer(folder, SPECIAL, bos=None, eos="<|im_end|>", template=TEMPLATE)
+    config = Qwen2VLConfig(
+        text_config=text_config(
+            ids,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+            bos_token_id=None,
+            eos_token_id=ids["<|im_end|>"],
+        ),
+        vision_config={
+            "depth": 3,
+            "embed_dim": 64,
+            "hidden_size": 128,
+            "num_heads": 2,
+            "mlp_ratio": 4,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "in_channels": 3,
+        },
+        tie_word_embeddings=False,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    model = Qwen2VLForConditionalGeneration(config)
+    randomize(model)
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+    }
+    save(model, folder, preprocessor)
+    return model
+
+
+def patches(model: Any, images: list[Pixels]) -> dict[str, Any]:
+    """Patches in the encoder's order: those of one token together, the picture twice in time."""
+    vision = model.config.vision_config
+    p, merge, n_times = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    rows, grids = [], []
+    for image in images:
+        x = np.stack([normalized(image, CLIP_MEAN, CLIP_STD)] * n_times)
+        h, w = x.shape[2] // p, x.shape[3] // p
+        x = x.reshape(n_times, 3, h // merge, merge, p, w // merge, merge, p)
+        x = x.transpose(2, 5, 3, 6, 1, 0, 4, 7)
+        rows.append(x.reshape(h * w, 3 * n_times * p * p))
+        grids.append([1, h, w])
+    values = torch.from_numpy(np.concatenate(rows))
+    return {"pixel_values": values, "image_grid_thw": torch.tensor(grids)}
+
+
+FAMILIES = (
+    Family(
+        name="qwen2_vl",
+        build=build,
+        inputs=patches,
+        sizes=((140, 168), (112, 140)),
+        **CHATML,
+    ),
+)
