@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from cmg_gguf.answer.generate import Generation
 from cmg_gguf.answer.outbox import End, Outbox
-from cmg_gguf.answer.scheduler import Admission, Encoding, Scheduler, Steps
+from cmg_gguf.answer.scheduler import Scheduler
+from cmg_gguf.answer.work import Admission, Encoding, Steps
 from cmg_gguf.engine.contrast import ContrastSession
 from cmg_gguf.engine.engine import AnySession
 from cmg_gguf.engine.session import Session
@@ -93,7 +94,7 @@ class _Told:
 
 
 class Run:
-    """One answer in the making: see `cmg_gguf.answer.scheduler.Work`. reply: None until it is
+    """One answer in the making: see `cmg_gguf.answer.work.Work`. reply: None until it is
     finished."""
 
     def __init__(

@@ -13,7 +13,7 @@ import pytest
 from works import ENCODE, PATIENCE, Stage, Want, Work, driving, in_time
 
 from cmg_gguf.answer.outbox import End, Outbox
-from cmg_gguf.answer.scheduler import Admission
+from cmg_gguf.answer.work import Admission
 from cmg_gguf.errors import BackendError, ModelError
 
 
@@ -88,7 +88,10 @@ def test_an_answer_begins_where_it_is_alone_whatever_it_says(
     assert stage.of("began") == stage.of("ended") == ["a", "b", "c"]
 
 
-def test_the_thread_ends_with_the_work_and_comes_back(stage: Stage) -> None:
+def test_the_thread_ends_some_time_behind_the_work_and_comes_back(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmg_gguf.answer.worker.IDLE_SECONDS", 0.02)
     for _ in range(3):
         stage.play(Work(stage, "a", [1]))
         deadline = time.monotonic() + PATIENCE

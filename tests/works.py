@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from cmg_gguf.answer.scheduler import Admission, Encoding, Scheduler
+from cmg_gguf.answer.scheduler import Scheduler
+from cmg_gguf.answer.work import Admission, Encoding
 
 ENCODE = "encode"
 """Stands for an image to encode among what a work wants."""

@@ -2,10 +2,10 @@
 
     scheduler.submit(work)      # from any thread; its events come through its own outbox
 
-A thread of the scheduler's own lives as long as there is work. In each round every answer that
-takes a step shares one decode; beside it go at most one image's encoding, and one micro-batch of a
-long prompt or of an image. So an answer never waits longer than those for its next token, whatever
-others bring. Answers join and leave between rounds:
+It works in a thread of its own, which stays for a while behind the last answer. In each round all
+answers that take a step share one decode; beside it go at most one image's encoding, and one
+micro-batch of a long prompt or of an image. So an answer never waits longer than those for its next
+token, whatever others bring. Answers join and leave between rounds:
 
     waiting   in order, until a lane is free and prompt and a share of the answer fit; one whose
               picture another is just decoding waits for it, and goes on from its cells
@@ -16,65 +16,18 @@ others bring. Answers join and leave between rounds:
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import itertools
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
+from cmg_gguf.answer import worker
+from cmg_gguf.answer.work import Encoding, Engine, Rows, Steps, Wanted, Work
 from cmg_gguf.errors import BackendError, ModelError
-
-Admission: TypeAlias = Literal["go", "full", "soon"]
-"""Whether an answer may begin; "soon": it waits for another's picture, and holds nobody up."""
-
-
-@dataclass(frozen=True, eq=False)
-class Encoding:
-    """An image to encode, or what else takes as long and decodes nothing."""
-
-    run: Callable[[], None]
-
-
-class Rows(Protocol):
-    """Rows to decode: see `cmg_gguf.engine.batch`."""
-
-    @property
-    def n_rows(self) -> int: ...
-
-    @property
-    def is_image(self) -> bool: ...
-
-
-Wanted: TypeAlias = Encoding | Rows
-Steps: TypeAlias = Generator[Any, Any, None]
-"""Yields `Wanted`; is sent what came of rows, and None for an encoding."""
-
-
-class Work(Protocol):
-    """An answer to make. cancelled: nobody wants it any more."""
-
-    cancelled: bool
-
-    def admission(self) -> Admission: ...
-
-    def steps(self) -> Steps:
-        """Begins it, or goes on behind what was said; closed early, it frees what it holds."""
-        ...
-
-    def ended(self, error: BaseException | None) -> None: ...
-
-
-class Engine(Protocol):
-    """What decodes: see `cmg_gguf.engine.engine.Engine`."""
-
-    def together(self, batches: Sequence[Any]) -> list[list[int]]: ...
-    def decode(self, batches: Sequence[Any]) -> Sequence[Any]: ...
-    def make_room(self) -> bool: ...
 
 
 @dataclass(eq=False)
@@ -117,12 +70,22 @@ class Scheduler:
         self._closed = False
         self._n_held = 0
         self._ticket = itertools.count()
-        _close_at_exit(self)
+        worker.close_at_exit(self)
 
     @property
     def is_closed(self) -> bool:
         """Whether nothing more is answered."""
         return self._closed
+
+    @property
+    def has_work(self) -> bool:
+        """Whether its thread has something to do."""
+        return self._closed or bool(self._waiting or self._active)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to answer, now or any more."""
+        return self._closed or not (self._waiting or self._active)
 
     def check(self) -> None:
         """Raises ModelError if the model is closed."""
@@ -148,7 +111,8 @@ class Scheduler:
             self.check()
             self._waiting.append(work)
             if self._thread is None:
-                threading.Thread(target=self._live, name="cmg-engine", daemon=True).start()
+                worker.start(self, self._lock)
+            self._lock.notify_all()
 
     @property
     def is_mine(self) -> bool:
@@ -173,6 +137,7 @@ class Scheduler:
         """Ends all answers with ModelError, and takes no more. Waits for the decode under way."""
         with self._lock:
             self._closed = True
+            self._lock.notify_all()
             self._lock.wait_for(lambda: self._n_held == 0)
             if not self.is_mine:
                 self._lock.wait_for(lambda: self._thread is None)
@@ -180,26 +145,32 @@ class Scheduler:
 
     def close_if_at_work(self) -> None:
         """Closes it if it is making answers."""
-        if self._thread is not None:
+        if not self.is_idle:
             self.close()
 
-    def _live(self) -> None:
+    def work(self) -> bool:
+        """Makes rounds while there is work. False: the thread is to end, another has its place."""
         with self._lock:
-            if self._thread is not None:
-                return  # another was quicker
+            if self._thread not in (None, threading.current_thread()):
+                return False
             self._thread = threading.current_thread()
-        while True:
-            with self._lock:
-                if self._closed or not (self._waiting or self._active):
-                    if self._closed:
-                        self._end_all(_closed_error())
-                    self._thread = None
-                    self._lock.notify_all()
-                    return
+        while not self._closed and (self._waiting or self._active):
             try:
                 self._round()
             except BaseException as exc:
                 self._end_all(exc)
+        return True
+
+    def resign(self) -> bool:
+        """Ends the thread's time, where nothing has come meanwhile; whether it is over."""
+        with self._lock:
+            if self._closed:
+                self._end_all(_closed_error())
+            elif self._waiting:
+                return False
+            self._thread = None
+            self._lock.notify_all()
+            return True
 
     def _end_all(self, error: BaseException) -> None:
         for active in tuple(self._active):
@@ -368,20 +339,3 @@ def _size(pending: _Pending) -> tuple[bool, int, int]:
 
 def _closed_error() -> ModelError:
     return ModelError("this GuidedVLM was closed before the answer was finished")
-
-
-_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
-
-
-def _close_at_exit(scheduler: Scheduler) -> None:
-    """No thread computes while the interpreter is taken down: what is registered last is called
-    first, and finalizers of the contexts were registered when those were made."""
-    if not _schedulers:
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
-    _schedulers.add(scheduler)
-
-
-def _close_all() -> None:
-    for scheduler in tuple(_schedulers):
-        scheduler.close_if_at_work()

@@ -17,7 +17,8 @@ from benchmarks.ratios import Times, in_turns
 from benchmarks.schedule import Asked, Schedule
 from benchmarks.subjects import N_QUESTIONS, Subject, pictures
 from cmg_gguf import Guidance, GuidedVLM, Request
-from cmg_gguf.answer.scheduler import Admission, Scheduler, Steps
+from cmg_gguf.answer.scheduler import Scheduler
+from cmg_gguf.answer.work import Admission, Steps
 from cmg_gguf.engine.engine import Engine
 from cmg_gguf.prompt.segments import Prompt
 
@@ -27,7 +28,7 @@ N_PICTURES, N_CAPTIONS = 8, 16
 
 
 class Replay:
-    """One caption of a prompt: see `cmg_gguf.answer.scheduler.Work`."""
+    """One caption of a prompt: see `cmg_gguf.answer.work.Work`."""
 
     cancelled = False
 
