@@ -1,7 +1,7 @@
 """The thread that a scheduler works in, and its end.
 
-It stays for a while behind the last answer, for each new thread that computes costs OpenMP a team of
-its own. Meanwhile it holds nothing: a model that is dropped is freed. None is left where the
+It stays for a while behind the last answer, for each new thread that computes costs OpenMP a team
+of its own. Meanwhile it holds nothing: a model that is dropped is freed. None is left where the
 interpreter is taken down.
 """
 
