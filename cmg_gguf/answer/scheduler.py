@@ -73,11 +73,6 @@ class Scheduler:
         worker.close_at_exit(self)
 
     @property
-    def is_closed(self) -> bool:
-        """Whether nothing more is answered."""
-        return self._closed
-
-    @property
     def has_work(self) -> bool:
         """Whether its thread has something to do."""
         return self._closed or bool(self._waiting or self._active)

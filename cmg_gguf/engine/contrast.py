@@ -17,7 +17,7 @@ from cmg_gguf.engine.session import cut_back
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.segments import Prompt, Segment, TextSegment
 
-_PLAIN = Guidance(alpha=0.0, beta=0.0)
+PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 
 class ContrastSession:
@@ -35,7 +35,7 @@ class ContrastSession:
     def __init__(self, branches: Branches, original: Prompt, degraded: Prompt) -> None:
         """original, degraded: the two prompts, their images encoded."""
         self.branches = branches
-        self._rows = [PromptRows(p, _PLAIN, 1, guided=False) for p in (original, degraded)]
+        self._rows = [PromptRows(p, PLAIN, 1, guided=False) for p in (original, degraded)]
         self._n_shared = shared_rows(original, degraded) if branches.paired else 0
         self._n_past = [0, 0]
         n = cells_of_both(original.n_tokens, degraded.n_tokens, branches)

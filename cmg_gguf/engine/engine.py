@@ -22,7 +22,7 @@ from typing import TypeAlias, TypeVar
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Batch, Decoded, Decodes, ImageBatch
 from cmg_gguf.engine.context import Branches, Context
-from cmg_gguf.engine.contrast import ContrastSession, cells_of_both
+from cmg_gguf.engine.contrast import PLAIN, ContrastSession, cells_of_both
 from cmg_gguf.engine.decoding import Decoder, Failure, together
 from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
@@ -37,8 +37,6 @@ from cmg_gguf.prompt.segments import ImageSegment, Prompt
 Progress: TypeAlias = Callable[[int, int], None]
 AnySession: TypeAlias = Session | ContrastSession
 SomeSession = TypeVar("SomeSession", Session, ContrastSession)
-
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 
 class Engine:

@@ -90,7 +90,7 @@ class ContextOptions:
 
 
 class LlamaContext:
-    """llama.cpp's context, behind `protocol.Context`."""
+    """llama.cpp's context, behind `cmg_gguf.engine.context.Context`."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class LlamaContext:
         outputs: npt.NDArray[np.bool_],
         plan: _core.Plan | None,
     ) -> None:
-        """See `protocol.Context.decode`. Raises BackendError; ContextLengthError if full."""
+        """See `Context.decode`. Raises BackendError; ContextLengthError if full."""
         self._check_open()
         self._batch.fill(tokens, positions, seqs, outputs)
         with self._patched(plan):
@@ -160,7 +160,7 @@ class LlamaContext:
         first: int = 0,
         n_rows: int | None = None,
     ) -> None:
-        """See `protocol.Context.decode_image`."""
+        """See `Context.decode_image`."""
         self._check_open()
         n = image.n_tokens - first if n_rows is None else n_rows
         if image.embd is None:
@@ -179,7 +179,7 @@ class LlamaContext:
             llama_cpp.llama_set_causal_attn(self.handle, True)
 
     def logits_address(self, row: int) -> int:
-        """See `protocol.Context.logits_address`."""
+        """See `Context.logits_address`."""
         self._check_open()
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
         address = ctypes.cast(pointer, ctypes.c_void_p).value
@@ -188,26 +188,26 @@ class LlamaContext:
         return address
 
     def share(self, source: int, target: int, n_pos: int) -> None:
-        """See `protocol.Context.share`. Metadata only: no KV cell is copied."""
+        """See `Context.share`. Metadata only: no KV cell is copied."""
         self._check_open()
         llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
         if n_pos > 0:
             llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, n_pos)
 
     def share_more(self, source: int, target: int, start: int, stop: int) -> None:
-        """See `protocol.Context.share_more`. Metadata only."""
+        """See `Context.share_more`. Metadata only."""
         self._check_open()
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, stop)
 
     def truncate(self, seq: int, n_pos: int) -> None:
-        """See `protocol.Context.truncate`. Nothing is left to drop after `close`."""
+        """See `Context.truncate`. Nothing is left to drop after `close`."""
         if not self._finalizer.alive:
             return
         if not llama_cpp.llama_memory_seq_rm(self._memory, seq, n_pos if n_pos else -1, -1):
             raise BackendError(f"sequence {seq} cannot be cut back to {n_pos} positions")
 
     def is_whole(self, seq: int) -> bool:
-        """See `protocol.Context.is_whole`."""
+        """See `Context.is_whole`."""
         self._check_open()
         return bool(llama_cpp.llama_memory_seq_pos_min(self._memory, seq) == 0)
 
