@@ -40,6 +40,7 @@ def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
             "description": model.describe(),
             "bytes": model.size,
             "layers": model.n_layer,
+            "attention_layers": list(model.attention_layers),
             "vocabulary": model.n_vocab,
             "context": model.n_ctx_train,
             "chat_template": "own" if model.chat_template() else DEFAULT_TEMPLATE,

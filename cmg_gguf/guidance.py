@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -97,7 +97,7 @@ class LayerSet:
 
 @dataclass(frozen=True)
 class LayerRange:
-    """Layers round(start * L) to round(stop * L) - 1 of a model with L layers.
+    """Layers round(start * L) to round(stop * L) - 1 of a model with L layers, if they attend.
 
     start, stop: fractions of the depth, 0 <= start < stop <= 1.
     """
@@ -130,7 +130,8 @@ class AttentionMass:
 
 @dataclass(frozen=True)
 class LowestCosine:
-    """The round(share * L) layers, at least one, that turn the hidden state most.
+    """The round(share * L) of the L layers that attend, at least one, that turn the hidden state
+    most.
 
     Lowest cosine similarity between the residual stream before and after the layer, at the last
     prompt row of the original branch.
@@ -211,17 +212,28 @@ def _layer_set(layers: object) -> LayerSet:
     return LayerSet(tuple(layers))
 
 
-def static_layers(policy: LayerSet | LayerRange, n_layer: int) -> tuple[int, ...]:
+def static_layers(
+    policy: LayerSet | LayerRange, n_layer: int, attending: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Layers of an explicit policy in a model with `n_layer` layers, ascending.
 
-    Raises GuidanceError for a layer that the model does not have, or a range that holds none.
+    attending: those that attend, ascending; None = all. A range leaves the others out. Raises
+    GuidanceError for a layer that the model does not have or that does not attend, and for a range
+    that holds none.
     """
+    attending = range(n_layer) if attending is None else attending
+    named = ", ".join(map(str, attending))
     if isinstance(policy, LayerSet):
         for il in policy.layers:
             if il >= n_layer:
                 raise GuidanceError(
                     f"layer {il} is out of range: this model has {n_layer} layers (0-{n_layer - 1})"
                 )
+        if others := [il for il in policy.layers if il not in attending]:
+            raise GuidanceError(
+                f"layers {str(others)[1:-1]} do not attend, so there is nothing to mask in them: "
+                f"of this model's layers those that do are {named}"
+            )
         return policy.layers
     first, last = (math.floor(x * n_layer + 0.5) for x in (policy.start, policy.stop))
     if first >= last:
@@ -229,7 +241,13 @@ def static_layers(policy: LayerSet | LayerRange, n_layer: int) -> tuple[int, ...
             f"layers from {policy.start:g} to {policy.stop:g} of the depth hold no layer: "
             f"this model has {n_layer}; widen the range"
         )
-    return tuple(range(first, last))
+    layers = tuple(il for il in attending if first <= il < last)
+    if not layers:
+        raise GuidanceError(
+            f"layers from {policy.start:g} to {policy.stop:g} of the depth hold none that attends: "
+            f"of this model's {n_layer} those that do are {named}; widen the range"
+        )
+    return layers
 
 
 def layers_by_mass(share: float, image_attention: npt.NDArray[np.float64]) -> tuple[int, ...]:
@@ -246,13 +264,18 @@ def layers_by_mass(share: float, image_attention: npt.NDArray[np.float64]) -> tu
     return tuple(sorted(int(il) for il in order[:count]))
 
 
-def layers_by_cosine(share: float, cosines: npt.NDArray[np.float64]) -> tuple[int, ...]:
+def layers_by_cosine(
+    share: float, cosines: npt.NDArray[np.float64], attending: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Layers of LowestCosine(share), ascending.
 
     cosines: (n_layer,) float64 in [-1, 1], residual stream before against after each layer.
+    attending: the layers to choose from; None = all.
     """
-    count = max(1, math.floor(share * len(cosines) + 0.5))
-    return tuple(sorted(int(il) for il in np.argsort(cosines, kind="stable")[:count]))
+    layers = np.array(range(len(cosines)) if attending is None else attending, np.intp)
+    count = max(1, math.floor(share * len(layers) + 0.5))
+    order = np.argsort(cosines[layers], kind="stable")
+    return tuple(sorted(layers[order[:count]].tolist()))
 
 
 _RULES: dict[str, dict[str, type[Any]]] = {

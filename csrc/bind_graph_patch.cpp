@@ -122,6 +122,7 @@ void bind_graph_patch(py::module_ & m) {
             [](const GraphPatch & patch) { return patch.observation().n_boundaries(); })
         .def_property_readonly("n_masks",
                                [](const GraphPatch & patch) { return patch.masking().n_masks(); })
+        .def_property_readonly("attended_layers", &GraphPatch::attended_layers)
         .def_property_readonly("n_left_out",
                                [](const GraphPatch & patch) { return patch.fork().n_left_out(); })
         .def(

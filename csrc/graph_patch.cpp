@@ -9,11 +9,33 @@
 #include <utility>
 
 namespace cmg {
+namespace {
+
+std::vector<int32_t> marked(const std::vector<char> & layers) {
+    std::vector<int32_t> out;
+    for (size_t il = 0; il < layers.size(); il++) {
+        if (layers[il] != 0) {
+            out.push_back(static_cast<int32_t>(il));
+        }
+    }
+    return out;
+}
+
+// "3, 7, 11", or "none".
+std::string names_of(const std::vector<char> & layers) {
+    std::string names;
+    for (const int32_t il : marked(layers)) {
+        names += (names.empty() ? "" : ", ") + std::to_string(il);
+    }
+    return names.empty() ? "none" : names;
+}
+
+} // namespace
 
 GraphPatch::GraphPatch(int32_t n_layer, int32_t n_threads)
     : n_layer_(n_layer), ledger_(n_layer), fork_(plan_, n_layer), observation_(ledger_, n_threads),
-      masking_(ledger_), stream_(n_layer), unattended_(static_cast<size_t>(n_layer), 0),
-      written_layer_(n_layer) {}
+      masking_(ledger_), stream_(n_layer), written_(static_cast<size_t>(n_layer), 0),
+      attended_(written_), written_layer_(n_layer), ever_attended_(written_) {}
 
 void GraphPatch::begin(Plan plan) {
     tell_parked_error();
@@ -23,7 +45,8 @@ void GraphPatch::begin(Plan plan) {
     plan_ = std::move(plan);
     active_ = true;
     written_layer_ = n_layer_; // the first layer written starts the first micro-batch
-    unattended_.assign(static_cast<size_t>(n_layer_), 0);
+    std::fill(written_.begin(), written_.end(), 0);
+    std::fill(attended_.begin(), attended_.end(), 0);
     fork_.begin();
     stream_.begin(plan_);
 }
@@ -60,6 +83,10 @@ void GraphPatch::abandon() {
     plan_ = Plan{};
     batch_.reset();
     observation_.reached_boundary();
+}
+
+std::vector<int32_t> GraphPatch::attended_layers() const {
+    return marked(ever_attended_);
 }
 
 bool GraphPatch::callback(ggml_tensor * node, bool ask, void * self) {
@@ -115,14 +142,15 @@ bool GraphPatch::ask(ggml_tensor * node) {
         return false;
     }
     masking_.restore(node, attention);
-    if (!active_) {
-        return false;
-    }
     // Layers that share another layer's cache come after it, in order.
     attention.il = std::max(attention.cache_il, attention_layer_ + 1);
     attention_layer_ = attention.il;
-    unattended_[static_cast<size_t>(attention.cache_il)] = 0;
-    if (attention.il < n_layer_) {
+    if (attention.il >= n_layer_) {
+        return false;
+    }
+    attended_[static_cast<size_t>(attention.il)] = 1;
+    ever_attended_[static_cast<size_t>(attention.il)] = 1;
+    if (active_) {
         observation_.observe(attention, batch_);
         masking_.mask(node, attention, batch_);
     }
@@ -158,27 +186,32 @@ bool GraphPatch::ask_set_rows(ggml_tensor * node) {
 // Layers are written in ascending order; a layer not above the last one opens a micro-batch.
 void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
     if (il <= written_layer_) {
-        if (active_) {
+        if (active_ && batch_.n_rows() > 0) {
             check_layers_attended();
         }
         batch_.next(n_rows);
         observation_.begin_micro_batch();
         masking_.begin_micro_batch();
         attention_layer_ = -1;
-        std::fill(unattended_.begin(), unattended_.end(), 0);
+        std::fill(written_.begin(), written_.end(), 0);
+        std::fill(attended_.begin(), attended_.end(), 0);
     }
     written_layer_ = il;
-    unattended_[static_cast<size_t>(il)] = 1;
+    written_[static_cast<size_t>(il)] = 1;
 }
 
-// A graph whose attention is not recognised must not pass for one with nothing to mask.
+// A layer without attention, or whose attention is not recognised, must not pass for masked.
 void GraphPatch::check_layers_attended() const {
     for (int32_t il = 0; il < n_layer_; il++) {
         const bool needed = std::any_of(plan_.parts.begin(), plan_.parts.end(), [il](auto & part) {
             return part.observes(il) || part.masks(il);
         });
-        if (unattended_[static_cast<size_t>(il)] != 0 && needed) {
-            throw layer_error(il, "its attention was not found in this model's graph");
+        if (needed && attended_[static_cast<size_t>(il)] == 0) {
+            const bool writes = written_[static_cast<size_t>(il)] != 0;
+            throw layer_error(
+                il, std::string(writes ? "its attention was not found in this model's graph"
+                                       : "it has no attention in this model's graph") +
+                        "; those that do attend: " + names_of(attended_));
         }
     }
 }

@@ -53,7 +53,8 @@ class GraphPatch {
     void begin(Plan plan);
     // Drops the plan after a decode that succeeded. Rethrows what went wrong inside the callback:
     // nothing may be thrown through ggml, so errors are parked, the rest of that decode runs
-    // unpatched and its result is void. Throws if the graph had other rows than the plan.
+    // unpatched and its result is void. Throws if the graph had other rows than the plan, and if it
+    // showed no attention of a layer in which a part masks or observes: some layers have none.
     void end();
     // Drops the plan after a decode that failed.
     void abandon();
@@ -63,6 +64,8 @@ class GraphPatch {
     const Observation & observation() const { return observation_; }
     const Masking & masking() const { return masking_; }
     int32_t n_layer() const { return n_layer_; }
+    // Layers whose attention was asked about in any decode so far, ascending.
+    std::vector<int32_t> attended_layers() const;
 
   private:
     bool ask(ggml_tensor * node);
@@ -86,9 +89,12 @@ class GraphPatch {
     std::exception_ptr parked_; // the first error of the decode
 
     // Where we are within the micro-batch.
-    std::vector<char> unattended_; // [n_layer] K written, attention not asked yet
+    std::vector<char> written_;    // [n_layer] K was written
+    std::vector<char> attended_;   // [n_layer] attention was asked
     int32_t written_layer_;        // layer whose K was written last
     int32_t attention_layer_ = -1; // layer whose attention was asked last
+
+    std::vector<char> ever_attended_; // [n_layer] attention was asked in any decode
 };
 
 } // namespace cmg

@@ -65,6 +65,7 @@ class FakeContext:
     def __init__(self, fuse: Fuse, *, n_ctx: int = 100, n_ubatch: int = 8) -> None:
         self.n_ctx, self.n_ubatch = n_ctx, n_ubatch
         self.n_layer, self.n_vocab = N_LAYER, N_VOCAB
+        self.attention_layers = tuple(range(N_LAYER))
         self.merges, self.spare_seq = True, 99
         self.patch = cast(_core.GraphPatch, FakePatch())
         self.calls: list[Call] = []

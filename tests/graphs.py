@@ -17,11 +17,12 @@ from typing import Any, TypeAlias
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from cmg_gguf import _core
 
-N_LAYER, N_EMBD, N_HEAD = 4, 8, 2
+N_LAYER, N_EMBD, N_HEAD, N_CELLS = 4, 8, 2, 16
 F32, I32, I64 = 0, 26, 27
 SURVEYED = 5, 7
 """Rows of the graphs that are looked at: primes, and no count of anything else."""
@@ -46,9 +47,12 @@ class Graph:
     def __init__(self, n_rows: int = 2) -> None:
         self.n_rows = n_rows
         self.nodes: list[int] = []
+        self._buffers: list[tuple[int, npt.NDArray[np.int64]]] = []
         self._context = ggml_function("ggml_init", _InitParams)(_InitParams(2**20, None, True))
 
     def close(self) -> None:
+        for buffer, _memory in self._buffers:
+            ggml_function("ggml_backend_buffer_free", ctypes.c_void_p)(buffer)
         ggml_function("ggml_free", ctypes.c_void_p)(self._context)
 
     def leaf(self, name: str, *shape: int, kind: int = F32) -> int:
@@ -77,6 +81,15 @@ class Graph:
         """A residual layer: rows + weight * (rows or `other`)."""
         added = self.project(rows if other is None else other)
         return self.node("add", rows, added, name=f"l_out-{il}")
+
+    def attention(self, il: int, rows: int) -> int:
+        """K into the layer's cache, and the weights over it of all rows."""
+        index = self._held(f"index_{il}", np.arange(self.n_rows, dtype=np.int64))
+        cache = self.leaf(f"cache_k_l{il}", N_EMBD, N_CELLS)
+        self.node("set_rows", cache, rows, index)
+        scores = self.node("mul_mat", cache, rows)
+        mask = self.leaf("mask", N_CELLS, self.n_rows)
+        return self.node("soft_max_ext", scores, mask, sizes=(1.0, 0.0))
 
     def ask(self, patch: _core.GraphPatch) -> None:
         """Asks about every node, in order; none is computed."""
@@ -107,6 +120,20 @@ class Graph:
             residuals=_core.Residuals(),
         )
         return _core.Plan(rows, [part], fork=fork)
+
+    def _held(self, name: str, values: npt.NDArray[np.int64]) -> int:
+        """A leaf whose values can be read."""
+        memory = np.empty(len(values) + 8, np.int64)
+        start = memory.ctypes.data + -memory.ctypes.data % 64
+        ctypes.memmove(start, values.ctypes.data, values.nbytes)
+        size_t, pointer = ctypes.c_size_t, ctypes.c_void_p
+        buffer = ggml_function("ggml_backend_cpu_buffer_from_ptr", pointer, size_t)(
+            start, values.nbytes
+        )
+        tensor = self.leaf(name, len(values), kind=I64)
+        ggml_function("ggml_backend_tensor_alloc", *[pointer] * 3)(buffer, tensor, start)
+        self._buffers.append((buffer, memory))
+        return tensor
 
     def _named(self, tensor: int, name: str) -> int:
         ggml_function("ggml_set_name", ctypes.c_void_p, ctypes.c_char_p)(tensor, name.encode())

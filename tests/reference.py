@@ -23,6 +23,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+CONVOLUTION = "in_proj", "conv", "out_proj"
 F64 = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -32,6 +33,7 @@ class Hyper:
     """What the file says about the model's shape.
 
     `windows` (L,): positions that a layer sees, own included; 0 for all. `rope_bases` (L,).
+    `attending` (L,): whether a layer attends; else it has a short convolution.
     """
 
     arch: str
@@ -41,6 +43,7 @@ class Hyper:
     norm_eps: float
     windows: tuple[int, ...]
     rope_bases: tuple[float, ...]
+    attending: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Reference:
-    """A "llama" or "gemma3" language model in float64.
+    """A "llama", "gemma3" or "lfm2" language model in float64.
 
     Attributes:
         weights: the file's tensors by name, float64, matrices as (n_out, n_in).
@@ -85,10 +88,11 @@ class Reference:
         return rows * np.sqrt(rows.shape[1]) if self.hyper.arch == "gemma3" else rows
 
     def visible(self, n_rows: int) -> Mask:
-        """(L, T, T) bool: may this query (axis 1) attend to this key in this layer?"""
+        """(L, T, T) bool: does this query (axis 1) attend to this key in this layer?"""
         distance = np.arange(n_rows)[:, None] - np.arange(n_rows)[None, :]
         windows = [window or n_rows for window in self.hyper.windows]
-        return np.stack([(distance >= 0) & (distance < window) for window in windows])
+        seen = np.stack([(distance >= 0) & (distance < window) for window in windows])
+        return np.asarray(seen & np.array(self.hyper.attending)[:, None, None])
 
     def forward(self, x: F64, blocked: Mask | None = None) -> Forward:
         """One forward over x (T, E) at positions 0..T-1, causal and windowed.
@@ -97,7 +101,7 @@ class Reference:
         Raises ValueError if a row has nothing left to attend to.
         """
         seen = self.visible(len(x)) & (True if blocked is None else ~blocked)
-        if not seen.any(axis=2).all():
+        if not seen[list(self.hyper.attending)].any(axis=2).all():
             raise ValueError("a row has all of its keys blocked")
         hidden, attention = [np.asarray(x, np.float64)], []
         for il in range(len(self.hyper.windows)):
@@ -108,12 +112,14 @@ class Reference:
 
     def _logits(self, x: F64) -> F64:
         w = self.weights.get("output.weight", self.weights["token_embd.weight"])
-        return np.asarray(self._norm(x, "output_norm") @ w.T)
+        name = "token_embd_norm" if self.hyper.arch == "lfm2" else "output_norm"
+        return np.asarray(self._norm(x, name) @ w.T)
 
     def _layer(self, il: int, x: F64, seen: Mask) -> tuple[F64, F64]:
         """The residual stream after layer `il`, (T, E), and its attention, (T, T)."""
         gemma = self.hyper.arch == "gemma3"
-        update, attention = self._attend(il, self._norm(x, f"blk.{il}.attn_norm"), seen)
+        mix = self._attend if self.hyper.attending[il] else self._convolve
+        update, attention = mix(il, self._norm(x, f"blk.{il}.attn_norm"), seen)
         x = x + (self._norm(update, f"blk.{il}.post_attention_norm") if gemma else update)
         update = self._feed_forward(il, self._norm(x, f"blk.{il}.ffn_norm"))
         x = x + (self._norm(update, f"blk.{il}.post_ffw_norm") if gemma else update)
@@ -124,7 +130,7 @@ class Reference:
         q = self._heads(x @ w[f"blk.{il}.attn_q.weight"].T, hyper.n_head)
         k = self._heads(x @ w[f"blk.{il}.attn_k.weight"].T, hyper.n_head_kv)
         v = self._heads(x @ w[f"blk.{il}.attn_v.weight"].T, hyper.n_head_kv)
-        if hyper.arch == "gemma3":
+        if hyper.arch != "llama":
             q, k = self._norm(q, f"blk.{il}.attn_q_norm"), self._norm(k, f"blk.{il}.attn_k_norm")
         rotate = partial(rope, base=hyper.rope_bases[il], interleaved=hyper.arch == "llama")
         share = hyper.n_head // hyper.n_head_kv  # query heads h*share.. read key head h
@@ -133,6 +139,15 @@ class Reference:
         weights = softmax(np.where(seen, scores, -np.inf))
         mixed = (weights @ v).transpose(1, 0, 2).reshape(len(x), -1)
         return mixed @ w[f"blk.{il}.attn_output.weight"].T, weights.mean(axis=0)
+
+    def _convolve(self, il: int, x: F64, seen: Mask) -> tuple[F64, F64]:
+        """A gated convolution over the newest rows, and attention to none."""
+        w = {name: self.weights[f"blk.{il}.shortconv.{name}.weight"] for name in CONVOLUTION}
+        before, behind, values = np.split(x @ w["in_proj"].T, 3, axis=1)
+        n = w["conv"].shape[1]
+        padded = np.concatenate([np.zeros((n - 1, x.shape[1])), before * values])
+        mixed = sum(padded[i : i + len(x)] * w["conv"][:, i] for i in range(n))
+        return np.asarray((behind * mixed) @ w["out_proj"].T), np.zeros(seen.shape)
 
     def _heads(self, x: F64, n: int) -> F64:
         """(T, n * D) as (n, T, D)."""
@@ -182,8 +197,8 @@ def gelu(x: F64) -> F64:
 
 def _hyper(fields: dict[str, Any], weights: dict[str, F64]) -> Hyper:
     arch = str(fields["general.architecture"])
-    if arch not in ("llama", "gemma3"):
-        raise ValueError(f"architecture {arch!r} is not known here: llama, gemma3")
+    if arch not in ("llama", "gemma3", "lfm2"):
+        raise ValueError(f"architecture {arch!r} is not known here: llama, gemma3, lfm2")
     own = {k.removeprefix(f"{arch}."): v for k, v in fields.items() if k.startswith(f"{arch}.")}
     strange = [k for k in own if "scaling" in k or "softcapping" in k or "expert" in k]
     strange += [k for k in weights if k.startswith("rope_") or k.endswith(".bias")]
@@ -194,16 +209,18 @@ def _hyper(fields: dict[str, Any], weights: dict[str, F64]) -> Hyper:
     if strange:
         raise ValueError(f"not computed here: {', '.join(strange)}")
     windows = _windows(own)
+    counts = np.broadcast_to(own.get("attention.head_count_kv", n_head), len(windows))
     base = float(own.get("rope.freq_base", 10000.0))
     window_base = float(own.get("rope.freq_base_swa", 10000.0))
     return Hyper(
         arch=arch,
         n_head=n_head,
-        n_head_kv=int(own.get("attention.head_count_kv", n_head)),
+        n_head_kv=int(counts.max()),
         head_dim=head_dim,
         norm_eps=float(own["attention.layer_norm_rms_epsilon"]),
         windows=windows,
         rope_bases=tuple(window_base if window else base for window in windows),
+        attending=tuple(bool(n) for n in counts),
     )
 
 
@@ -249,7 +266,8 @@ class LayerEvidence(NamedTuple):
     """What a layer policy sees of the original branch at the last prompt row.
 
     `mass` (L,): the influence of all image tokens together.
-    `cosine` (L,): cosine similarity of the residual stream before and after the layer.
+    `cosine` (L,): cosine similarity of the residual stream before and after the layer; inf where
+    the layer does not attend, and nothing can be masked.
     """
 
     mass: F64
@@ -262,10 +280,12 @@ def explicit_layers(evidence: LayerEvidence, *, layers: Sequence[int]) -> Mask:
 
 
 def layer_range(evidence: LayerEvidence, *, start: float = 0.0, stop: float = 1.0) -> Mask:
-    """(L,) bool: layers floor(start * L + 0.5) up to but without floor(stop * L + 0.5)."""
+    """(L,) bool: of layers floor(start * L + 0.5) up to but without floor(stop * L + 0.5) those
+    that attend."""
     n_layer = len(evidence.mass)
     first, last = np.floor(np.array([start, stop]) * n_layer + 0.5)
-    return explicit_layers(evidence, layers=range(int(first), int(last)))
+    layers = explicit_layers(evidence, layers=range(int(first), int(last)))
+    return np.asarray(layers & np.isfinite(evidence.cosine))
 
 
 def attention_mass(evidence: LayerEvidence, *, gamma: float) -> Mask:
@@ -274,8 +294,9 @@ def attention_mass(evidence: LayerEvidence, *, gamma: float) -> Mask:
 
 
 def lowest_cosine(evidence: LayerEvidence, *, share: float) -> Mask:
-    """(L,) bool: the max(1, floor(share * L + 0.5)) layers that turn the stream most."""
-    n_layer = len(evidence.cosine)
+    """(L,) bool: of L layers that attend the max(1, floor(share * L + 0.5)) that turn the stream
+    most."""
+    n_layer = int(np.isfinite(evidence.cosine).sum())
     return _largest(-evidence.cosine, max(1, int(np.floor(share * n_layer + 0.5))))
 
 
@@ -376,7 +397,8 @@ def layer_evidence(plain: Forward, influence: F64, row: int) -> LayerEvidence:
     before, after = plain.hidden[:-1, row], plain.hidden[1:, row]
     lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
     cosine = (before * after).sum(axis=1) / lengths
-    return LayerEvidence(np.nansum(influence[:, row], axis=1), cosine)
+    attends = plain.attention[:, row].any(axis=1)
+    return LayerEvidence(np.nansum(influence[:, row], axis=1), np.where(attends, cosine, np.inf))
 
 
 def masked_rows(in_picture: Mask, n_prompt: int, scope: str) -> Mask:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -238,6 +240,91 @@ def test_an_error_without_a_plan_is_told_by_the_next_one_once(graph: Graph) -> N
     graph.ask(patch)
     patch.abandon()
     patch.begin(nothing)
+
+
+ATTENDING = 1, 3
+
+
+def attend(graph: Graph, layers: Sequence[int]) -> None:
+    rows = graph.embed()
+    for il in layers:
+        graph.attention(il, rows)
+
+
+def planned(
+    graph: Graph, n_decoded: int = 1, *, mask: Sequence[int] = (), observe: Sequence[int] = ()
+) -> _core.Plan:
+    """Rows of so many graphs, all of one part."""
+    selections = _core.Selections(N_LAYER)
+    selections.resize(1)
+    return plan(
+        [Row(0, 0, mask=0)] * graph.n_rows * n_decoded, part(selections, mask=mask, observe=observe)
+    )
+
+
+def test_layers_that_attend_may_be_masked(graph: Graph) -> None:
+    patch = _core.GraphPatch(N_LAYER)
+    attend(graph, ATTENDING)
+    patch.begin(planned(graph, 2, mask=ATTENDING))
+    graph.ask(patch)
+    graph.ask(patch)
+    patch.end()
+
+
+@pytest.mark.parametrize(("mask", "observe"), [((1, 2), ()), ((), (2,)), ((1,), (0, 2))])
+def test_a_layer_without_attention_cannot_be_planned_for(
+    graph: Graph, mask: tuple[int, ...], observe: tuple[int, ...]
+) -> None:
+    patch = _core.GraphPatch(N_LAYER)
+    attend(graph, ATTENDING)
+    patch.begin(planned(graph, mask=mask, observe=observe))
+    graph.ask(patch)
+    first = min(set(mask + observe) - set(ATTENDING))
+    with pytest.raises(RuntimeError, match=rf"^layer {first}: it has no attention .*: 1, 3$"):
+        patch.end()
+    patch.begin(planned(graph, mask=ATTENDING))
+    graph.ask(patch)
+    patch.end()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_attention_that_one_micro_batch_lacks_is_missed(graph: Graph, first: bool) -> None:
+    patch = _core.GraphPatch(N_LAYER)
+    attend(graph, ATTENDING)
+    with closing(Graph()) as lacking:
+        attend(lacking, ATTENDING[:1])
+        patch.begin(planned(graph, 2, mask=ATTENDING))
+        for asked in (lacking, graph) if first else (graph, lacking):
+            asked.ask(patch)
+        with pytest.raises(RuntimeError, match=r"^layer 3: it has no attention .*: 1$"):
+            patch.end()
+
+
+def test_attention_that_is_not_recognised_is_told_from_none(graph: Graph) -> None:
+    patch = _core.GraphPatch(N_LAYER)
+    graph.attention(1, graph.embed())
+    graph.nodes.pop()
+    patch.begin(planned(graph, mask=[1]))
+    graph.ask(patch)
+    with pytest.raises(RuntimeError, match=r"^layer 1: its attention was not found"):
+        patch.end()
+
+
+def test_a_graph_without_a_cache_has_nothing_to_mask(graph: Graph) -> None:
+    patch = _core.GraphPatch(N_LAYER)
+    graph.layer(0, graph.embed())
+    patch.begin(planned(graph, mask=[0]))
+    graph.ask(patch)
+    with pytest.raises(RuntimeError, match=r"^layer 0: it has no attention .*: none$"):
+        patch.end()
+
+
+def test_the_layers_that_attend_are_seen_without_a_plan(graph: Graph) -> None:
+    patch = _core.GraphPatch(N_LAYER)
+    assert patch.attended_layers == []
+    attend(graph, ATTENDING)
+    graph.ask(patch)
+    assert patch.attended_layers == list(ATTENDING)
 
 
 # --- what it costs ------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ from tiny_vocabulary import (
     vocabulary,
 )
 
+CONVOLVED = 3
+"""Rows that a short convolution of "lfm2" looks at, its own the last."""
+
 
 @dataclass(frozen=True)
 class TinyConfig:
@@ -39,6 +42,7 @@ class TinyConfig:
         n_expert: feed-forward experts of each "llama" layer, 2 of them used; 0 for one network.
         sliding_window: positions a windowed layer sees, own included; "gemma3" only.
         swa_pattern: every `swa_pattern`-th layer of "gemma3" is global, the others are windowed.
+        attending: layers of "lfm2" with attention, the others have a short convolution.
         image_size, patch_size: pixels; the image becomes `n_image_tokens` tokens.
         mmproj_n_embd: output width of the projector; None for `n_embd`. Any other value makes
             a pair that does not fit together.
@@ -48,7 +52,7 @@ class TinyConfig:
             `image_size`, row by row, with text between them and a small view of all behind.
     """
 
-    arch: Literal["llama", "gemma3"] = "llama"
+    arch: Literal["llama", "gemma3", "lfm2"] = "llama"
     n_layer: int = 6
     n_embd: int = 64
     n_head: int = 4
@@ -59,6 +63,7 @@ class TinyConfig:
     seed: int = 0
     sliding_window: int = 32
     swa_pattern: int = 3
+    attending: tuple[int, ...] = (1, 3, 4)
     image_size: int = 56
     patch_size: int = 14
     vit_n_layer: int = 2
@@ -140,7 +145,7 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.n_ff)
     writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_head_kv)
+    writer.add_head_count_kv(_head_counts(config))
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -153,6 +158,8 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
         writer.add_rope_freq_base_swa(1e4)
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(config.swa_pattern)
+    if config.arch == "lfm2":
+        writer.add_shortconv_l_cache(CONVOLVED)
     if config.tokenizer == "gpt2":
         add_byte_pairs(writer)
     else:
@@ -162,9 +169,18 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
     for il in range(config.n_layer):
         if config.arch == "gemma3":
             _add_gemma3_layer(writer, weights, config, il)
+        elif config.arch == "lfm2":
+            _add_lfm2_layer(writer, weights, config, il)
         else:
             _add_llama_layer(writer, weights, config, il)
     _finish(writer)
+
+
+def _head_counts(config: TinyConfig) -> int | list[int]:
+    """Of keys; a layer with none has no attention."""
+    if config.arch != "lfm2":
+        return config.n_head_kv
+    return [config.n_head_kv if il in config.attending else 0 for il in range(config.n_layer)]
 
 
 def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig) -> None:
@@ -185,7 +201,8 @@ def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConf
     # gemma3 multiplies token embeddings by sqrt(n_embd), but not image embeddings.
     scale = np.float32(n_embd**-0.5 if config.arch == "gemma3" else 1.0)
     writer.add_tensor("token_embd.weight", tokens * scale)
-    writer.add_tensor("output_norm.weight", weights.norm(n_embd))
+    norm = "token_embd_norm" if config.arch == "lfm2" else "output_norm"
+    writer.add_tensor(f"{norm}.weight", weights.norm(n_embd))
     writer.add_tensor("output.weight", output)
 
 
@@ -211,6 +228,28 @@ def _add_gemma3_layer(
         writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.n_embd, gain=gain))
 
 
+def _add_lfm2_layer(
+    writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int
+) -> None:
+    """A hybrid's: attention in some layers, in the others a convolution over the newest rows."""
+    n_embd, attends = config.n_embd, il in config.attending
+    _add_feed_forward(writer, weights, config, il)
+    for name in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(n_embd))
+    if attends:
+        _add_attention(writer, weights, config, il, out_gain=2.0)
+        for name in ("attn_q_norm", "attn_k_norm"):
+            writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.head_dim, gain=1.25))
+        return
+    tensors = {
+        "conv": weights.normal((n_embd, CONVOLVED), CONVOLVED**-0.5),
+        "in_proj": weights.matrix(3 * n_embd, n_embd),
+        "out_proj": weights.matrix(n_embd, n_embd),
+    }
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"blk.{il}.shortconv.{name}.weight", tensor)
+
+
 def _add_projections(
     writer: gguf.GGUFWriter,
     weights: _Weights,
@@ -221,7 +260,23 @@ def _add_projections(
     out_gain: float = 1.0,
     gate_gain: float = 1.0,
 ) -> None:
-    n_embd, n_ff = config.n_embd, config.n_ff
+    _add_attention(writer, weights, config, il, qk_gain=qk_gain, out_gain=out_gain)
+    if config.n_expert:
+        _add_experts(writer, weights, config, il)
+    else:
+        _add_feed_forward(writer, weights, config, il, gate_gain=gate_gain)
+
+
+def _add_attention(
+    writer: gguf.GGUFWriter,
+    weights: _Weights,
+    config: TinyConfig,
+    il: int,
+    *,
+    qk_gain: float = 1.0,
+    out_gain: float = 1.0,
+) -> None:
+    n_embd = config.n_embd
     n_kv = config.n_head_kv * config.head_dim
     tensors = {
         "attn_q": weights.matrix(n_embd, n_embd, qk_gain),
@@ -231,9 +286,17 @@ def _add_projections(
     }
     for name, tensor in tensors.items():
         writer.add_tensor(f"blk.{il}.{name}.weight", tensor)
-    if config.n_expert:
-        _add_experts(writer, weights, config, il)
-        return
+
+
+def _add_feed_forward(
+    writer: gguf.GGUFWriter,
+    weights: _Weights,
+    config: TinyConfig,
+    il: int,
+    *,
+    gate_gain: float = 1.0,
+) -> None:
+    n_embd, n_ff = config.n_embd, config.n_ff
     tensors = {
         "ffn_gate": weights.matrix(n_ff, n_embd, gate_gain),
         "ffn_up": weights.matrix(n_ff, n_embd),

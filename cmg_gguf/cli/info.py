@@ -54,19 +54,19 @@ def info(
     from cmg_gguf.facts import pair_facts, system_facts
 
     facts = {"cmg_gguf": __version__, **system_facts(), **pair_facts(model, mmproj)}
-    facts["guidance"] = _guidance_facts(layers, facts["model"]["layers"])
+    facts["guidance"] = _guidance_facts(layers, facts["model"])
     if as_json:
         write_json(facts)
     else:
         write_rendered(table(facts))
 
 
-def _guidance_facts(layers: str, n_layer: int) -> dict[str, Any]:
+def _guidance_facts(layers: str, model: dict[str, Any]) -> dict[str, Any]:
     """Which layers a flag means, JSON-ready. Raises GuidanceError."""
     policy = parse_layers(layers)
     masked: tuple[int, ...] | None = None  # the others depend on what a prompt looks at
     if isinstance(policy, LayerSet | LayerRange):
-        masked = static_layers(policy, n_layer)
+        masked = static_layers(policy, model["layers"], model["attention_layers"])
     return {"layers": layers, "masked": masked}
 
 
@@ -87,7 +87,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
         lines += [
             ("model", model["path"]),
             ("", f"{model['description']}, {_size(model['bytes'])}"),
-            ("layers", str(model["layers"])),
+            ("layers", _layers(model)),
             ("vocabulary", f"{model['vocabulary']} tokens"),
             ("context", f"{model['context']} tokens in training"),
             ("chat template", _template(model["chat_template"])),
@@ -114,6 +114,13 @@ def layer_bar(masked: list[int], n_layer: int) -> Text:
     """One character a layer, the masked ones full."""
     full = set(masked)
     return Text("".join("█" if il in full else "░" for il in range(n_layer)), style="yellow")
+
+
+def _layers(model: dict[str, Any]) -> str:
+    n_layer, attending = model["layers"], model["attention_layers"]
+    if len(attending) == n_layer:
+        return str(n_layer)
+    return f"{n_layer}, of which {len(attending)} attend: {format_numbers(attending)}"
 
 
 def _masked(guidance: dict[str, Any], n_layer: int) -> Text:

@@ -24,6 +24,8 @@ class Context(Protocol):
     n_ubatch: int
     """Most rows of one decode."""
     n_layer: int
+    attention_layers: tuple[int, ...]
+    """Layers that attend, ascending: in the others there is nothing to mask."""
     n_vocab: int
     merges: bool
     """Whether rows of several sequences, of different numbers each, may share a decode."""

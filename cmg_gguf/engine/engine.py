@@ -258,7 +258,9 @@ class Engine:
 
     def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
         guided = guidance.contrasts and prompt.n_image_tokens > 0
-        return PromptRows(prompt, guidance, self._context.n_layer, guided=guided)
+        context = self._context
+        attending = context.attention_layers if guided else None
+        return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
 
     def _new_session(self, prompt: Prompt, guidance: Guidance, branches: Branches) -> Session:
         rows = self._rows_of(prompt, guidance)

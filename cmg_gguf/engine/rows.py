@@ -6,7 +6,7 @@ image row is a row, has a position (under M-RoPE shared with others) and an imag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.batch import NONE, Batch, ImageBatch, RowPlan, text_batch
 from cmg_gguf.engine.context import Branch
+from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -74,11 +75,27 @@ class PromptRows:
     only known behind the prompt. fork_layer: where the degraded branch's rows enter, see `fork_at`.
     """
 
-    def __init__(self, prompt: Prompt, guidance: Guidance, n_layer: int, *, guided: bool) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        guidance: Guidance,
+        n_layer: int,
+        *,
+        guided: bool,
+        attending: Sequence[int] | None = None,
+    ) -> None:
+        """attending: the layers that attend, ascending; None = all. Raises GuidanceError where
+        others are to be masked, UnsupportedError where there are none."""
+        if guided and attending is not None and not attending:
+            raise UnsupportedError(
+                "no layer of this model attends, so no image token can be masked; ask it without "
+                "guidance (alpha=0)"
+            )
         self.prompt = prompt
         self.guided = guided
         self._layer_policy = guidance.layers
         self._n_layer = n_layer
+        self._attending = tuple(range(n_layer) if attending is None else attending)
         self.policy = core_policy(guidance.tokens)
         self.n = prompt.n_tokens
         self.n_pos = sum(s.n_pos for s in prompt.segments)
@@ -94,11 +111,11 @@ class PromptRows:
             self.observed[-1] = self.slot[-1]
         self.n_slots = int(self.slot.max()) + 1
         self.layers = (
-            static_layers(guidance.layers, n_layer)
+            static_layers(guidance.layers, n_layer, self._attending)
             if isinstance(guidance.layers, LayerSet | LayerRange)
             else None
         )
-        self.observe_layers = tuple(range(n_layer)) if self.layers is None else self.layers
+        self.observe_layers = self._attending if self.layers is None else self.layers
         self.first_masked = int(self.masked.argmax()) if guided else self.n
         observed = self.observed != NONE
         self.first_observed = int(observed.argmax()) if observed.any() else self.n
@@ -125,7 +142,8 @@ class PromptRows:
         if self.layers is not None:
             return self.layers
         if isinstance(self._layer_policy, LowestCosine):
-            return layers_by_cosine(self._layer_policy.share, selections.cosines)
+            cosines = selections.cosines
+            return layers_by_cosine(self._layer_policy.share, cosines, self._attending)
         assert isinstance(self._layer_policy, AttentionMass)
         last = self.n_slots - 1
         mass = [

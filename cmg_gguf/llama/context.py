@@ -105,6 +105,7 @@ class LlamaContext:
         """
         self.model = model
         self.n_layer = model.n_layer
+        self.attention_layers = model.attention_layers
         self.n_vocab = model.n_vocab
         # llama.cpp cuts rows with a recurrent state into graphs of its own.
         self.merges = not model.has_recurrent_layers

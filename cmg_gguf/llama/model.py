@@ -18,6 +18,7 @@ from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.errors import ModelError
 from cmg_gguf.llama.header import read_architecture
+from cmg_gguf.llama.layers import attending_layers
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.prompt.specials import Specials
 
@@ -94,6 +95,14 @@ class Model:
         None with an owner, which may hold what is made from its model and would never be freed.
         """
         return self if self._owner is None else None
+
+    @functools.cached_property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers that attend, ascending: all, but in a model with recurrent layers, where one token
+        is decoded to see. Raises BackendError if that cannot be done."""
+        if self.has_recurrent_layers:
+            return attending_layers(self.handle, self.n_layer)
+        return tuple(range(self.n_layer))
 
     def close(self) -> None:
         """Frees the weights. Nothing made from this model may be used afterwards."""

@@ -1,0 +1,45 @@
+"""Which layers of a model attend, as the graph shows it that llama.cpp makes of the model."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import llama_cpp
+
+from cmg_gguf import _core
+from cmg_gguf.errors import BackendError
+from cmg_gguf.llama.log import captured_errors
+
+
+def attending_layers(model: Any, n_layer: int) -> tuple[int, ...]:
+    """Layers that attend to the rows before, ascending. model: llama_model pointer.
+
+    Decodes one token in a small context of its own. Raises BackendError if that cannot be done.
+    """
+    patch = _core.GraphPatch(n_layer)
+    with captured_errors() as errors:
+        context = llama_cpp.llama_init_from_model(model, _params(patch))
+        if context:
+            try:
+                token = (llama_cpp.llama_token * 1)(0)
+                code = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1))
+            finally:
+                llama_cpp.llama_free(context)
+    if not context or code != 0:
+        raise BackendError(
+            "llama.cpp cannot decode one token, which would show the layers of this model that "
+            f"attend: {errors[0] if errors else 'no reason given'}"
+        )
+    return tuple(patch.attended_layers)
+
+
+def _params(patch: _core.GraphPatch) -> Any:
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 8
+    params.n_seq_max = 1
+    params.kv_unified = True
+    params.no_perf = True
+    params.cb_eval = ctypes.cast(patch.callback, llama_cpp.ggml_backend_sched_eval_callback)
+    params.cb_eval_user_data = patch.user_data
+    return params
