@@ -98,6 +98,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
             ("mmproj", mmproj["path"]),
             ("", f"projector {mmproj['projector'] or 'of unknown kind'}"),
             ("image tokens", f"{mmproj['image_tokens']} for {side} x {side} pixels"),
+            ("prompt tokens", _step(mmproj["n_ubatch"])),
         ]
         lines += [("mended", MENDS[name]) for name in mmproj["mended"]]
     if model:
@@ -114,6 +115,11 @@ def layer_bar(masked: list[int], n_layer: int) -> Text:
     """One character a layer, the masked ones full."""
     full = set(masked)
     return Text("".join("█" if il in full else "░" for il in range(n_layer)), style="yellow")
+
+
+def _step(n_ubatch: int) -> str:
+    why = ", for a picture is decoded at once: more memory" if n_ubatch > 512 else ""
+    return f"{n_ubatch} in one step (-ub){why}"
 
 
 def _masked(guidance: dict[str, Any], n_layer: int) -> Text:
