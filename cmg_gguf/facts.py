@@ -14,7 +14,7 @@ from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
-from cmg_gguf.opening import DEFAULT_TEMPLATE
+from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch
 
 SIZE_IF_UNKNOWN = 336
 """Pixels a side of the image whose tokens are counted, where the projector names no size."""
@@ -62,5 +62,6 @@ def _projector_block(path: Path, model: Model) -> dict[str, Any]:
         "projector": facts.kind,
         "image_size": size,
         "image_tokens": projector.tokenize(projector.marker, [square]).n_image_tokens,
+        "n_ubatch": fitting_n_ubatch(projector),
         "mended": sorted(projector.mended),
     }

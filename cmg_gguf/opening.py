@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, EXACT
 from cmg_gguf.engine.steps import Strategy as Steps
 from cmg_gguf.errors import UnsupportedError
-from cmg_gguf.llama.context import ContextOptions, LlamaContext
+from cmg_gguf.llama.context import DEFAULT_N_UBATCH, ContextOptions, LlamaContext
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Encoder as Encoder
 from cmg_gguf.llama.projector import Projector
@@ -103,6 +103,8 @@ def open_pair(
         cache_bytes=options.image_cache_bytes,
         encoder=options.encoder,
     )
+    if context.n_ubatch is None:
+        context = replace(context, n_ubatch=fitting_n_ubatch(projector))
     # A recurrent state cannot be cut back to where two prompts part.
     keeps = options.prefix_cells != 0 and not model.has_recurrent_layers
     n_parallel, n_slots = _n_parallel(options, model), MAX_PREFIXES if keeps else 0
@@ -124,6 +126,11 @@ def open_pair(
     strategy = STEPS[options.strategy] if paired else EAGER
     engine = Engine(lanes, prefixes, strategy=strategy)
     return Pair(model, projector, template, engine, contexts, n_parallel)
+
+
+def fitting_n_ubatch(projector: Projector) -> int:
+    """Rows of one decode, where none are asked for: 512, or what the model's pictures need."""
+    return max(DEFAULT_N_UBATCH, projector.rows_at_once())
 
 
 def open_files(

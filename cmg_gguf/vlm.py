@@ -69,7 +69,7 @@ class GuidedVLM:
         mmproj_path: str | Path,
         *,
         n_ctx: int = 4096,
-        n_ubatch: int = 512,
+        n_ubatch: int | None = None,
         n_threads: int = 0,
         n_gpu_layers: int = -1,
         main_gpu: int = 0,
@@ -147,6 +147,8 @@ class GuidedVLM:
         self.template, self.engine = pair.template, pair.engine
         self.n_ctx = pair.contexts[0].n_ctx
         """KV cells of the context."""
+        self.n_ubatch = pair.contexts[0].n_ubatch
+        """Rows of one decode, at most."""
         self.image_size = projector_facts(pair.projector.path).image_size
         """Pixels a side of what the image encoder sees; 0 where its file does not say."""
 

@@ -17,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
-Kind = Literal["clip", "internvl", "pixtral"]
+Kind = Literal["clip", "internvl", "pixtral", "gemma4uv"]
 Layout = Literal["whole", "legacy", "feature_layer"]
 
-EPS = {"clip": 1e-5, "internvl": 1e-6, "pixtral": 1e-5}
+EPS = {"clip": 1e-5, "internvl": 1e-6, "pixtral": 1e-5, "gemma4uv": 1e-6}
 
 
 @dataclass(frozen=True)
 class TinyEncoder:
     """kind: "clip" is LLaVA's, with a class token; "internvl" has one too; "pixtral" has none, and
-    a break behind each row of patches. width: of the language model. n_layer: layers whose output
+    a break behind each row of patches; "gemma4uv" has no layers, takes a picture of any shape, and
+    its model reads one at once. width: of the language model. n_layer: layers whose output
     counts; of "clip" it is known by `layout`: "whole" holds one layer more, which is not run;
     "legacy" is the same without that layer, as llama.cpp's retired converter wrote it;
     "feature_layer" names the layer.
@@ -58,16 +59,19 @@ class TinyEncoder:
             "clip": self.n_patches,
             "internvl": self.n_patches // 4,
             "pixtral": self.n_patches + self.n_side - 1,
+            "gemma4uv": self.n_patches,
         }
         return of_a_kind[self.kind]
 
     @property
     def n_stored(self) -> int:
+        if self.kind == "gemma4uv":
+            return 0
         return self.n_layer + (self.kind == "clip" and self.layout == "whole")
 
     @property
     def has_class_token(self) -> bool:
-        return self.kind != "pixtral"
+        return self.kind not in ("pixtral", "gemma4uv")
 
 
 def weights_of(encoder: TinyEncoder) -> dict[str, F32]:
@@ -76,6 +80,8 @@ def weights_of(encoder: TinyEncoder) -> dict[str, F32]:
     A layer that is stored and not run is drawn last: the others are the same with and without it.
     """
     draw = _Draw(encoder.seed)
+    if encoder.kind == "gemma4uv":
+        return _unified(draw, encoder)
     n, patch = encoder.n_embd, encoder.patch_size
     found = {"v.patch_embd.weight": draw.normal((n, 3, patch, patch), 3.0 / patch)}
     if encoder.kind == "pixtral":
@@ -107,7 +113,7 @@ def write_encoder(path: Path, encoder: TinyEncoder) -> Path:
     # False means quick-GELU, CLIP's own. Pixtral's networks are gated with SiLU.
     file.add_bool("clip.use_gelu", encoder.kind == "internvl")
     file.add_bool("clip.use_silu", encoder.kind == "pixtral")
-    if encoder.kind == "internvl":
+    if encoder.kind in ("internvl", "gemma4uv"):
         file.add_uint32("clip.vision.projector.scale_factor", 2)
     numbers = {
         "block_count": encoder.n_stored,
@@ -153,6 +159,20 @@ class _Draw:
     def linear(self, found: dict[str, F32], name: str, n_out: int, n_in: int) -> None:
         found[f"{name}.weight"] = self.normal((n_out, n_in), n_in**-0.5)
         found[f"{name}.bias"] = self.normal((n_out,), 0.05)
+
+
+def _unified(draw: _Draw, encoder: TinyEncoder) -> dict[str, F32]:
+    """Four patches of the file make one token."""
+    n, n_pixels = encoder.n_embd, 3 * (2 * encoder.patch_size) ** 2
+    found = {
+        "v.patch_embd.weight": draw.normal((n, n_pixels), n_pixels**-0.5),
+        "v.patch_embd.bias": draw.normal((n,), 0.1),
+        "v.position_embd.weight": draw.normal((2, 1200, n), 0.5),
+        "mm.input_projection.weight": draw.normal((encoder.width, n), n**-0.5),
+    }
+    for i, width in enumerate((n_pixels, n, n), start=1):
+        draw.norm(found, f"v.patch_norm.{i}", width)
+    return found
 
 
 def _add_projector(found: dict[str, F32], draw: _Draw, encoder: TinyEncoder) -> None:

@@ -63,6 +63,11 @@ class Asker:
 
             vlm = flags.open(progress)
             interrupt.check()
+        if flags.ubatch_size is None and vlm.n_ubatch > 512:
+            screen.note(
+                f"this model decodes a picture at once, so a step has room for {vlm.n_ubatch} "
+                "tokens: more memory (-ub 512 takes small pictures only)"
+            )
         return cls(vlm, screen, max_tokens, time.perf_counter() - started)
 
     def ask(

@@ -98,6 +98,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
             ("mmproj", mmproj["path"]),
             ("", f"projector {mmproj['projector'] or 'of unknown kind'}"),
             ("image tokens", f"{mmproj['image_tokens']} for {side} x {side} pixels"),
+            ("prompt tokens", _step(mmproj["n_ubatch"])),
         ]
         lines += [("mended", MENDS[name]) for name in mmproj["mended"]]
     if model:
@@ -121,6 +122,11 @@ def _layers(model: dict[str, Any]) -> str:
     if len(attending) == n_layer:
         return str(n_layer)
     return f"{n_layer}, of which {len(attending)} attend: {format_numbers(attending)}"
+
+
+def _step(n_ubatch: int) -> str:
+    why = ", for a picture is decoded at once: more memory" if n_ubatch > 512 else ""
+    return f"{n_ubatch} in one step (-ub){why}"
 
 
 def _masked(guidance: dict[str, Any], n_layer: int) -> Text:

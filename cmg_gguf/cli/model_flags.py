@@ -76,16 +76,17 @@ class ModelFlags:
         ),
     ] = 0
     ubatch_size: Annotated[
-        int,
+        int | None,
         _flag(
             "--ubatch-size",
             "-ub",
             min=8,
             max=65536,
             metavar="N",
-            help="Most prompt tokens in one step.",
+            help="Most prompt tokens in one step. Default: 512, or what a picture needs where the "
+            "model decodes it at once (see info).",
         ),
-    ] = 512
+    ] = None
     flash_attn: Annotated[
         FlashAttention,
         _flag("--flash-attn", "-fa", help="Flash attention; auto = where it is supported."),

@@ -371,10 +371,13 @@ def _check_prompt(prompt: Prompt, context: Context) -> None:
     if isinstance(prompt.segments[-1], ImageSegment):
         raise PromptError("the prompt ends with an image; put text behind it")
     for segment in prompt.segments:
-        if isinstance(segment, ImageSegment) and segment.needs_ubatch > context.n_ubatch:
+        # A context of fewer cells is too short for the prompt, whatever n_ubatch is.
+        n_ubatch = context.n_ubatch
+        needed = segment.needs_ubatch if isinstance(segment, ImageSegment) else 0
+        if n_ubatch < min(needed, context.n_ctx):
             raise UnsupportedError(
                 f"this model decodes the {segment.n_tokens} tokens of an image at once and "
-                f"n_ubatch is {context.n_ubatch}; raise n_ubatch"
+                f"n_ubatch is {n_ubatch}; raise n_ubatch"
             )
 
 

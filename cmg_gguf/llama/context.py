@@ -33,6 +33,7 @@ CACHE_TYPES = {
     "bf16": 30,
 }
 
+DEFAULT_N_UBATCH = 512
 
 NO_SEQ = -1
 
@@ -41,14 +42,15 @@ NO_SEQ = -1
 class ContextOptions:
     """How a context is made. Names and meanings are llama.cpp's.
 
-    n_ctx: KV cells; 0 = the model's training context. n_ubatch: rows of one decode, at most.
+    n_ctx: KV cells; 0 = the model's training context. n_ubatch: rows of one decode, at most; None =
+    512, or what a picture needs that the model decodes at once, see `Projector.rows_at_once`.
     n_threads: 0 = llama.cpp's own default of 4. flash_attn: None = where the backend has it.
     type_k, type_v: cache types, one of f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0. base: a
     llama_context_params that everything not named here is taken from (RoPE scaling, ...).
     """
 
     n_ctx: int = 4096
-    n_ubatch: int = 512
+    n_ubatch: int | None = None
     n_threads: int = 0
     flash_attn: bool | None = None
     type_k: str = "f16"
@@ -59,7 +61,7 @@ class ContextOptions:
     def __post_init__(self) -> None:
         for name, low, high in (("n_ctx", 0, 2**31 - 1), ("n_ubatch", 8, 65536)):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise UnsupportedError(f"{name}={value} is out of range: {low} to {high}")
         for name in ("type_k", "type_v"):
             if getattr(self, name) not in CACHE_TYPES:
@@ -70,7 +72,8 @@ class ContextOptions:
 
     @classmethod
     def from_params(cls, params: Any) -> ContextOptions:
-        """The same options as a `llama_context_params` has. Raises UnsupportedError."""
+        """The same options as a `llama_context_params` has; an n_ubatch of 512, its default, as
+        None. Raises UnsupportedError."""
         names = {number: name for name, number in CACHE_TYPES.items()}
         if params.type_k not in names or params.type_v not in names:
             raise UnsupportedError(
@@ -79,7 +82,7 @@ class ContextOptions:
             )
         return cls(
             n_ctx=params.n_ctx,
-            n_ubatch=params.n_ubatch,
+            n_ubatch=None if params.n_ubatch == DEFAULT_N_UBATCH else params.n_ubatch,
             n_threads=params.n_threads,
             flash_attn={0: False, 1: True}.get(params.flash_attn_type),
             type_k=names[params.type_k],
@@ -301,7 +304,7 @@ def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
         params.n_samplers, params.samplers = 0, None
     params.n_ctx = options.n_ctx
     # Every decode is one micro-batch, so a row of the batch is a row of the graph.
-    params.n_batch = params.n_ubatch = options.n_ubatch
+    params.n_batch = params.n_ubatch = options.n_ubatch or DEFAULT_N_UBATCH
     params.n_seq_max = n_seq_max
     # llama.cpp reserves an output for each sequence, and aborts where a batch holds fewer rows.
     params.n_outputs_max = max(params.n_batch, n_seq_max)

@@ -33,6 +33,10 @@ Encoder = Literal["mended", "stock"]
 """Whether the image encoder is put right where llama.cpp's is not, see csrc/encoder_mend.hpp."""
 
 
+SHAPES = tuple((round(4096 * 2 ** (i / 32)), round(4096 / 2 ** (i / 32))) for i in range(-96, 97))
+"""Width and height of large pictures, of all shapes up to 64 to 1."""
+
+
 class Projector:
     """A loaded mmproj.
 
@@ -139,6 +143,23 @@ class Projector:
             else:
                 segments.append(TextSegment(chunk, inside_picture=_is_inside(chunks, i)))
         return Prompt(tuple(segments), salt)
+
+    def rows_at_once(self) -> int:
+        """Rows that the model's pictures need in one decode, as a multiple of 64, for any shape up
+        to 64 to 1; 1 where a picture may be decoded in parts. Nothing is computed."""
+        most = 1
+        for width, height in SHAPES:
+            pixels: Pixels = np.broadcast_to(np.uint8(0), (height, width, 3))
+            images = [
+                segment
+                for segment in self.tokenize(self.marker, [pixels], add_bos=False).segments
+                if isinstance(segment, ImageSegment)
+            ]
+            most = max([most, *(image.needs_ubatch for image in images)])
+            if not any(image.non_causal for image in images):
+                break
+        # Between two of the shapes can lie one of a few tokens more.
+        return most if most == 1 else -(-most // 64) * 64
 
     def encode(
         self,
