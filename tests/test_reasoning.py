@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import flat, invoke
+from evals import OPTIONS, squares
 from guided import open_vlm
 from prompts import picture
 from scripted import Run, asking, told
@@ -17,6 +21,10 @@ from tiny_llava import TinyPair
 from cmg_gguf.answer.reasoning import Reasoning
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
 from cmg_gguf.errors import PromptError
+from cmg_gguf.evaluation.manifest import ModelFiles
+from cmg_gguf.evaluation.methods import chosen
+from cmg_gguf.evaluation.run import evaluate
+from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.messages import render_messages
 from cmg_gguf.prompt.reasoning import MARKS, closing_mark
 from cmg_gguf.prompt.templates import OWN_VARIABLES, ChatTemplate
@@ -301,3 +309,44 @@ def test_a_model_can_be_told_once_and_a_request_has_the_last_word(pair: TinyPair
 def test_under_a_schema_a_model_that_would_think_answers(vlm: GuidedVLM) -> None:
     reply = vlm.generate("Why?", sampling=Sampling(grammar='root ::= "cat"'), max_tokens=9)
     assert (reply.text, reply.reasoning, reply.n_reasoning_tokens) == ("cat", "", 0)
+
+
+# --- the command line and evaluation ------------------------------------------------------------
+
+
+def test_the_answer_goes_to_stdout_and_its_reasoning_elsewhere(pair: TinyPair) -> None:
+    asked = [*("run", "-m", str(pair.llm), "--mmproj", str(pair.mmproj), "-c", "512", "-t", "1")]
+    asked += ["--chat-template", THINKING, "-n", "6", "-p", "Why?"]
+    thought = invoke(*asked, "--json", "-q")
+    said = json.loads(thought.stdout)
+    assert said["text"] == ""
+    assert said["reasoning"]
+    shown = invoke(*asked)
+    assert shown.stdout.strip() == ""
+    assert said["reasoning"] in shown.stderr
+    assert said["reasoning"] not in invoke(*asked, "-q").stderr
+    for off in (["--no-think"], ["--chat-template-kwargs", '{"enable_thinking": false}']):
+        said = json.loads(invoke(*asked, *off, "--json", "-q").stdout)
+        assert said["text"]
+        assert said["reasoning"] == ""
+
+
+@pytest.mark.parametrize("text", ["x", "[1]", "{"])
+def test_template_variables_that_are_no_object_are_refused(text: str) -> None:
+    result = invoke("run", "-p", "Why?", "--chat-template-kwargs", text)
+    assert result.exit_code == 2
+    assert "is no JSON object" in flat(result.stderr)
+
+
+def test_an_evaluation_scores_what_is_behind_the_reasoning_and_counts_it(
+    pair: TinyPair, tmp_path: Path
+) -> None:
+    task = squares(tmp_path, n=1)
+    for variables in ({}, OFF):
+        options = {**OPTIONS, "chat_template": THINKING, "chat_template_kwargs": variables}
+        model = ModelFiles(pair.llm, pair.mmproj, options)
+        out = tmp_path / f"out{len(variables)}"
+        run = evaluate(task, model, chosen(["greedy"], Guidance()), out)
+        for record in (r for r in run.records if r.problem is None):
+            assert (record.answer == "") == (record.yes_margin is None) == (not variables)
+            assert record.reasoning == (0 if variables else record.tokens)
