@@ -325,7 +325,7 @@ def test_the_answer_goes_to_stdout_and_its_reasoning_elsewhere(pair: TinyPair) -
     assert shown.stdout.strip() == ""
     assert said["reasoning"] in shown.stderr
     assert said["reasoning"] not in invoke(*asked, "-q").stderr
-    for off in (["--no-think"], ["--chat-template-kwargs", '{"enable_thinking": false}']):
+    for off in (["--no-think"], ["--template-kwargs", '{"enable_thinking": false}']):
         said = json.loads(invoke(*asked, *off, "--json", "-q").stdout)
         assert said["text"]
         assert said["reasoning"] == ""
@@ -333,7 +333,7 @@ def test_the_answer_goes_to_stdout_and_its_reasoning_elsewhere(pair: TinyPair) -
 
 @pytest.mark.parametrize("text", ["x", "[1]", "{"])
 def test_template_variables_that_are_no_object_are_refused(text: str) -> None:
-    result = invoke("run", "-p", "Why?", "--chat-template-kwargs", text)
+    result = invoke("run", "-p", "Why?", "--template-kwargs", text)
     assert result.exit_code == 2
     assert "is no JSON object" in flat(result.stderr)
 

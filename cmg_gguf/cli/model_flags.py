@@ -123,13 +123,13 @@ class ModelFlags:
         _flag(
             "--no-think",
             help="Answer without reasoning first, where the chat template leaves that open: short "
-            "for --chat-template-kwargs '{\"enable_thinking\": false}'.",
+            "for --template-kwargs '{\"enable_thinking\": false}'.",
         ),
     ] = False
     chat_template_kwargs: Annotated[
         str,
         _flag(
-            "--chat-template-kwargs",
+            "--template-kwargs",
             metavar="JSON",
             help="An object of what the chat template sees besides the messages.",
         ),
@@ -212,7 +212,7 @@ class ModelFlags:
             raise typer.BadParameter(
                 f"{self.chat_template_kwargs!r} is no JSON object; write "
                 "'{\"enable_thinking\": false}'",
-                param_hint="'--chat-template-kwargs'",
+                param_hint="'--template-kwargs'",
             )
         return {**given, "enable_thinking": False} if self.no_think else given
 
