@@ -7,6 +7,7 @@ llm.create_chat_completion(messages)
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ class CMGChatHandler:
     """A chat handler that answers under guidance with the model its `Llama` has loaded.
 
     mmproj_path: the image projector. guidance: used for every answer; None = `Guidance()`.
-    chat_template, pairing, prefix_cells, encoder, use_gpu: as in `GuidedVLM`. A KV cache of its own
-    is made with the first answer, with the context settings of that `Llama`.
+    chat_template, chat_template_kwargs, pairing, prefix_cells, encoder, use_gpu: as in
+    `GuidedVLM`. A KV cache of its own is made with the first answer, with the context
+    settings of that `Llama`.
 
     The options of `Llama.create_chat_completion` have their usual meaning; replies carry a `cmg`
     block. Raises GuidanceError for guidance that is none, and what `GuidedVLM` and
@@ -36,6 +38,7 @@ class CMGChatHandler:
         *,
         guidance: Guidance | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         pairing: Pairing = "auto",
         prefix_cells: int | None = None,
         encoder: Encoder = "mended",
@@ -46,6 +49,7 @@ class CMGChatHandler:
         self.guidance = guidance
         self._mmproj_path = mmproj_path
         self._chat_template = chat_template
+        self._chat_template_kwargs = chat_template_kwargs or {}
         self._pairing: Pairing = pairing
         self._prefix_cells = prefix_cells
         self._encoder: Encoder = encoder
@@ -60,6 +64,7 @@ class CMGChatHandler:
                 llama,
                 self._mmproj_path,
                 chat_template=self._chat_template,
+                chat_template_kwargs=self._chat_template_kwargs,
                 pairing=self._pairing,
                 prefix_cells=self._prefix_cells,
                 encoder=self._encoder,

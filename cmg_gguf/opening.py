@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,6 +43,7 @@ class PairOptions:
     """How a model pair is put together: see `GuidedVLM`."""
 
     chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     pairing: Pairing = "auto"
     prefix_cells: int | None = None
     image_cache_bytes: int = IMAGE_CACHE_BYTES
@@ -94,7 +95,7 @@ def open_pair(
     Raises ProjectorError, BackendError, PromptError (template), UnsupportedError.
     """
     paired = _is_paired(options, model)
-    template = _template(model, options.chat_template)
+    template = _template(model, options)
     projector = Projector(
         mmproj_path,
         model,
@@ -188,16 +189,16 @@ def _n_parallel(options: PairOptions, model: Model) -> int:
     return PARALLEL_ON_DEVICE if on_device else PARALLEL_ON_CPU
 
 
-def _template(model: Model, chosen: str | None) -> ChatTemplate:
+def _template(model: Model, options: PairOptions) -> ChatTemplate:
     # The tokenizer writes BOS itself where the model wants one.
     texts = {
         "bos": "" if model.adds_bos else model.special_text("bos"),
         "eos": model.special_text("eos"),
     }
+    chosen = options.chat_template
     source = chosen if chosen is not None else model.chat_template() or DEFAULT_TEMPLATE
-    if "{" in source:
-        return ChatTemplate.from_jinja(source, **texts)
-    return ChatTemplate.named(source, **texts)
+    make = ChatTemplate.from_jinja if "{" in source else ChatTemplate.named
+    return replace(make(source, **texts), variables=options.chat_template_kwargs)
 
 
 def _checked_cells(prefix_cells: int | None, n_ctx: int) -> int:

@@ -35,10 +35,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of an answer as it streams, and the tokens drawn since the last piece."""
+    """Some text of an answer as it streams, and the tokens drawn since the last piece.
+
+    reasoning: whether it is what the model thinks before it answers.
+    """
 
     text: str
     tokens: tuple[Token, ...]
+    reasoning: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,10 @@ class Seconds:
 class Reply:
     """An answer and its account.
 
-    text: without the stop string, and without spaces in front. tokens: all that were generated,
-    without the end token.
+    text: without the stop string, and without spaces in front. reasoning: what the model thought
+    before it answered, without its marks; "" = nothing. Where the answer ends within it, text is
+    "". tokens: all that were generated, without the end token; the first `n_reasoning_tokens` are
+    reasoning, its marks included.
     finish_reason: "stop" (end token or stop string), "length" (max_tokens, or the context is full).
     layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
     prompt tokens whose KV cells were there from an earlier prompt that began alike. scores: of the
@@ -76,6 +82,8 @@ class Reply:
     seed: int
     seconds: Seconds
     n_reused_tokens: int = 0
+    reasoning: str = ""
+    n_reasoning_tokens: int = 0
     scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 from cmg_gguf.errors import CMGError, GuidanceError, PromptError, SamplingError, shown
 from cmg_gguf.guidance import Guidance, Settings
 from cmg_gguf.prompt.images import ImageSource
+from cmg_gguf.prompt.templates import checked_variables
 from cmg_gguf.sampling import LogitsProcessor, Sampling
 
 Messages = Sequence[Mapping[str, Any]]
@@ -56,12 +57,15 @@ class Request:
     contrast: None = the degraded branch is the same prompt with image tokens masked; else it is
     that prompt, unmasked, and of `guidance` alpha and beta alone count. sampling: greedy by
     default. max_tokens: at most this many; None = until the context is full. stop: strings that end
-    the answer. raw: `prompt` is the full text for the model, without template: special tokens
+    the answer, also within its reasoning. raw: `prompt` is the full text for the model, without
+    template: special tokens
     are special in it, and each "<__media__>" stands for one image. top_logprobs: None = no
     log-probabilities, else how many alternatives a token. logits_processors: change the logits that
     are drawn from, before everything else in the chain; called while other answers wait, so they
     must be quick. n_scores: of so many tokens from the first on, the reply has the scores of the
     whole vocabulary. salt: kept prompts and images are found by requests of the same salt alone.
+    chat_template_kwargs: what the chat template sees besides the messages, as {"enable_thinking":
+    False}, in place of the model's own; a name that the template does not read changes nothing.
 
     Raises PromptError, GuidanceError or SamplingError for what cannot be.
     """
@@ -79,12 +83,20 @@ class Request:
     logits_processors: Sequence[LogitsProcessor] = ()
     n_scores: int = 0
     salt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, self.images)
         _check_settings(self)
+        variables = checked_variables(self.chat_template_kwargs)
+        object.__setattr__(self, "chat_template_kwargs", variables)
         if self.raw:
             _check_raw(self.prompt, self.contrast)
+            if variables:
+                raise PromptError(
+                    f"chat_template_kwargs={shown(variables)} reaches no template with raw=True: "
+                    "leave it out, or write the prompt as it should be"
+                )
         object.__setattr__(self, "stop", checked_stops(self.stop))
         if self.max_tokens is not None and not (_is_whole(self.max_tokens) and self.max_tokens > 0):
             raise PromptError(

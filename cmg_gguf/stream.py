@@ -63,7 +63,8 @@ class Stream(Iterator[Piece]):
                 raise
         if piece is None:
             raise StopIteration
-        self._text += piece.text
+        if not piece.reasoning:
+            self._text += piece.text
         return piece
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ class Stream(Iterator[Piece]):
 
     @property
     def text(self) -> str:
-        """What has been read so far."""
+        """What has been read so far of the answer, without its reasoning."""
         return self._text
 
     @property
@@ -123,7 +124,12 @@ class Run:
                 pair.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
             )
         self._generation = Generation(
-            sampler, pair.model, request, self._outbox.put, scheduler.check
+            sampler,
+            pair.model,
+            request,
+            self._outbox.put,
+            scheduler.check,
+            closing=self._prompt.closing,
         )
         self._seconds = Seconds()
 
@@ -252,6 +258,8 @@ class Run:
         answer = self._generation.answer
         return Reply(
             text=answer.text,
+            reasoning=answer.reasoning,
+            n_reasoning_tokens=answer.n_reasoning_tokens,
             tokens=tuple(answer.tokens),
             finish_reason=answer.finish_reason,
             n_prompt_tokens=self._prompt.n_tokens,
@@ -271,6 +279,7 @@ def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
         tokenized,
         raw=request.raw,
         salt=request.salt,
+        variables=request.chat_template_kwargs,
         template=pair.template,
         projector=pair.projector,
     )

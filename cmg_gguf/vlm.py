@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ class GuidedVLM:
     n_threads: 0 = all usable CPUs up to 4, else half of them (hyper-threads only get in the way).
     n_gpu_layers: layers on the accelerator, -1 = all (nothing changes without one). chat_template:
     None = the model's own, "vicuna" if it has none; or a name ("vicuna", "mistral", "chatml"), or a
-    Jinja template. pairing: "pair" = both branches in one context, "contexts" = one each (twice the
+    Jinja template. chat_template_kwargs: what the template sees besides the messages, as
+    {"enable_thinking": False}, unless a request says otherwise.
+    pairing: "pair" = both branches in one context, "contexts" = one each (twice the
     memory and time; the reference), "auto" = a pair unless the model has recurrent layers.
     prefix_cells: KV cells that may stay with past prompts, so that one which begins like them (same
     pixels, same tokens) goes on from there; None = half of n_ctx, 0 = none. An answer that needs
@@ -79,6 +81,7 @@ class GuidedVLM:
         type_v: str = "f16",
         offload_kqv: bool = True,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         pairing: Pairing = "auto",
         prefix_cells: int | None = None,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
@@ -90,6 +93,7 @@ class GuidedVLM:
     ) -> None:
         options = PairOptions(
             chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs or {},
             pairing=pairing,
             prefix_cells=prefix_cells,
             image_cache_bytes=image_cache_bytes,
@@ -128,9 +132,10 @@ class GuidedVLM:
         """Guided decoding with the model that a `llama_cpp.Llama` has loaded.
 
         The weights are shared; the KV cache is not, for the patch must be in a context from the
-        start. Its settings are those of `llama`'s. options: chat_template, pairing, prefix_cells,
-        image_cache_bytes, strategy, n_parallel, encoder as in `GuidedVLM`; use_gpu = False keeps
-        the image encoder on the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that
+        start. Its settings are those of `llama`'s. options: chat_template,
+        chat_template_kwargs, pairing, prefix_cells, image_cache_bytes, strategy, n_parallel,
+        encoder as in `GuidedVLM`; use_gpu = False keeps the image encoder on the CPU.
+        Raises UnsupportedError where `llama` has a LoRA adapter: that
         belongs to its own context.
         """
         vlm = cls.__new__(cls)
@@ -214,11 +219,23 @@ class GuidedVLM:
         return Stream(self._run(request_from(prompt, images, settings), progress))
 
     def tokenize(
-        self, prompt: str | Messages, images: Sequence[ImageSource] = (), *, raw: bool = False
+        self,
+        prompt: str | Messages,
+        images: Sequence[ImageSource] = (),
+        *,
+        raw: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The prompt for `engine`, as `Request` has it; its images are read, but not encoded: see
         `projector.encode`. Raises PromptError, ImageError."""
-        return tokenized(prompt, images, raw=raw, template=self.template, projector=self.projector)
+        return tokenized(
+            prompt,
+            images,
+            raw=raw,
+            variables=chat_template_kwargs,
+            template=self.template,
+            projector=self.projector,
+        )
 
     def create_chat_completion(
         self,

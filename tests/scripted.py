@@ -105,13 +105,19 @@ class Run:
     request: Request = field(default_factory=lambda: asking())
     engine: FakeEngine = field(default_factory=FakeEngine)
     check: Callable[[], None] = lambda: None
+    closing: str = ""
 
     def __post_init__(self) -> None:
         self.script = Script(self.draws if self.draws is not None else range(len(self.words)))
         self.pieces: list[Piece] = []
         self._told: list[Piece] = []
         self.generation = Generation(
-            self.script, Words(self.words), self.request, self._told.append, self.check
+            self.script,
+            Words(self.words),
+            self.request,
+            self._told.append,
+            self.check,
+            closing=self.closing,
         )
         self.answer = self.generation.answer
         self.generator = self._run()
@@ -144,6 +150,6 @@ def asking(**settings: Any) -> Request:
 def told(*words: str | bytes, **settings: Any) -> Run:
     """The finished answer that says these tokens."""
     data = [word.encode() if isinstance(word, str) else word for word in words]
-    names = ("draws", "engine", "check")
+    names = ("draws", "engine", "check", "closing")
     given = {name: settings.pop(name) for name in names if name in settings}
     return Run(data, request=asking(**settings), **given).finish()

@@ -33,7 +33,7 @@ HOUSE = {
     "_core": "",
     "engine": f"{VALUES} prompt.segments _core",
     "llama": f"{VALUES} prompt engine.context _core llama_cpp",
-    "answer": ASKING,
+    "answer": f"{ASKING} prompt.reasoning",
     "chat": ASKING,
     # --- where they are put together ------------------------------------------------------------
     "opening": f"{ASKING} prompt _core engine llama llama_cpp",

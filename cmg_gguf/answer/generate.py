@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from cmg_gguf.answer.logits import combine, log_softmax
+from cmg_gguf.answer.reasoning import Reasoning
 from cmg_gguf.answer.text import StopStrings, Utf8Stream
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import SamplingError
@@ -62,6 +63,8 @@ class Answer:
 
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""
+    n_reasoning_tokens: int = 0
     finish_reason: FinishReason = "length"
     seconds: float = 0.0
     scores: list[FloatArray] = field(default_factory=list)
@@ -77,13 +80,17 @@ class Generation:
         request: Request,
         emit: Callable[[Piece], None],
         check: Callable[[], None] = lambda: None,
+        *,
+        closing: str = "",
     ) -> None:
         """emit: called with each piece of text. check: called behind code of the caller's, which
-        can have closed the model; raises to stop."""
+        can have closed the model; raises to stop. closing: the mark that closes the reasoning
+        within which the prompt ends; "" = it ends outside."""
         self.answer = Answer()
         self._drawer, self._vocabulary, self._request = drawer, vocabulary, request
         self._emit, self._check = emit, check
         self._characters, self._stops = Utf8Stream(), StopStrings(request.stop)
+        self._reasoning = Reasoning(closing, request.sampling)
         self._pending: list[Token] = []
         self._ids: list[int] = []
         self._started: float | None = None
@@ -118,9 +125,13 @@ class Generation:
         self.answer.tokens.append(token)
         self._pending.append(token)
         data = self._vocabulary.token_bytes(token.id)
+        was_within = self._reasoning.is_within
         text, stopped = self._stops.feed(self._characters.feed(data))
+        parts = self._reasoning.feed(text)
+        if was_within or self._reasoning.is_within or any(thought for _, thought in parts):
+            self.answer.n_reasoning_tokens = self.n_said
         self._note_time()
-        self._show(text)
+        self._show(parts)
         if stopped:
             self.answer.finish_reason = "stop"
         return stopped
@@ -130,18 +141,23 @@ class Generation:
             text, stopped = self._stops.feed(self._characters.flush())
             if stopped:
                 self.answer.finish_reason = "stop"
-            self._show(text + ("" if stopped else self._stops.flush()))
+            self._show(self._reasoning.feed(text + ("" if stopped else self._stops.flush())))
+        self._show(self._reasoning.flush())
         self._note_time()
         if self._pending:
-            self._emit(Piece("", tuple(self._pending)))
+            self._emit(Piece("", tuple(self._pending), self._reasoning.is_within))
 
-    def _show(self, text: str) -> None:
-        if not self.answer.text:
-            text = text.lstrip(" ")  # SentencePiece words carry the space in front of them
-        if text:
-            self.answer.text += text
-            self._emit(Piece(text, tuple(self._pending)))
-            self._pending.clear()
+    def _show(self, parts: Sequence[tuple[str, bool]]) -> None:
+        for text, is_reasoning in parts:
+            if is_reasoning:
+                self.answer.reasoning += text
+            else:
+                if not self.answer.text:
+                    text = text.lstrip(" ")  # SentencePiece words carry the space in front of them
+                self.answer.text += text
+            if text:
+                self._emit(Piece(text, tuple(self._pending), is_reasoning))
+                self._pending.clear()
 
     def _note_time(self) -> None:
         assert self._started is not None

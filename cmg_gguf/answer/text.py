@@ -74,7 +74,7 @@ class StopStrings:
             _, start, self._match = min(ends)
             self._held = ""
             return text[:start], True
-        cut = len(text) - self._n_open(text)
+        cut = len(text) - n_begun(text, self._stops)
         self._held = text[cut:]
         return text[:cut], False
 
@@ -83,10 +83,11 @@ class StopStrings:
         text, self._held = self._held, ""
         return text
 
-    def _n_open(self, text: str) -> int:
-        """Return the length of the longest suffix that a stop string begins with."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for n in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-n:]) for stop in self._stops):
-                return n
-        return 0
+
+def n_begun(text: str, marks: Sequence[str]) -> int:
+    """Return the length of the longest suffix that one of `marks` begins with, and goes on."""
+    longest = max((len(mark) for mark in marks), default=1) - 1
+    for n in range(min(longest, len(text)), 0, -1):
+        if any(mark.startswith(text[-n:]) for mark in marks):
+            return n
+    return 0

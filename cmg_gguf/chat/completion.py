@@ -46,13 +46,15 @@ def request_of(
     logits_processor: Sequence[LogitsProcessor] | None = None,
     logprobs: bool | None = None,
     top_logprobs: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **sampling: Any,
 ) -> Request:
     """The request of a chat completion.
 
     Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance` is
     ours. max_tokens: None or <= 0 = until the context is full. logprobs: of the guided
-    distribution, before the other samplers. sampling: see `sampling_of`. Raises what it, `Request`
+    distribution, before the other samplers. chat_template_kwargs: as in `Request`, and in
+    llama-server. sampling: see `sampling_of`. Raises what it, `Request`
     and `Guidance` raise.
     """
     return Request(
@@ -63,6 +65,7 @@ def request_of(
         stop=stop or (),
         top_logprobs=_top_logprobs(logprobs, top_logprobs),
         logits_processors=logits_processor or (),
+        chat_template_kwargs={} if chat_template_kwargs is None else chat_template_kwargs,
     )
 
 
@@ -111,14 +114,18 @@ def sampling_of(
 
 
 def completion_of(reply: Reply, model: str, token_bytes: TokenBytes) -> dict[str, Any]:
-    """A reply as a chat completion. model: its name."""
+    """A reply as a chat completion; `reasoning_content` is there where there was reasoning, as in
+    llama-server. model: its name."""
+    message = {"role": "assistant", "content": reply.text}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
     return {
         **_head(model),
         "object": "chat.completion",
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": reply.text},
+                "message": message,
                 "logprobs": _logprobs(reply.tokens, token_bytes),
                 "finish_reason": reply.finish_reason,
             }
@@ -144,7 +151,8 @@ def chunks_of(answer: Pieces, model: str, token_bytes: TokenBytes) -> Iterator[d
     with contextlib.closing(answer):
         yield chunk({"role": "assistant"})
         for piece in answer:
-            yield chunk({"content": piece.text}, logprobs=_logprobs(piece.tokens, token_bytes))
+            said = "reasoning_content" if piece.reasoning else "content"
+            yield chunk({said: piece.text}, logprobs=_logprobs(piece.tokens, token_bytes))
     reply, block = answer.reply, cmg_block(answer.reply, token_bytes)
     yield chunk({}, reply.finish_reason, usage=usage(reply), cmg=block)
 
@@ -179,13 +187,16 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
 
 
 def usage(reply: Reply) -> dict[str, Any]:
-    """Counts as OpenAI names them; `cached_tokens`: of the prompt, those not computed anew."""
+    """Counts as OpenAI names them; `cached_tokens`: of the prompt, those not computed anew;
+    `reasoning_tokens`: of the answer, where there was reasoning."""
     n = len(reply.tokens)
+    thought = {"completion_tokens_details": {"reasoning_tokens": reply.n_reasoning_tokens}}
     return {
         "prompt_tokens": reply.n_prompt_tokens,
         "completion_tokens": n,
         "total_tokens": reply.n_prompt_tokens + n,
         "prompt_tokens_details": {"cached_tokens": reply.n_reused_tokens},
+        **(thought if reply.n_reasoning_tokens else {}),
     }
 
 

@@ -99,16 +99,21 @@ class Asker:
             try:
                 for piece in stream:
                     n_tokens += len(piece.tokens)
-                    if show is None:
+                    if show is None or (piece.reasoning and not self.screen.shows_reasoning):
                         waiting.answering(n_tokens)
                     else:
                         waiting.stop()
-                        show(piece)
+                        if piece.reasoning:
+                            self.screen.think(piece.text)
+                        else:
+                            self.screen.end_thought()
+                            show(piece)
                     interrupt.check()
                 return stream.reply
             except KeyboardInterrupt as exc:
                 raise Stopped(stream.text) from exc
             finally:
+                self.screen.end_thought()
                 stream.close()
 
     def summarise(self, reply: Reply, *, label: str = "", load: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,6 +119,22 @@ class ModelFlags:
             "has none.",
         ),
     ] = None
+    no_think: Annotated[
+        bool,
+        _flag(
+            "--no-think",
+            help="Answer without reasoning first, where the chat template leaves that open: short "
+            "for --template-kwargs '{\"enable_thinking\": false}'.",
+        ),
+    ] = False
+    chat_template_kwargs: Annotated[
+        str,
+        _flag(
+            "--template-kwargs",
+            metavar="JSON",
+            help="An object of what the chat template sees besides the messages.",
+        ),
+    ] = "{}"
     pairing: Annotated[
         Pairing,
         _flag(
@@ -167,6 +184,7 @@ class ModelFlags:
 
     def options(self) -> dict[str, Any]:
         """The flags as keyword arguments of `GuidedVLM`."""
+        variables = self.template_variables
         return {
             "n_ctx": self.ctx_size,
             "n_ubatch": self.ubatch_size,
@@ -176,12 +194,28 @@ class ModelFlags:
             "type_k": self.cache_type_k,
             "type_v": self.cache_type_v,
             "chat_template": self.chat_template,
+            **({"chat_template_kwargs": variables} if variables else {}),
             "pairing": self.pairing,
             "prefix_cells": self.prefix_cells,
             "encoder": "stock" if self.stock_encoder else "mended",
             **({} if self.strategy is None else {"strategy": self.strategy}),
             "verbose": self.verbose,
         }
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template sees besides the messages. Raises BadParameter."""
+        try:
+            given = json.loads(self.chat_template_kwargs)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise typer.BadParameter(
+                f"{self.chat_template_kwargs!r} is no JSON object; write "
+                "'{\"enable_thinking\": false}'",
+                param_hint="'--template-kwargs'",
+            )
+        return {**given, "enable_thinking": False} if self.no_think else given
 
     @property
     def built_in(self) -> bool:

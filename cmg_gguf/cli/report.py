@@ -16,6 +16,7 @@ def reply_block(reply: Reply, vlm: GuidedVLM) -> dict[str, Any]:
 
     return {
         "text": reply.text,
+        "reasoning": reply.reasoning,
         "finish_reason": reply.finish_reason,
         "tokens": [
             {"id": token.id, "text": token.text, "plain": token.plain, "changed": token.changed}

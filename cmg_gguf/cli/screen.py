@@ -49,6 +49,7 @@ class Screen:
     def __init__(self, *, quiet: bool = False, progress: bool = True) -> None:
         self._console = Console(stderr=True)
         self._quiet = quiet
+        self._is_thinking = False
         self._shows_progress = progress and not quiet and self._console.is_interactive
 
     def note(self, text: str) -> None:
@@ -64,6 +65,23 @@ class Screen:
         """Writes a line that need not be read."""
         if not self._quiet:
             _line(self._console, Text(text, style="dim"))
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether `think` writes anything."""
+        return not self._quiet
+
+    def think(self, text: str) -> None:
+        """Writes some of what a model thinks before it answers, at once."""
+        if text and not self._quiet:
+            self._is_thinking = True
+            self._console.out(text, style="dim", highlight=False, end="")
+
+    def end_thought(self) -> None:
+        """Ends the line that `think` has begun, if it has."""
+        if self._is_thinking:
+            self._is_thinking = False
+            self._console.out("")
 
     @contextmanager
     def waiting(self, phase: Phase) -> Iterator[Waiting]:

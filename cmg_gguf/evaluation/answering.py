@@ -179,6 +179,7 @@ class Answerer:
             answer=reply.text,
             tokens=len(reply.tokens),
             changed=reply.n_changed,
+            reasoning=reply.n_reasoning_tokens,
             finish=reply.finish_reason,
             seconds=seconds.encode + seconds.prefill + seconds.decode,
             parallel=self.n_parallel,
@@ -186,8 +187,9 @@ class Answerer:
         )
 
     def _yes_no(self, reply: Reply) -> dict[str, Any]:
-        """The fields of a record about yes and no; {} where the vocabulary lacks the words."""
-        if not self._words.complete:
+        """The fields of a record about yes and no; {} where the vocabulary lacks the words, or the
+        first token is reasoning."""
+        if not self._words.complete or reply.n_reasoning_tokens:
             return {}
         (scores,) = reply.scores
         first = reply.tokens[0].id if reply.tokens else None

@@ -28,12 +28,13 @@ class Record:
     """One answer of one method to one item, or the reason why there is none.
 
     tokens: of the answer. changed: those that the method chose otherwise than plain decoding on the
-    same logits. finish: "stop" or "length". seconds: image, prompt and answer, by the clock.
+    same logits. reasoning: tokens ahead of the answer, which is without them. finish: "stop" or
+    "length". seconds: image, prompt and answer, by the clock.
     parallel: answers that the model made at once, at most; above 1, seconds count waiting for
     others and are nobody's cost. problem: why there is no answer; the fields above are then empty.
     Of yes/no items, by the method's own scores at the first token before the cut: yes_margin,
     log p(yes) - log p(no); yes_lead, the best score of a yes token minus the best of all others.
-    says_yes: whether the first token is a yes token.
+    says_yes: whether the first token is a yes token. None of the three where that is reasoning.
     """
 
     item: str
@@ -41,6 +42,7 @@ class Record:
     answer: str = ""
     tokens: int = 0
     changed: int = 0
+    reasoning: int = 0
     finish: str = ""
     seconds: float = 0.0
     parallel: int = 1

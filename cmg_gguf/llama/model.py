@@ -20,6 +20,7 @@ from cmg_gguf.errors import ModelError
 from cmg_gguf.llama.header import read_architecture
 from cmg_gguf.llama.layers import attending_layers
 from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.prompt.reasoning import MARKS
 from cmg_gguf.prompt.specials import Specials
 
 
@@ -168,8 +169,19 @@ class Model:
         return np.array(tokens[: max(n, 0)], dtype=np.int32)
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes of a token, possibly part of a character; b"" for control tokens."""
-        return self._token_bytes(token)
+        """UTF-8 bytes of a token, possibly part of a character; b"" for control tokens, but for
+        those that mark reasoning."""
+        return self._marks.get(token) or self._token_bytes(token)
+
+    @functools.cached_property
+    def _marks(self) -> dict[int, bytes]:
+        """Control tokens that are marks of reasoning, and how they are spelled."""
+        found: dict[int, bytes] = {}
+        for mark in (*MARKS, *MARKS.values()):
+            tokens = self.tokenize(mark, special=True)
+            if len(tokens) == 1 and not self._token_bytes(int(tokens[0])):
+                found[int(tokens[0])] = mark.encode()
+        return found
 
 
 def _having(texts: Mapping[str, int], attribute: int) -> frozenset[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from cmg_gguf.errors import PromptError
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.prompt.images import ImageSource, image_id, load_image
 from cmg_gguf.prompt.messages import Rendered, render_messages
+from cmg_gguf.prompt.reasoning import closing_mark
 from cmg_gguf.prompt.segments import Prompt
 from cmg_gguf.prompt.templates import ChatTemplate, Message
 
@@ -20,6 +23,7 @@ def tokenized(
     *,
     raw: bool = False,
     salt: str | None = None,
+    variables: Mapping[str, Any] | None = None,
     template: ChatTemplate,
     projector: Projector,
 ) -> Prompt:
@@ -29,7 +33,8 @@ def tokenized(
     images. What they say stays text: neither "<__media__>" nor the spelling of a special token
     means anything in it. raw: the prompt is the full text for the model, in which special tokens
     are special and each "<__media__>" stands for one of `images`. salt: what is
-    kept of it is found by prompts of the same salt alone. Raises PromptError, ImageError.
+    kept of it is found by prompts of the same salt alone. variables: of the template, see
+    `ChatTemplate.render`. Raises PromptError, ImageError.
     """
     model, marker = projector.model, projector.marker
     if raw:
@@ -38,9 +43,11 @@ def tokenized(
         rendered = Rendered(prompt.replace(RAW_MARKER, marker), list(images))
     else:
         messages = prompt if not isinstance(prompt, str) else _turn(prompt, images)
-        rendered = render_messages(messages, template, marker=marker, specials=model.specials)
+        rendered = render_messages(
+            messages, template, marker=marker, specials=model.specials, variables=variables
+        )
     pixels = [load_image(source) for source in rendered.images]
-    return projector.tokenize(
+    tokens = projector.tokenize(
         rendered.text,
         pixels,
         ids=[_salted(image_id(rgb), salt) for rgb in pixels],
@@ -48,6 +55,7 @@ def tokenized(
         add_bos=not _begins_with(model.special_text("bos"), rendered),
         seams=rendered.seams,
     )
+    return replace(tokens, closing=closing_mark(rendered.text))
 
 
 def _salted(key: str, salt: str | None) -> str:

@@ -49,6 +49,7 @@ def render_messages(
     specials: Specials = NO_SPECIALS,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """Return the prompt of `messages`: their text with `marker` where each image stands.
 
@@ -63,6 +64,7 @@ def render_messages(
         marker: a random string, so that no text can contain it.
         specials: the special tokens that only the template may write. One that begins in one
             message and ends in another is not noticed, nor one of a single character.
+        variables: see `ChatTemplate.render`; what they say is text, as what messages say is.
 
     Raises:
         PromptError: there is no message, a message has another form or role, a text contains the
@@ -77,7 +79,12 @@ def render_messages(
     flat = [_flat(message, i, marker, images) for i, message in enumerate(messages)]
     seam = _mark(marker, _SEAM)
     flat = [{**_broken(message, specials, seam), "role": message["role"]} for message in flat]
-    text = template.render(flat, add_generation_prompt, tools=_broken(tools, specials, seam))
+    text = template.render(
+        flat,
+        add_generation_prompt,
+        tools=_broken(tools, specials, seam),
+        variables=_broken(variables, specials, seam),
+    )
     if not text.strip():
         raise PromptError(
             f"the chat template made an empty prompt of {len(flat)} messages: give messages with "

@@ -67,11 +67,13 @@ class Prompt:
     """A tokenised prompt: text and image segments in order.
 
     salt: prompts of different salts begin with nothing alike, so nobody learns from what is kept
-    what another has asked.
+    what another has asked. closing: the mark that closes the reasoning within which the prompt
+    ends, see `closing_mark`.
     """
 
     segments: tuple[Segment, ...]
     salt: str | None = None
+    closing: str = ""
 
     @property
     def n_tokens(self) -> int:
