@@ -55,9 +55,7 @@ class Merged:
         self.positions[padding] = np.arange(n_padding)
         self.outputs[padding] = False
         fork_layer = max(batch.fork_layer for batch in batches)
-        self.n_below = int((~enters).sum()) if fork_layer else self.n_rows
-        if fork_layer and not enters.any():
-            self.n_below = self.n_rows
+        self.n_below = int((~enters).sum()) if enters.any() else self.n_rows
         self.plan = self._plan(batches, rows, padding, fork_layer)
 
     def wanted(self, i: int) -> list[int]:
@@ -77,13 +75,8 @@ class Merged:
         n_parts = 0
         tables = []
         for batch in batches:
-            table = np.full((batch.n_rows, 6), NONE, np.int32)
-            table[:, 0] = batch.seqs
-            if batch.plan is not None:
-                table[:, 1] = n_parts
-                table[:, 2:] = batch.plan.rows
-                n_parts += 1
-            tables.append(table)
+            tables.append(_table(batch.seqs, batch.plan, n_parts))
+            n_parts += batch.plan is not None
         table = np.concatenate(tables)[rows]
         table[padding, 0] = self.seqs[padding]
         table[padding, 2:5] = NONE  # what enters a fork is all that padding takes part in
@@ -97,9 +90,17 @@ def single_plan(plan: RowPlan | None, seq: int) -> _core.Plan | None:
     """The plan of a batch that is decoded by itself, all rows in one sequence."""
     if plan is None:
         return None
-    table = np.full((len(plan.rows), 6), NONE, np.int32)
-    table[:, 0], table[:, 1], table[:, 2:] = seq, 0, plan.rows
-    return _core.Plan(table, [plan.part])
+    seqs = np.full(len(plan.rows), seq, np.int32)
+    return _core.Plan(_table(seqs, plan, 0), [plan.part])
+
+
+def _table(seqs: IntArray, plan: RowPlan | None, part: int) -> IntArray:
+    """(n_rows, 6) int32: sequence, part, and what `RowPlan.rows` says; without a plan nothing."""
+    table = np.full((len(seqs), 6), NONE, np.int32)
+    table[:, 0] = seqs
+    if plan is not None:
+        table[:, 1], table[:, 2:] = part, plan.rows
+    return table
 
 
 def go_together(batches: Sequence[Batch]) -> bool:

@@ -22,7 +22,7 @@ takes the place.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class Lease:
     branches: the sequences it works in. items: what the original branch has decoded or will, prompt
     and answer. original, degraded: cells that a prefix held when they were shared, or holds since.
     n_prompt: rows of the prompt; the degraded branch is only known to be whole as far as that, once
-    `is_complete`: it has decoded its part of the prompt.
+    `is_complete`: it has decoded its part of the prompt. cells: both branches', each once.
     """
 
     branches: Branches
@@ -72,6 +72,15 @@ class Lease:
     original: Cells
     degraded: Cells
     is_complete: bool = False
+    cells: Cells = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name(self.original, self.degraded)
+
+    def name(self, original: Cells, degraded: Cells) -> None:
+        """Says which names the cells of either branch have, as far as they have one."""
+        self.original, self.degraded = original, degraded
+        self.cells = np.union1d(original, degraded)
 
     @property
     def n_degraded(self) -> int:
@@ -79,11 +88,6 @@ class Lease:
         if self.variant is None:
             return 0
         return self.n_prompt if self.is_complete else len(self.degraded)
-
-    @property
-    def cells(self) -> Cells:
-        """The names of its cells that have one: each once."""
-        return np.union1d(self.original, self.degraded)
 
 
 class PrefixCache:
@@ -199,7 +203,7 @@ class PrefixCache:
             context, seq = branches.degraded.context, branches.degraded.seq
             self._move(context, seq, self._slots[slot][1], shared)
         self._store.add(Prefix(slot, items, original, degraded, lease.variant))
-        lease.original, lease.degraded = original, degraded
+        lease.name(original, degraded)
         self._n_held = None
         self._unsettled.discard(slot)
 
