@@ -10,7 +10,10 @@
     │       └── ContextLengthError
     └── the world's
         ├── ModelError
-        │   └── ProjectorError
+        │   ├── ProjectorError
+        │   └── HubError
+        │       ├── HubNameError (also ValueError)
+        │       └── HubConnectionError
         ├── BackendError         (also RuntimeError)
         └── UnsupportedError
 
@@ -60,6 +63,18 @@ class ModelError(CMGError):
 
 class ProjectorError(ModelError):
     """The multimodal projector file is missing, damaged, or does not fit the model."""
+
+
+class HubError(ModelError):
+    """A model cannot be had from a hub: no such repository, no such file in it, or no access."""
+
+
+class HubNameError(HubError, ValueError):
+    """A name is not of the form owner/repo[:quant]."""
+
+
+class HubConnectionError(HubError):
+    """The hub is not reached, and the cache does not have the model."""
 
 
 class BackendError(CMGError, RuntimeError):

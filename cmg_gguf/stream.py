@@ -28,10 +28,11 @@ from cmg_gguf.reply import Piece, Reply, Seconds
 from cmg_gguf.request import Request
 from cmg_gguf.sampling import MAX_SEED
 
-Phase = Literal["load", "encode", "prefill"]
+Phase = Literal["download", "load", "encode", "prefill"]
 Progress = Callable[[Phase, int, int], None]
-"""progress(phase, done, total): "load" in percent, "encode" in image tokens, "prefill" in rows.
-Called by the thread that waits for the answer, while it waits; what it raises ends the answer."""
+"""progress(phase, done, total): "download" in bytes, "load" in percent, "encode" in image
+tokens, "prefill" in rows. Called by the thread that waits for the answer, while it waits; what it
+raises ends the answer."""
 
 ANSWER_SHARE = 0.5
 """Share of `max_tokens` for which there must be room where an answer begins beside others."""

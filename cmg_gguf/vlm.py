@@ -12,6 +12,7 @@ import llama_cpp
 
 from cmg_gguf.answer.scheduler import Scheduler
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
+from cmg_gguf.hub import fetch_pair
 from cmg_gguf.llama.context import ContextOptions, usable_threads
 from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
@@ -124,6 +125,28 @@ class GuidedVLM:
                 progress=progress and partial(progress, "load"),
             )
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        mmproj_path: str | Path | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> GuidedVLM:
+        """The model of a repository on the Hugging Face hub, from the cache where it is there.
+
+            vlm = GuidedVLM.from_pretrained("owner/repo:Q4_K_M")
+
+        name: "owner/repo", "owner/repo:QUANT" or "owner/repo:FILE.gguf"; `cmg_gguf.hub` says which
+        files are taken, and how. mmproj_path: a projector file instead of the repository's.
+        options: as in `GuidedVLM`. progress: "download" in bytes, before the others. Raises
+        HubNameError, HubConnectionError, HubError, UnsupportedError without huggingface_hub, and
+        what `GuidedVLM` raises.
+        """
+        told = progress and partial(progress, "download")
+        return cls(*fetch_pair(name, mmproj_path, progress=told), progress=progress, **options)
 
     @classmethod
     def from_llama(

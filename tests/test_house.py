@@ -36,17 +36,18 @@ HOUSE = {
     "answer": f"{ASKING} prompt.reasoning",
     "chat": ASKING,
     # --- where they are put together ------------------------------------------------------------
+    "hub": "errors",
     "opening": f"{ASKING} prompt _core engine llama llama_cpp",
     "stream": f"{ASKING} prompt engine llama answer opening",
     "many": f"{ASKING} answer stream",
-    "vlm": f"{ASKING} prompt llama llama_cpp answer chat opening stream many",
+    "vlm": f"{ASKING} prompt llama llama_cpp answer chat hub opening stream many",
     "handler": f"{ASKING} opening vlm llama_cpp",
     "facts": f"{VALUES} llama llama_cpp opening",
     "__init__": f"{ASKING} stream many vlm handler",
     # --- what is built on them ------------------------------------------------------------------
     "tiny": VALUES,
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
-    "cli": f"{ASKING} prompt chat opening stream vlm facts tiny evaluation __init__",
+    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation __init__",
 }
 """`__init__` is the package's own. A room named with a module ("prompt.segments") is known by
 that module alone."""

@@ -23,6 +23,9 @@ PUBLIC = [
     "Guidance",
     "GuidanceError",
     "GuidedVLM",
+    "HubConnectionError",
+    "HubError",
+    "HubNameError",
     "ImageError",
     "LayerRange",
     "LayerSet",
@@ -58,11 +61,12 @@ def test_every_public_name_can_be_imported_and_is_documented() -> None:
 
 def test_every_error_is_a_cmg_error() -> None:
     errors = [getattr(cmg_gguf, name) for name in PUBLIC if name.endswith("Error")]
-    assert len(errors) == 11
+    assert len(errors) == 14
     assert all(issubclass(error, cmg_gguf.CMGError) for error in errors)
     for error in (
         cmg_gguf.EvaluationError,
         cmg_gguf.GuidanceError,
+        cmg_gguf.HubNameError,
         cmg_gguf.SamplingError,
         cmg_gguf.ImageError,
         cmg_gguf.PromptError,

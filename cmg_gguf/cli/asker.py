@@ -11,6 +11,8 @@ from cmg_gguf.cli.interrupt import Interrupt
 from cmg_gguf.cli.screen import Phase, Screen, summary
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cmg_gguf.cli.guidance_flags import GuidanceFlags
     from cmg_gguf.cli.model_flags import ModelFlags
     from cmg_gguf.guidance import Guidance
@@ -52,8 +54,9 @@ class Asker:
 
         Raises CMGError; KeyboardInterrupt on Ctrl-C.
         """
-        flags.pair()
+        flags.check()
         note_built_in(screen, flags, guidance.told(flags.own_settings, blind=blind))
+        files = fetched(screen, flags)
         started = time.perf_counter()
         with Interrupt() as interrupt, screen.waiting("load") as waiting:
 
@@ -61,7 +64,7 @@ class Asker:
                 interrupt.check()
                 waiting(phase, done, total)
 
-            vlm = flags.open(progress)
+            vlm = flags.open(progress, files=files)
             interrupt.check()
         if flags.ubatch_size is None and vlm.n_ubatch > 512:
             screen.note(
@@ -120,6 +123,22 @@ class Asker:
         """Writes the figures of an answer. load: those of loading the model too."""
         seconds = self.seconds if load else None
         self.screen.aside(label + summary(reply, load=seconds, max_tokens=self.max_tokens))
+
+
+def fetched(screen: Screen, flags: ModelFlags) -> tuple[Path, Path]:
+    """Model and projector file, with progress where they are downloaded.
+
+    Raises what `ModelFlags.pair` raises; KeyboardInterrupt on Ctrl-C.
+    """
+    if flags.hf_repo is None:
+        return flags.pair()
+    with Interrupt() as interrupt, screen.waiting("download") as waiting:
+
+        def progress(phase: Phase, done: int, total: int) -> None:
+            interrupt.check()
+            waiting(phase, done, total)
+
+        return flags.pair(progress)
 
 
 def note_built_in(screen: Screen, flags: ModelFlags, guided: str) -> None:

@@ -65,7 +65,7 @@ def chat(
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
     if idle := sampling.idle():
         err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
-    model.pair()
+    model.check()
     images = list(zip(question.images, question.load_images(), strict=True))
     asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens)
     with asker.vlm:

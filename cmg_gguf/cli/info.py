@@ -9,11 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cmg_gguf import __version__
+from cmg_gguf.cli.asker import fetched
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import LAYERS, Layers
-from cmg_gguf.cli.model_flags import ModelFile, ModelFlags, ProjectorFile
+from cmg_gguf.cli.model_flags import ModelFile, ModelFlags, ProjectorFile, RepositoryName
 from cmg_gguf.cli.options import format_numbers, parse_layers
 from cmg_gguf.cli.output import write_json, write_rendered
+from cmg_gguf.cli.screen import Screen, size
 from cmg_gguf.guidance import LayerRange, LayerSet, static_layers
 
 EXAMPLES = """\
@@ -22,6 +24,8 @@ Examples:
   cmg-gguf info                                versions, devices, the built-in model
 
   cmg-gguf info -m llava.gguf --mmproj mmproj.gguf
+
+  cmg-gguf info -hf owner/repo                 download it, without asking it anything
 
   cmg-gguf info -m llava.gguf --layers 10-20   which layers that means
 """
@@ -42,6 +46,7 @@ def info(
     *,
     model: ModelFile = None,
     mmproj: ProjectorFile = None,
+    hf_repo: RepositoryName = None,
     layers: Layers = LAYERS,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object instead of the table.")
@@ -49,8 +54,9 @@ def info(
 ) -> None:
     """Show what a model pair is, which layers guidance would mask, and what runs it."""
     load_library()
-    if model is None:
-        model, mmproj = ModelFlags(mmproj=mmproj).pair()
+    if model is None or hf_repo is not None:
+        flags = ModelFlags(model=model, mmproj=mmproj, hf_repo=hf_repo)
+        model, mmproj = fetched(Screen(), flags)
     from cmg_gguf.facts import pair_facts, system_facts
 
     facts = {"cmg_gguf": __version__, **system_facts(), **pair_facts(model, mmproj)}
@@ -86,7 +92,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
     if model := facts.get("model"):
         lines += [
             ("model", model["path"]),
-            ("", f"{model['description']}, {_size(model['bytes'])}"),
+            ("", f"{model['description']}, {size(model['bytes'])}"),
             ("layers", _layers(model)),
             ("vocabulary", f"{model['vocabulary']} tokens"),
             ("context", f"{model['context']} tokens in training"),
@@ -142,15 +148,6 @@ def _template(name: str) -> str:
 
 
 def _device(device: dict[str, Any]) -> str:
-    memory = f", {_size(device['memory'])}" if device["memory"] else ""
+    memory = f", {size(device['memory'])}" if device["memory"] else ""
     backend = "" if device["backend"] == device["name"] else f" ({device['backend']})"
     return f"{device['name']}{backend}: {device['description']}{memory}"
-
-
-def _size(n: int) -> str:
-    value = float(n)
-    for unit in ("bytes", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} GiB"

@@ -35,6 +35,18 @@ ProjectorFile = Annotated[
     Path | None,
     _flag("--mmproj", metavar="FILE", help="GGUF file of the model's image projector (mmproj)."),
 ]
+RepositoryName = Annotated[
+    str | None,
+    _flag(
+        "--hf-repo",
+        "-hf",
+        "-hfr",
+        metavar="OWNER/REPO[:QUANT]",
+        help="Instead of -m: model and mmproj of that repository on the Hugging Face hub, "
+        "downloaded once. Without QUANT: Q4_K_M, else Q8_0, else the first file. HF_TOKEN opens "
+        "private ones.",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,7 @@ class ModelFlags:
 
     model: ModelFile = None
     mmproj: ProjectorFile = None
+    hf_repo: RepositoryName = None
     ctx_size: Annotated[
         int,
         _flag(
@@ -176,11 +189,14 @@ class ModelFlags:
         bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False
 
-    def open(self, progress: Progress | None = None) -> GuidedVLM:
-        """The loaded model. Raises CMGError; BadParameter where a file is not named."""
+    def open(
+        self, progress: Progress | None = None, *, files: tuple[Path, Path] | None = None
+    ) -> GuidedVLM:
+        """The loaded model. files: what `pair` gave before. Raises CMGError; BadParameter where a
+        file is not named."""
         from cmg_gguf.vlm import GuidedVLM
 
-        return GuidedVLM(*self.pair(), **self.options(), progress=progress)
+        return GuidedVLM(*(files or self.pair(progress)), **self.options(), progress=progress)
 
     def options(self) -> dict[str, Any]:
         """The flags as keyword arguments of `GuidedVLM`."""
@@ -220,7 +236,7 @@ class ModelFlags:
     @property
     def built_in(self) -> bool:
         """Whether the model that comes with the package is meant: none is named."""
-        return self.model is None and self.mmproj is None
+        return self.model is None and self.mmproj is None and self.hf_repo is None
 
     @property
     def own_settings(self) -> Path | None:
@@ -229,23 +245,42 @@ class ModelFlags:
 
         return settings_file() if self.built_in else None
 
-    def pair(self) -> tuple[Path, Path]:
-        """Model and projector file: the built-in pair where none is named.
+    def pair(self, progress: Progress | None = None) -> tuple[Path, Path]:
+        """Model and projector file: the built-in pair where none is named. Downloads what is named
+        by its repository.
 
-        Raises BadParameter where only one is named; ModelError.
+        Raises BadParameter where only one is named, or both ways to name one are used; ModelError.
         """
+        from cmg_gguf.hub import fetch_pair
         from cmg_gguf.tiny.pair import embedded_pair
 
-        if self.built_in:
-            return embedded_pair()
-        if self.model is None:
+        self.check()
+        if self.hf_repo is not None:
+            told = progress and partial(progress, "download")
+            return fetch_pair(self.hf_repo, self.mmproj, progress=told)
+        if self.model is not None and self.mmproj is not None:
+            return self.model, self.mmproj
+        return embedded_pair()
+
+    def check(self) -> None:
+        """Raises what `pair` raises for flags that do not go together, and for names that are
+        none."""
+        from cmg_gguf.hub import split_name
+
+        if self.hf_repo is not None:
+            if self.model is not None:
+                raise typer.BadParameter(
+                    f"the model is {self.model.name} already; leave one of the two out",
+                    param_hint="'--hf-repo' / '-hf'",
+                )
+            split_name(self.hf_repo)
+        elif self.mmproj is not None and self.model is None:
             raise typer.BadParameter(
                 "an image projector is only read with its model; name that too",
                 param_hint="'--model' / '-m'",
             )
-        if self.mmproj is None:
+        elif self.model is not None and self.mmproj is None:
             raise typer.BadParameter(
                 f"none is given; name the image projector that belongs to {self.model.name}",
                 param_hint="'--mmproj'",
             )
-        return self.model, self.mmproj

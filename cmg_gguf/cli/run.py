@@ -28,6 +28,8 @@ Examples:
 
   cmg-gguf run -m llava.gguf --mmproj mmproj.gguf --image kitchen.jpg -p "What is on the table?"
 
+  cmg-gguf run -hf owner/repo:Q4_K_M --image kitchen.jpg -p "..."     a model of the hub, by name
+
   cmg-gguf run ... --compare                   plain and guided answer, differing words marked
 
   cmg-gguf run ... --alpha 2 --layers 0.5-     stronger, in the upper half of the layers
@@ -81,7 +83,7 @@ def run(
     The answer goes to standard output as it is generated; all else goes to standard error.
     """
     load_library()
-    model.pair()
+    model.check()
     settings = guidance.guidance(model.own_settings)
     _check_compares(settings, compare)
     draw, text = sampling.sampling(), _prompt(prompt)

@@ -26,9 +26,10 @@ from cmg_gguf.errors import ContextLengthError
 if TYPE_CHECKING:
     from cmg_gguf.reply import Reply
 
-Phase = Literal["load", "encode", "prefill", "decode"]
+Phase = Literal["download", "load", "encode", "prefill", "decode"]
 
 _DOING: dict[Phase, str] = {
+    "download": "downloading the model",
     "load": "loading the model",
     "encode": "encoding the images",
     "prefill": "reading the prompt",
@@ -86,7 +87,8 @@ class Screen:
     @contextmanager
     def waiting(self, phase: Phase) -> Iterator[Waiting]:
         """Shows progress from `phase` on; after the block nothing of it is left."""
-        waiting = Waiting(self._console, shown=self._shows_progress)
+        said = not self._quiet and not self._console.is_interactive
+        waiting = Waiting(self._console, shown=self._shows_progress, said=said)
         waiting.begin(phase)
         try:
             yield waiting
@@ -126,9 +128,13 @@ class _Speed(ProgressColumn):
 
 
 class Waiting:
-    """One line that says what takes time. Call it as `cmg_gguf.vlm.Progress`."""
+    """One line that says what takes time. Call it as `cmg_gguf.vlm.Progress`.
 
-    def __init__(self, console: Console, *, shown: bool) -> None:
+    said: where nothing is shown, one line says at least what takes minutes.
+    """
+
+    def __init__(self, console: Console, *, shown: bool, said: bool = False) -> None:
+        self._console, self._said = console, said
         self._progress = Progress(
             SpinnerColumn(),
             "{task.description}",
@@ -160,6 +166,16 @@ class Waiting:
             return
         self.begin(phase)
         self._update(completed=done, total=total)
+        if phase == "download":
+            self._downloading(done, total)
+
+    def _downloading(self, done: int, total: int) -> None:
+        doing = _DOING["download"]
+        self._update(description=f"{doing}, {size(done)} of {size(total)}")
+        if self._said:
+            self._said = False
+            rest = f", {size(done)} of it are there" if done else ""
+            _line(self._console, Text(f"{doing}, {size(total)}{rest}", style="dim"))
 
     def answering(self, n_tokens: int) -> None:
         """Shows how far an answer is that is not shown itself."""
@@ -200,6 +216,16 @@ def summary(reply: Reply, *, load: float | None = None, max_tokens: int | None =
 def count(n: int, what: str) -> str:
     """A number and what it counts: "1 token", "2 tokens"."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def size(n: int) -> str:
+    """A number of bytes: "1.5 MiB"."""
+    value = float(n)
+    for unit in ("bytes", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
 
 
 def _masked(reply: Reply) -> str:

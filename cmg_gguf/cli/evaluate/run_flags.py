@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cmg_gguf.cli.asker import fetched
+
 if TYPE_CHECKING:
     from cmg_gguf.cli.model_flags import ModelFlags
+    from cmg_gguf.cli.screen import Screen
     from cmg_gguf.evaluation.executors import Executor
     from cmg_gguf.evaluation.manifest import ModelFiles
 
@@ -59,11 +62,11 @@ class SpreadFlags:
         bool, _flag("--quiet", "-q", help="No progress and no notes on standard error.")
     ] = False
 
-    def files(self, model: ModelFlags) -> ModelFiles:
-        """The model, as each process opens it. Raises what `ModelFlags.pair` raises."""
+    def files(self, model: ModelFlags, screen: Screen) -> ModelFiles:
+        """The model, as each process opens it. Raises what `fetched` raises."""
         from cmg_gguf.evaluation.manifest import ModelFiles
 
-        return ModelFiles(*model.pair(), {**model.options(), "n_parallel": self.parallel})
+        return ModelFiles(*fetched(screen, model), {**model.options(), "n_parallel": self.parallel})
 
     def executor(self) -> Executor:
         """Raises BadParameter for both at once; UnsupportedError without Dask."""

@@ -71,7 +71,7 @@ def evaluate_task(
     names = [name.strip() for name in run.methods.split(",") if name.strip()]
     methods = chosen(names, guidance.guidance(model.own_settings))
     tuned_on = guidance.file(model.own_settings).tuned_on
-    files = spread.files(model)
+    files = spread.files(model, err)
     guided = f"cmg {guidance.told(model.own_settings)}" if "cmg" in names else ""
     note_built_in(err, model, guided)
 

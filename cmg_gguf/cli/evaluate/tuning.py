@@ -200,7 +200,7 @@ def tune_task(
     task = task_flags.task("tune") if isinstance(task_flags, ScenesFlags) else task_flags.task()
     folder = needed(search.out)
     goal = Goal(search.figure, search.lower, search.keep)
-    files = spread.files(model)
+    files = spread.files(model, err)
     note_built_in(err, model, "")
     found: list[Tuned] = []
 
