@@ -359,6 +359,8 @@ def _telling(repo: str) -> Iterator[None]:
         ) from exc
     except OSError as exc:
         raise HubError(f"{repo} cannot be downloaded: {_line(exc)}") from exc
+    except ValueError as exc:
+        raise HubError(f"{hub} does not answer as a hub does; check HF_ENDPOINT") from exc
 
 
 def _refused(repo: str, hub: str, status: int) -> HubError:

@@ -54,8 +54,12 @@ class Hub:
         self._server.server_close()
         self._thread.join()
 
+    def release(self) -> None:
+        """Ends the connections that are stalled."""
+        self._released.set()
+
     def stall(self) -> None:
-        """Returns when the hub stops."""
+        """Returns when it is released, or the hub stops."""
         self._released.wait(60)
 
     @property
@@ -98,7 +102,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             else:
                 repo, _, name = path.replace("/resolve/main/", "\n").partition("\n")
             files = hub.repos.get(repo)
-            if files is None or (hub.token and asked.token != f"Bearer {hub.token}"):
+            if hub.token and asked.token not in (None, f"Bearer {hub.token}"):
+                refusal = "Invalid credentials in Authorization header"
+                return self._send(401, b"", {"X-Error-Message": refusal})
+            if files is None or (hub.token and asked.token is None):
                 return self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
             if name is None:
                 about = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}

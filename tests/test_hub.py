@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import PROGRAM, environment, flat, invoke
@@ -195,6 +197,7 @@ def test_a_named_model_is_downloaded_once_and_then_answers_offline(
     assert (unreached.returncode, unreached.stdout) == (0, first.stdout)
 
 
+@pytest.mark.slow
 def test_every_command_that_takes_a_model_takes_its_name(
     hub: Hub, scene: Path, tmp_path: Path
 ) -> None:
@@ -207,12 +210,13 @@ def test_every_command_that_takes_a_model_takes_its_name(
         stdin="Describe the image.\n",
     )
     assert (chat.returncode, bool(chat.stdout.strip())) == (0, True), chat.stderr
-    asked = ("eval", "scenes", "-hfr", REPO, *small, "--methods", "greedy", "--limit", "1", "-o")
+    asked = ("eval", "scenes", "-hf", REPO, *small, "--methods", "greedy", "--limit", "1", "-o")
     evaluated = called(hub, tmp_path, *asked, "out")
     assert evaluated.returncode == 0, evaluated.stderr
     assert len(hub.downloads()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignores_ranges", [False, True])
 def test_a_download_that_was_killed_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, ignores_ranges: bool
@@ -241,7 +245,7 @@ def test_a_download_that_was_killed_goes_on_and_gives_the_same_bytes(
     assert contents(tmp_path) == {large["tiny-Q8_0.gguf"], MMPROJ}
 
 
-def wait_for_part(cache: Path, size: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_part(cache: Path, size: int, process: subprocess.Popen[Any]) -> None:
     """Returns when a file of the cache has that size; it then stays so, for the hub has stalled."""
     ends = time.monotonic() + 60
     while not any(p.stat().st_size == size for p in cache.glob("hub/models--*/blobs/*")):
@@ -250,6 +254,47 @@ def wait_for_part(cache: Path, size: int, process: subprocess.Popen[bytes]) -> N
         time.sleep(0.01)
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_a_download_which_then_goes_on(tmp_path: Path) -> None:
+    large = {**FILES, "tiny-Q8_0.gguf": MODEL + bytes(24 * 2**20)}
+    with Hub({REPO: large}, stalls_at=11 * 2**20) as hub:
+        stopped = subprocess.Popen(
+            [*PROGRAM, "info", "-hf", REPO],
+            env=surroundings(hub, tmp_path),
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for_part(tmp_path, 10 * 2**20, stopped)
+        stopped.send_signal(signal.SIGINT)
+        stopped.send_signal(signal.SIGINT)
+        hub.release()
+        stopped.communicate(timeout=60)
+        assert stopped.returncode == 130
+        hub.stalls_at = None
+        assert called(hub, tmp_path, "info", "-hf", REPO).returncode == 0
+    assert hub.downloads()[-2:] == [
+        ("tiny-Q8_0.gguf", f"bytes={10 * 2**20}-"),
+        ("mmproj-tiny-f16.gguf", None),
+    ]
+
+
+@pytest.mark.slow
+def test_two_programs_at_once_download_a_model_once(hub: Hub, tmp_path: Path) -> None:
+    both = [
+        subprocess.Popen(
+            [*PROGRAM, "info", "-hf", REPO],
+            env=surroundings(hub, tmp_path),
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert sorted(hub.downloads()) == [("mmproj-tiny-f16.gguf", None), ("tiny-Q8_0.gguf", None)]
+
+
+@pytest.mark.slow
 def test_what_does_not_arrive_as_it_was_sent_is_not_kept(hub: Hub, tmp_path: Path) -> None:
     hub.broken["tiny-Q8_0.gguf"] = MODEL[:-1] + b"?"
     done = called(hub, tmp_path, "info", "-hf", REPO)
@@ -258,6 +303,7 @@ def test_what_does_not_arrive_as_it_was_sent_is_not_kept(hub: Hub, tmp_path: Pat
     assert contents(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_a_split_model_is_opened_from_all_its_parts(hub: Hub, tmp_path: Path) -> None:
     names = [f"q/m-Q8_0-0000{i}-of-00002.gguf" for i in (1, 2)]
     hub.repos = {REPO: {names[1]: b"two", names[0]: MODEL, "mmproj-f16.gguf": MMPROJ}}
@@ -276,6 +322,7 @@ def test_a_split_model_is_opened_from_all_its_parts(hub: Hub, tmp_path: Path) ->
     assert mmproj.read_bytes() == MMPROJ
 
 
+@pytest.mark.slow
 def test_a_model_by_name_answers_in_python(hub: Hub, tmp_path: Path) -> None:
     program = (
         "import sys; from cmg_gguf import GuidedVLM; told = []\n"
@@ -296,12 +343,16 @@ def test_a_model_by_name_answers_in_python(hub: Hub, tmp_path: Path) -> None:
     assert done.stdout == f"512 True\n({total}, {total})\n"
 
 
+@pytest.mark.slow
 def test_a_private_repository_opens_to_its_token(hub: Hub, tmp_path: Path) -> None:
     hub.token = "hf_secret"
     refused = called(hub, tmp_path, "info", "-hf", REPO)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert f"has no model repository {REPO}, or it is private" in refused.stderr
     assert "set HF_TOKEN" in refused.stderr
+    wrong = called(hub, tmp_path, "info", "-hf", REPO, HF_TOKEN="hf_wrong")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "refuses the token in HF_TOKEN (401)" in wrong.stderr
     opened = called(hub, tmp_path, "info", "-hf", REPO, HF_TOKEN="hf_secret")
     assert opened.returncode == 0, opened.stderr
 
@@ -351,6 +402,14 @@ def test_without_a_hub_and_a_cache_the_error_says_which_is_missing(
     assert "in the cache" in done.stderr
 
 
+def test_an_address_that_is_no_hub_is_named(hub: Hub, tmp_path: Path) -> None:
+    hub.status = 200
+    done = called(hub, tmp_path, "info", "-hf", REPO)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert f"{hub.url} does not answer as a hub does; check HF_ENDPOINT" in done.stderr
+
+
+@pytest.mark.slow
 def test_offline_with_half_a_pair_the_error_says_what_the_cache_lacks(
     hub: Hub, tmp_path: Path
 ) -> None:

@@ -40,11 +40,10 @@ RepositoryName = Annotated[
     _flag(
         "--hf-repo",
         "-hf",
-        "-hfr",
-        metavar="OWNER/REPO[:QUANT]",
-        help="Instead of -m: model and mmproj of that repository on the Hugging Face hub, "
-        "downloaded once. Without QUANT: Q4_K_M, else Q8_0, else the first file. HF_TOKEN opens "
-        "private ones.",
+        metavar="REPO",
+        help="Instead of -m and --mmproj, files of a repository on the Hugging Face hub, "
+        "downloaded once: owner/repo:QUANT, or owner/repo alone for Q4_K_M, else Q8_0, else the "
+        "first. HF_TOKEN opens private ones.",
     ),
 ]
 
