@@ -366,7 +366,8 @@ def _telling(repo: str) -> Iterator[None]:
 def _refused(repo: str, hub: str, status: int) -> HubError:
     if status in (401, 403):
         return HubError(
-            f"{hub} refuses the token in HF_TOKEN ({status}) for {repo}; set a valid one"
+            f"{hub} refuses your token for {repo} ({status}): set HF_TOKEN to a valid one, or log "
+            "in again with `hf auth login`"
         )
     if status == 429 or status >= 500:
         return HubConnectionError(

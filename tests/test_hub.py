@@ -241,6 +241,8 @@ def test_a_download_that_was_killed_goes_on_and_gives_the_same_bytes(
     with Hub({REPO: large}, ignores_ranges=ignores_ranges) as hub:
         resumed = called(hub, tmp_path, *asking)
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr.startswith("downloading the model, 27.8 MiB")
+    assert ("20 MiB of it are there" in resumed.stderr) != ignores_ranges
     assert hub.downloads()[0] == ("tiny-Q8_0.gguf", f"bytes={20 * 2**20}-")
     assert contents(tmp_path) == {large["tiny-Q8_0.gguf"], MMPROJ}
 
@@ -352,7 +354,7 @@ def test_a_private_repository_opens_to_its_token(hub: Hub, tmp_path: Path) -> No
     assert "set HF_TOKEN" in refused.stderr
     wrong = called(hub, tmp_path, "info", "-hf", REPO, HF_TOKEN="hf_wrong")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
-    assert "refuses the token in HF_TOKEN (401)" in wrong.stderr
+    assert f"refuses your token for {REPO} (401): set HF_TOKEN" in wrong.stderr
     opened = called(hub, tmp_path, "info", "-hf", REPO, HF_TOKEN="hf_secret")
     assert opened.returncode == 0, opened.stderr
 
