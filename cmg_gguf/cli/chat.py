@@ -150,7 +150,8 @@ class Chat:
     def _attach(self, source: str, pixels: NDArray[np.uint8]) -> None:
         self._waiting.append(pixels)
         height, width, _ = pixels.shape
-        name = Path(source).name if is_file(source) else "image"
+        named = source.startswith("file:") or is_file(source)
+        name = Path(source).name if named else "image"
         self._asker.screen.tell(f"{name}, {width} x {height} pixels, goes with the next message")
 
     def _answer(self, text: str) -> None:
@@ -212,4 +213,4 @@ def _path(text: str) -> str:
     with suppress(OSError, ValueError):  # a name that no file can have, or a lone quote
         if not Path(text).exists() and len(words := shlex.split(text)) == 1:
             text = words[0]
-    return text if text.startswith(("data:", "file:")) else str(Path(text).expanduser())
+    return str(Path(text).expanduser()) if text.startswith("~") else text
