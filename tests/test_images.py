@@ -111,6 +111,7 @@ def sources_of(content: bytes, folder: Path) -> dict[str, Any]:
         "base64, lax": lax(content),
         "base64, lines": base64.encodebytes(content).decode(),
         "base64 as bytes": base64.b64encode(content),
+        "data as bytes": data_url(content).encode(),
         "BytesIO": io.BytesIO(content),
         "stream that cannot go back": OneWay(content),
     }

@@ -3,7 +3,7 @@
     opened("photo.jpg")                            # a path; also a file: URL or an os.PathLike
     opened("data:image/png;base64,iVBORw0...")
     opened("iVBORw0KGgoAAAANSUhEUg...")            # bare base64
-    opened(png_bytes)                              # or base64 as bytes
+    opened(png_bytes)                              # or base64, or a data: URL, as bytes
     opened(open("photo.jpg", "rb"))                # or a BytesIO, or what else can be read
     opened("/dev/fd/63")                           # a pipe, as a shell's <(...) names it
 
@@ -95,6 +95,8 @@ def base64_bytes(text: bytes) -> bytes:
 
 
 def _open_bytes(content: bytes) -> tuple[BinaryIO, str]:
+    if content[:5].lower() == b"data:":
+        return _open_data_url(content.decode("latin-1"))
     decoded = None if is_image(content[:N_PREFIX]) else _image_of_base64(content)
     if decoded is not None:
         return io.BytesIO(decoded), f"base64 of {len(content)} bytes"
