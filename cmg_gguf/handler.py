@@ -6,6 +6,8 @@ llm.create_chat_completion(messages)
 
 from __future__ import annotations
 
+import random
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,25 +18,34 @@ import llama_cpp
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.opening import Encoder, Pairing
 from cmg_gguf.request import check_guidance
+from cmg_gguf.sampling import MAX_SEED
 from cmg_gguf.vlm import GuidedVLM
+
+_SEEDS = threading.Lock()
+"""Held where a `Llama`'s seed is read and moves on: threads may ask at once."""
 
 
 class CMGChatHandler:
     """A chat handler that answers under guidance with the model its `Llama` has loaded.
 
-    mmproj_path: the image projector. guidance: used for every answer; None = `Guidance()`.
+    clip_model_path: the image projector, by the name that llama-cpp-python's handlers give it.
+    verbose: llama.cpp's log on stderr, as `Llama`'s own argument, which holds where this is None.
+    guidance: used for every answer; None = `Guidance()`.
     chat_template, chat_template_kwargs, pairing, prefix_cells, encoder, use_gpu: as in
     `GuidedVLM`. A KV cache of its own is made with the first answer, with the context
     settings of that `Llama`.
 
     The options of `Llama.create_chat_completion` have their usual meaning; replies carry a `cmg`
-    block. Raises GuidanceError for guidance that is none, and what `GuidedVLM` and
-    `create_chat_completion` raise.
+    block. Without a seed of its own, an answer is drawn with that of its `Llama` (constructor and
+    `set_seed`), and the next one with another that follows from it: what is drawn from `set_seed`
+    on is repeatable, as in llama-cpp-python. Raises GuidanceError for guidance that is none, and
+    what `GuidedVLM` and `create_chat_completion` raise.
     """
 
     def __init__(
         self,
-        mmproj_path: str | Path,
+        clip_model_path: str | Path,
+        verbose: bool | None = None,
         *,
         guidance: Guidance | None = None,
         chat_template: str | None = None,
@@ -47,7 +58,8 @@ class CMGChatHandler:
         if guidance is not None:
             check_guidance(guidance)
         self.guidance = guidance
-        self._mmproj_path = mmproj_path
+        self._clip_model_path = clip_model_path
+        self._verbose = verbose
         self._chat_template = chat_template
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._pairing: Pairing = pairing
@@ -62,16 +74,29 @@ class CMGChatHandler:
         if llama not in self._vlms:
             self._vlms[llama] = GuidedVLM.from_llama(
                 llama,
-                self._mmproj_path,
+                self._clip_model_path,
                 chat_template=self._chat_template,
                 chat_template_kwargs=self._chat_template_kwargs,
                 pairing=self._pairing,
                 prefix_cells=self._prefix_cells,
                 encoder=self._encoder,
                 use_gpu=self._use_gpu,
+                verbose=self._verbose,
             )
         return self._vlms[llama]
 
     def __call__(self, *, llama: llama_cpp.Llama, messages: Any, **settings: Any) -> Any:
         settings.setdefault("guidance", self.guidance)
+        if settings.get("seed") is None:
+            settings["seed"] = _next_seed(llama)
         return self.vlm(llama).create_chat_completion(messages, **settings)
+
+
+def _next_seed(llama: llama_cpp.Llama) -> int | None:
+    """The seed of a `Llama`, which moves on to the next; None = it has none, so it is random."""
+    with _SEEDS:
+        seed = llama._seed
+        if seed in (-1, llama_cpp.LLAMA_DEFAULT_SEED):
+            return None
+        llama.set_seed(random.Random(seed).randint(0, MAX_SEED))
+    return int(seed)

@@ -52,8 +52,9 @@ class Contrast:
 class Request:
     """One question and how to answer it.
 
-    prompt: a question, or a list of chat messages; a media marker in it is just text. images: seen
-    before the question; with messages, put them in there instead. guidance: see `Guidance`.
+    prompt: a question, or a list of chat messages; a media marker in it is just text. Where the
+    last message is the assistant's, the answer goes on from it: its text is what is new. images:
+    seen before the question; with messages, put them in there instead. guidance: see `Guidance`.
     contrast: None = the degraded branch is the same prompt with image tokens masked; else it is
     that prompt, unmasked, and of `guidance` alpha and beta alone count. sampling: greedy by
     default. max_tokens: at most this many; None = until the context is full. stop: strings that end

@@ -131,6 +131,7 @@ class Run:
             self._outbox.put,
             scheduler.check,
             closing=self._prompt.closing,
+            is_begun=self._prompt.is_begun,
         )
         self._seconds = Seconds()
 

@@ -150,17 +150,25 @@ class GuidedVLM:
 
     @classmethod
     def from_llama(
-        cls, llama: llama_cpp.Llama, mmproj_path: str | Path, **options: Any
+        cls,
+        llama: llama_cpp.Llama,
+        mmproj_path: str | Path,
+        *,
+        verbose: bool | None = None,
+        **options: Any,
     ) -> GuidedVLM:
         """Guided decoding with the model that a `llama_cpp.Llama` has loaded.
 
         The weights are shared; the KV cache is not, for the patch must be in a context from the
-        start. Its settings are those of `llama`'s. options: chat_template,
+        start. Its settings are those of `llama`'s. verbose: as in `GuidedVLM`, for all of
+        llama.cpp; None = as it is. options: chat_template,
         chat_template_kwargs, pairing, prefix_cells, image_cache_bytes, strategy, n_parallel,
         encoder as in `GuidedVLM`; use_gpu = False keeps the image encoder on the CPU.
         Raises UnsupportedError where `llama` has a LoRA adapter: that
         belongs to its own context.
         """
+        if verbose is not None:
+            set_verbose(verbose)
         vlm = cls.__new__(cls)
         vlm._set_up(open_on_llama(llama, mmproj_path, PairOptions(**options)))
         # What is made from the weights must be freed before them.

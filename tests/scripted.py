@@ -106,6 +106,7 @@ class Run:
     engine: FakeEngine = field(default_factory=FakeEngine)
     check: Callable[[], None] = lambda: None
     closing: str = ""
+    is_begun: bool = False
 
     def __post_init__(self) -> None:
         self.script = Script(self.draws if self.draws is not None else range(len(self.words)))
@@ -118,6 +119,7 @@ class Run:
             self._told.append,
             self.check,
             closing=self.closing,
+            is_begun=self.is_begun,
         )
         self.answer = self.generation.answer
         self.generator = self._run()
@@ -150,6 +152,6 @@ def asking(**settings: Any) -> Request:
 def told(*words: str | bytes, **settings: Any) -> Run:
     """The finished answer that says these tokens."""
     data = [word.encode() if isinstance(word, str) else word for word in words]
-    names = ("draws", "engine", "check", "closing")
+    names = ("draws", "engine", "check", "closing", "is_begun")
     given = {name: settings.pop(name) for name in names if name in settings}
     return Run(data, request=asking(**settings), **given).finish()

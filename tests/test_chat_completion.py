@@ -22,6 +22,7 @@ from cmg_gguf import (
     SamplingError,
     UnsupportedError,
 )
+from cmg_gguf.llama.log import set_verbose
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
 TEXT_ONLY = [{"role": "user", "content": QUESTION}]
@@ -287,6 +288,7 @@ def test_settings_reach_the_sampler(vlm: GuidedVLM) -> None:
     assert said(temperature=0.0) == said(temperature=-1.0)
     assert said(top_k=-1) == base
     assert said(tfs_z=1.0, tools=None, tool_choice="none", functions=None) == base
+    assert said(tools=[], tool_choice="auto", functions=[], function_call="auto") == base
     assert said(logit_bias={"700": -math.inf}) == said(logit_bias={700: -math.inf})
 
 
@@ -295,9 +297,11 @@ def test_settings_reach_the_sampler(vlm: GuidedVLM) -> None:
     [
         ({"tfs_z": 0.5}, UnsupportedError, "tfs_z=0.5"),
         ({"tools": [{"type": "function"}]}, UnsupportedError, "tools="),
-        ({"tool_choice": "auto"}, UnsupportedError, "tool_choice='auto'"),
+        ({"tools": [{"type": "function"}], "tool_choice": "none"}, UnsupportedError, "tools="),
+        ({"tool_choice": "required"}, UnsupportedError, "tool_choice='required'"),
+        ({"tool_choice": {"type": "function"}}, UnsupportedError, "tool_choice={"),
         ({"functions": [{}]}, UnsupportedError, "functions="),
-        ({"function_call": "auto"}, UnsupportedError, "function_call='auto'"),
+        ({"function_call": {"name": "f"}}, UnsupportedError, "function_call={"),
         ({"temprature": 1.0}, TypeError, "'temprature'"),
         ({"top_logprobs": 101, "logprobs": True}, SamplingError, "top_logprobs=101"),
         ({"top_logprobs": -1, "logprobs": True}, SamplingError, "top_logprobs=-1"),
@@ -371,4 +375,67 @@ def test_a_guided_vlm_from_a_llama_says_the_same(
     assert ids(replies[0]) == ids(replies[1])
     # The weights stay the Llama's: closing ours leaves it usable.
     assert content(llm, TEXT_ONLY, **GREEDY)
+    llm.close()
+
+
+def test_the_handler_is_made_as_llama_cpp_pythons_are(
+    pair: TinyPair, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = str(pair.mmproj)
+    made = {
+        False: [
+            CMGChatHandler(path, use_gpu=False),
+            CMGChatHandler(path, False, use_gpu=False),
+            CMGChatHandler(clip_model_path=path, verbose=False, use_gpu=False),
+        ],
+        True: [
+            CMGChatHandler(path, True, use_gpu=False),
+            CMGChatHandler(clip_model_path=path, verbose=True, use_gpu=False),
+        ],
+    }
+    said = set()
+    try:
+        for is_verbose, handlers in made.items():
+            for handler in handlers:
+                llm = open_llama(pair, chat_handler=handler)
+                capfd.readouterr()
+                said.add(content(llm, asked(), **GREEDY))
+                assert bool(capfd.readouterr().err) == is_verbose
+                llm.close()
+    finally:
+        set_verbose(False)
+    assert len(said) == 1
+
+
+WILD: dict[str, Any] = {"temperature": 2.0, "top_k": 0, "min_p": 0.0, "top_p": 1.0, "max_tokens": 9}
+
+
+def drawn(llm: llama_cpp.Llama, **settings: Any) -> tuple[int, str]:
+    block = completion(llm, asked(), **WILD, **settings)
+    return block["cmg"]["seed"], block["choices"][0]["message"]["content"]
+
+
+def test_the_handler_draws_with_the_seed_of_its_llama(pair: TinyPair) -> None:
+    handler = CMGChatHandler(pair.mmproj, use_gpu=False)
+    llm = open_llama(pair, chat_handler=handler, seed=7)
+    first, second = drawn(llm), drawn(llm)
+    assert first == drawn(llm, seed=7)
+    assert first[0] == 7
+    assert first != second
+    llm.set_seed(7)
+    assert [drawn(llm), drawn(llm)] == [first, second]
+    llm.set_seed(0)
+    assert drawn(llm)[0] == 0
+    llm.set_seed(7)
+    assert drawn(llm, seed=3)[0] == 3  # which is that call's alone
+    assert drawn(llm) == first
+    llm.close()
+
+
+def test_a_llama_without_a_seed_draws_at_random(pair: TinyPair) -> None:
+    llm = open_llama(pair, chat_handler=CMGChatHandler(pair.mmproj, use_gpu=False))
+    llm.set_seed(llama_cpp.LLAMA_DEFAULT_SEED)
+    assert drawn(llm)[0] != drawn(llm)[0]
+    llm.set_seed(-1)
+    assert drawn(llm)[0] != drawn(llm)[0]
     llm.close()

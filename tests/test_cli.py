@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import inspect
 import json
@@ -40,7 +41,7 @@ from cmg_gguf.cli.options import (
     split_images,
 )
 from cmg_gguf.cli.sampling_flags import SamplingFlags
-from cmg_gguf.errors import GuidanceError
+from cmg_gguf.errors import GuidanceError, ImageError
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -174,6 +175,53 @@ def test_images_are_split_at_commas_except_in_data_urls_and_names_of_files(tmp_p
     assert split_images(["a.png,b.png", "c.png"]) == ["a.png", "b.png", "c.png"]
     assert split_images([url, str(odd)]) == [url, str(odd)]
     assert split_images(["x" * 10_000 + ",y"]) == ["x" * 10_000, "y"]
+
+
+@pytest.mark.parametrize("source", ["", " ", ",", "a.png,", ",a.png", "a.png,,b.png"])
+def test_an_image_without_a_name_is_an_error_instead_of_no_image(source: str) -> None:
+    with pytest.raises(ImageError, match="names no image"):
+        split_images(["c.png", source])
+    for command in (["run", "-p", QUESTION], ["chat"]):
+        result = invoke(*command, "--image", source)
+        assert result.exit_code == 1
+        assert "names no image" in flat(result.stderr)
+        assert result.stdout == ""
+
+
+def test_an_image_may_come_from_standard_input(bench: Bench) -> None:
+    asking = [*bench.model, "-n", str(N), "--image"]
+    expected = invoke("run", *asking, str(bench.image), "-p", QUESTION)
+    piped = invoke("run", *asking, "-", "-p", QUESTION, input=bench.image.read_bytes())
+    assert (piped.exit_code, piped.stdout) == (0, expected.stdout)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="needs /dev/fd")
+def test_an_image_may_come_from_a_pipe_and_as_base64(bench: Bench) -> None:
+    expected = invoke("run", *bench.asking, "-p", QUESTION)
+    reading, writing = os.pipe()
+    os.write(writing, bench.image.read_bytes())  # less than a pipe holds
+    os.close(writing)
+    text = base64.b64encode(bench.image.read_bytes()).decode()
+    for source in (f"/dev/fd/{reading}", text):
+        flags = [*bench.model, "-n", str(N), "--image", source]
+        assert invoke("run", *flags, "-p", QUESTION).stdout == expected.stdout
+    os.close(reading)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["run", "--image", "-"], "standard input holds the image; write -p TEXT"),
+        (["run", "--image", "-", "-p", "-"], "standard input holds the image; write -p TEXT"),
+        (["run", "--image", "-,-", "-p", QUESTION], "standard input holds one image"),
+        (["run", "--image", "-", "-p", QUESTION], "0 bytes"),
+        (["chat", "--image", "-"], "standard input holds what you say"),
+    ],
+)
+def test_standard_input_is_read_for_one_thing(flags: list[str], says: str) -> None:
+    result = invoke(*flags, input="")
+    assert result.exit_code == (1 if says == "0 bytes" else 2)
+    assert says in flat(result.stderr)
 
 
 def test_defaults_are_those_of_the_library() -> None:

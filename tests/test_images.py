@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -105,7 +106,29 @@ def sources_of(content: bytes, folder: Path) -> dict[str, Any]:
         "data, wrong type": data_url(content, "data:image/jpeg;base64"),
         "data, lines": "data:image/png;base64,\n" + base64.encodebytes(content).decode(),
         "data, quoted": "data:image/png;base64," + quote(base64.b64encode(content), safe=""),
+        "data, lax": "data:image/png;base64, " + lax(content),
+        "base64": base64.b64encode(content).decode(),
+        "base64, lax": lax(content),
+        "base64, lines": base64.encodebytes(content).decode(),
+        "base64 as bytes": base64.b64encode(content),
+        "data as bytes": data_url(content).encode(),
+        "BytesIO": io.BytesIO(content),
+        "stream that cannot go back": OneWay(content),
     }
+
+
+def lax(content: bytes) -> str:
+    """URL-safe, unpadded, white space within."""
+    digits = base64.urlsafe_b64encode(content).decode().rstrip("=")
+    return "\t \r\n".join((digits[:7], digits[7:30], digits[30:], ""))
+
+
+class OneWay(io.BytesIO):
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *arguments: Any) -> int:
+        raise io.UnsupportedOperation("seek")
 
 
 def test_every_source_gives_the_same_new_writable_rgb_array(rgb: Pixels, tmp_path: Path) -> None:
@@ -113,6 +136,117 @@ def test_every_source_gives_the_same_new_writable_rgb_array(rgb: Pixels, tmp_pat
         out = load_image(source)
         assert (out.dtype.name, out.flags.c_contiguous, out.flags.writeable) == ("uint8", 1, 1)
         np.testing.assert_array_equal(out, rgb, err_msg=name)
+
+
+def test_an_open_file_is_read_from_its_start_and_stands_where_it_stood(rgb: Pixels) -> None:
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "PNG")  # and now it stands at its end
+    for place in (file.tell(), 5, 0):
+        file.seek(place)
+        np.testing.assert_array_equal(load_image(file), rgb)
+        assert file.tell() == place
+
+
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_an_open_file_is_read(rgb: Pixels, tmp_path: Path, buffering: int) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(rgb))
+    with (tmp_path / "a.png").open("rb", buffering) as file:
+        for _ in range(2):
+            np.testing.assert_array_equal(load_image(file), rgb)
+
+
+def test_a_file_that_gives_no_bytes_is_refused_with_what_does(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    assert 'open(path, "rb")' in refused(io.StringIO("text"))
+    with (tmp_path / "a.txt").open() as file:
+        assert "a.txt" in refused(file)
+    assert "closed file" in refused(file)
+    with (tmp_path / "a.txt").open("ab") as written:
+        assert "cannot be read" in refused(written)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    content = encoded(noise)  # more than a pipe holds
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(writing, "wb") as stream:
+            stream.write(content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    np.testing.assert_array_equal(load_image(f"/dev/fd/{reading}"), noise)
+    writer.join()
+    os.close(reading)
+
+
+def test_a_string_is_a_path_where_there_is_such_a_file(
+    rgb: Pixels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("aGVsbG8").write_bytes(encoded(rgb))
+    np.testing.assert_array_equal(load_image("aGVsbG8"), rgb)
+
+
+@pytest.mark.parametrize("text", ["kitchen", "aGVsbG8=", "photos/kitchen", "A" * 100_000])
+def test_a_string_that_is_neither_file_nor_image_is_refused_as_both(text: str) -> None:
+    line = refused(text)
+    assert "neither a file" in line
+    assert "nor the base64 of an image" in line
+
+
+def test_base64_that_is_cut_short_is_refused_as_damaged_base64(rgb: Pixels) -> None:
+    line = refused(base64.b64encode(encoded(rgb)).decode()[:60])
+    assert line.startswith("base64 'iVBORw0KGgo")
+    assert "of 60 characters is damaged" in line
+
+
+def test_a_text_format_is_no_base64_of_another() -> None:
+    assert load_image(b"P1\n2 1\n1 0\n").tolist() == [[[0] * 3, [255] * 3]]
+
+
+def test_grey_and_rgba_arrays_are_what_pillow_makes_of_them() -> None:
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (3, 5), np.uint8)
+    np.testing.assert_array_equal(load_image(grey), np.stack([grey] * 3, axis=-1))
+    np.testing.assert_array_equal(load_image(grey[..., None]), np.stack([grey] * 3, axis=-1))
+    rgba = rng.integers(0, 256, (3, 5, 4), np.uint8)
+    np.testing.assert_array_equal(load_image(rgba), load_image(Image.fromarray(rgba)))
+    np.testing.assert_array_equal(load_image(rgba[:, ::-1]), load_image(rgba)[:, ::-1])
+    clear = rgba * np.array([1, 1, 1, 0], np.uint8)
+    assert (load_image(clear) == 255).all()
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(rgb: Pixels) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    large = rgb.repeat(32, axis=0).repeat(32, axis=1)
+    stream = io.BytesIO()
+    heif.from_pillow(Image.fromarray(large)).save(stream, quality=-1, chroma=444)
+    out = load_image(stream.getvalue())
+    assert out.shape == large.shape
+    assert np.abs(out.astype(int) - large).max() <= 8  # lossless but for YCbCr's rounding
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_heic_is_turned_once(rgb: Pixels, orientation: int) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    large = rgb.repeat(32, axis=0).repeat(32, axis=1)
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(large)
+    heif.from_pillow(image).save(stream, quality=-1, chroma=444, exif=exif.tobytes())
+    upright = np.rot90(large, {3: 2, 6: -1}[orientation])
+    out = load_image(stream.getvalue())
+    assert out.shape == upright.shape
+    assert np.abs(out.astype(int) - upright).max() <= 8
+
+
+def test_heic_without_pillow_heif_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    assert "pip install pillow-heif" in refused(b"\0\0\0\x18ftypheic" + bytes(100))
 
 
 def test_an_array_of_any_layout_is_copied_to_a_contiguous_one(rgb: Pixels) -> None:
@@ -353,9 +487,9 @@ def test_a_missing_file_a_folder_and_a_bad_name_are_refused_by_name(tmp_path: Pa
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
-def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_that_nobody_writes_to_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "not a regular file" in refused(tmp_path / "pipe")
+    assert "is empty (0 bytes)" in refused(tmp_path / "pipe")
 
 
 def test_empty_sources_are_refused_as_empty(tmp_path: Path) -> None:
@@ -438,9 +572,11 @@ def test_a_long_data_url_is_not_repeated_in_the_message() -> None:
 @pytest.mark.parametrize(
     ("array", "says"),
     [
-        (np.zeros((4, 4), np.uint8), "(4, 4)"),
-        (np.zeros((4, 4, 4), np.uint8), "(4, 4, 4)"),
-        (np.zeros((3, 4, 4), np.uint8), "(3, 4, 4)"),
+        (np.zeros(4, np.uint8), "(4,)"),
+        (np.zeros((4, 4, 2), np.uint8), "(4, 4, 2)"),
+        (np.zeros((3, 4, 5), np.uint8), "(3, 4, 5)"),
+        (np.zeros((4, 4), np.bool_), "bool"),
+        (np.zeros((4, 4, 4), np.float64), "float64"),
         (np.zeros((4, 4, 3), np.float32), "float32"),
         (np.zeros((4, 4, 3), np.uint16), "uint16"),
         (np.zeros((4, 4, 3), np.int8), "int8"),

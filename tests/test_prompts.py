@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +108,93 @@ def test_every_way_to_write_an_image_part_gives_its_source() -> None:
     ]
     prompt = render([{"role": "user", "content": parts}])
     assert prompt.images == ["a.png", "data:image/png;base64,AA", b"bytes"]
+
+
+B64 = "iVBORw0KGgo="
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ({"type": "image_url", "image_url": {"url": "a.png"}, "detail": "low"}, "a.png"),
+        ({"type": "input_image", "image_url": "a.png", "detail": "auto"}, "a.png"),
+        ({"type": "input_image", "image_url": "a.png", "file_id": None}, "a.png"),
+        ({"type": "image", "image": "a.png"}, "a.png"),
+        ({"type": "image", "url": "file:///a.png"}, "file:///a.png"),
+        ({"type": "image", "path": "a.png"}, Path("a.png")),
+        ({"type": "image", "path": Path("a.png")}, Path("a.png")),
+        ({"type": "image", "base64": B64}, f"data:;base64,{B64}"),
+        ({"type": "image", "base64": B64.encode()}, f"data:;base64,{B64}"),
+        (
+            {"type": "image", "base64": f"data:image/png;base64,{B64}"},
+            f"data:image/png;base64,{B64}",
+        ),
+        ({"type": "image", "data": B64, "mimeType": "image/png"}, f"data:;base64,{B64}"),
+        ({"type": "image", "image_url": {"url": "a.png"}}, "a.png"),
+        ({"type": "image", "source": {"type": "url", "url": "file:///a.png"}}, "file:///a.png"),
+        (
+            {
+                "type": "image",
+                "source": {"type": "base64", "media_type": "image/png", "data": B64},
+                "cache_control": {"type": "ephemeral"},
+            },
+            f"data:;base64,{B64}",
+        ),
+    ],
+)
+def test_every_clients_image_part_gives_its_source(part: dict[str, Any], source: object) -> None:
+    prompt = render([{"role": "user", "content": [part, {"type": "input_text", "text": "What?"}]}])
+    assert prompt.images == [source]
+    assert prompt.text == f"[user:{M}\nWhat?]"
+
+
+def test_a_messages_images_stand_ahead_of_its_content() -> None:
+    seen = "{% for m in messages %}[{{ m.role }}:{{ m.content }}{{ m.images }}]{% endfor %}"
+    messages = [
+        {"role": "user", "content": "What?", "images": ["a.png", b"b"]},
+        {"role": "assistant", "content": "A cat.", "images": []},
+        {**user("And ", b"d"), "images": (Path("c.png"),)},
+        {"role": "user", "content": "", "images": None},
+    ]
+    prompt = render(messages, seen)
+    assert prompt.images == ["a.png", b"b", Path("c.png"), b"d"]
+    assert prompt.text == (f"[user:{M}\n{M}\nWhat?][assistant:A cat.][user:{M}\nAnd {M}][user:]")
+
+
+@pytest.mark.parametrize(
+    "images", ["a.png", b"a", 3, {"url": "a.png"}, [""], [None], [{"url": "a.png"}]]
+)
+def test_images_of_another_form_are_refused_with_their_place(images: object) -> None:
+    line = refused([{"role": "user", "content": "What?", "images": images}])
+    assert line.startswith("message 0")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("image", "image_url", "imageUrl", "image_urls", "IMAGES", "img", "picture", "photos"),
+        *("video", "audio", "input_audio", "file", "file_id", "files", "attachments", "media"),
+        *("experimental_attachments", "image_data", "image_id", "pixelImages", "frames"),
+    ],
+)
+def test_a_key_that_sounds_like_a_picture_is_refused_where_it_is_not_read(key: str) -> None:
+    value: Any
+    for value in ("a.png", b"a", ["a.png"], {"url": "a.png"}, ""):
+        line = refused([user("hi"), {"role": "user", "content": "What?", key: value}])
+        assert f"message 1 has '{key}', which is not read" in line
+        part = {"type": "text", "text": "What?", key: value}
+        assert "message 0, part 0 has" in refused([{"role": "user", "content": [part]}])
+    for value in (None, [], {}, 2, False):  # as replies of servers have them
+        assert render([{"role": "user", "content": "What?", key: value}]).text == "[user:What?]"
+
+
+def test_other_keys_pass() -> None:
+    other = {"name": "Ann", "profile": "x", "weight": 1, "reasoning_content": "x", "refusal": None}
+    assert render([{"role": "user", "content": "What?", **other}]).text == "[user:What?]"
+
+
+def test_a_developer_is_the_system() -> None:
+    assert render([{"role": "developer", "content": "Be brief."}]).text == "[system:Be brief.]"
 
 
 def test_the_same_image_twice_has_two_markers() -> None:
@@ -247,9 +335,9 @@ def test_a_template_that_overlooks_strings_gets_typed_parts() -> None:
     template = plain(TYPED)
     assert template.typed_content
     assert not plain().typed_content
-    messages = [user(b"a", "What?"), {"role": "assistant", "content": "A cat."}]
+    messages = [user(b"a", "What?"), {"role": "assistant", "content": "A cat."}, user("Big?")]
     prompt = render_messages(messages, template, marker=M)
-    assert prompt.text == f"USER: {M}\nWhat? ASSISTANT: A cat. ASSISTANT:"
+    assert prompt.text == f"USER: {M}\nWhat? ASSISTANT: A cat. USER: Big? ASSISTANT:"
     assert prompt.images == [b"a"]
 
 
@@ -265,12 +353,12 @@ def test_no_messages_are_refused() -> None:
     assert "0 messages" in refused([])
 
 
-@pytest.mark.parametrize("role", ["developer", "User", "", None, 3, ["user"]])
+@pytest.mark.parametrize("role", ["narrator", "User", "", None, 3, ["user"]])
 def test_an_unknown_role_is_refused_with_its_place_and_the_known_ones(role: object) -> None:
     line = refused([user("hi"), {"role": role, "content": "x"}])
     assert "message 1" in line
     assert repr(role) in line
-    assert "system, user, assistant, tool" in line
+    assert "system, user, assistant, tool, developer" in line
 
 
 @pytest.mark.parametrize("message", ["hi", None, ["role", "user"], 3])
@@ -297,6 +385,17 @@ def test_content_of_another_form_is_refused_with_its_place(content: bytes) -> No
         ({"type": "image_url", "image_url": ""}, "image_url ''"),
         ({"type": "image_url", "image_url": {"uri": "x"}}, "image_url {'uri': 'x'}"),
         ({"type": "image_url", "image_url": b"x"}, "image_url b'x'"),
+        ({"type": "image_url", "image_url": "x", "image": "y"}, "'image', which is not read"),
+        ({"type": "input_image", "file_id": "f"}, "'file_id', which is not read"),
+        ({"type": "input_file", "file_id": "f"}, "type 'input_file'"),
+        ({"type": "video", "video": "a.mp4"}, "type 'video'"),
+        ({"type": "image", "url": "x", "path": "y"}, "has url and path"),
+        ({"type": "image", "image": ""}, "image ''"),
+        ({"type": "image", "image": {"url": "x"}}, "image {'url': 'x'}"),
+        ({"type": "image", "base64": ""}, "base64 ''"),
+        ({"type": "image", "base64": 3}, "base64 3"),
+        ({"type": "image", "source": {"type": "file", "file_id": "f"}}, "source {"),
+        ({"type": "image", "source": {"type": "base64"}}, "data None"),
         ({"type": "image"}, "has no image"),
         ({"type": "image", "image": None}, "has no image"),
     ],
@@ -315,7 +414,7 @@ def test_a_long_value_is_not_repeated_in_the_message() -> None:
 def test_an_assistant_turn_may_only_call_tools() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     template = "{{ messages[0].content }}|{{ messages[0].tool_calls[0].id }}"
-    assert render([call], template).text == "|1"
+    assert render([call, {"role": "tool", "content": "3"}], template).text == "|1"
     assert "message 0 has the content None" in refused([{"role": "tool", "content": None}])
 
 

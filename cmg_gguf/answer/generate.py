@@ -82,15 +82,18 @@ class Generation:
         check: Callable[[], None] = lambda: None,
         *,
         closing: str = "",
+        is_begun: bool = False,
     ) -> None:
         """emit: called with each piece of text. check: called behind code of the caller's, which
         can have closed the model; raises to stop. closing: the mark that closes the reasoning
-        within which the prompt ends; "" = it ends outside."""
+        within which the prompt ends; "" = it ends outside. is_begun: the prompt ends with the
+        answer's beginning: spaces behind that are the answer's."""
         self.answer = Answer()
         self._drawer, self._vocabulary, self._request = drawer, vocabulary, request
         self._emit, self._check = emit, check
         self._characters, self._stops = Utf8Stream(), StopStrings(request.stop)
-        self._reasoning = Reasoning(closing, request.sampling)
+        self._reasoning = Reasoning(closing, request.sampling, is_begun=is_begun)
+        self._is_begun = is_begun
         self._pending: list[Token] = []
         self._ids: list[int] = []
         self._started: float | None = None
@@ -152,7 +155,7 @@ class Generation:
             if is_reasoning:
                 self.answer.reasoning += text
             else:
-                if not self.answer.text:
+                if not (self.answer.text or self._is_begun):
                     text = text.lstrip(" ")  # SentencePiece words carry the space in front of them
                 self.answer.text += text
             if text:

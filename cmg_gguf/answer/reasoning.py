@@ -27,11 +27,14 @@ class Reasoning:
     text. An answer without reasoning passes as it is.
     """
 
-    def __init__(self, closing: str = "", sampling: Sampling | None = None) -> None:
+    def __init__(
+        self, closing: str = "", sampling: Sampling | None = None, *, is_begun: bool = False
+    ) -> None:
         """closing: the mark that closes what the prompt has opened; "" = it has opened nothing.
 
         sampling: under a schema, or a grammar that does not spell the closing mark, the answer can
-        have no reasoning: all of it is text.
+        have no reasoning: all of it is text. is_begun: the prompt ends with the beginning of the
+        reasoning that it has opened, or else of the text: what comes goes on from that.
         """
         sampling = Sampling() if sampling is None else sampling
         if sampling.response_format is not None:
@@ -42,9 +45,10 @@ class Reasoning:
         else:
             self._opens = MARKS
         self._closing = closing if closing in self._opens.values() else ""
-        self._state: State = "within" if self._closing else "before" if self._opens else "behind"
+        before: State = "before" if self._opens and not is_begun else "behind"
+        self._state: State = "within" if self._closing else before
         self._held = ""
-        self._is_first = True
+        self._is_first = not is_begun
 
     @property
     def is_within(self) -> bool:

@@ -24,6 +24,13 @@ from cmg_gguf.sampling import LogitsProcessor, Sampling
 TokenBytes = Callable[[int], bytes]
 """The bytes of a token, possibly part of a character."""
 MAX_TOP_LOGPROBS = 100
+_CHOICES = ("none", "auto")
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "tfs_z": (1.0,),
+    **dict.fromkeys(("tools", "functions"), ([], ())),
+    **dict.fromkeys(("tool_choice", "function_call"), _CHOICES),
+}
+"""Settings that are not supported, and the values with which they do nothing."""
 MIN_LOGPROB = -9999.0
 """Stands for -inf, which JSON has not: what a grammar or bias forced past the plausibility cut."""
 
@@ -91,7 +98,8 @@ def sampling_of(
     """The sampling of a chat completion, with llama-cpp-python's defaults.
 
     grammar: a `LlamaGrammar` or GBNF text. Tools, functions and tail-free sampling are not
-    supported: UnsupportedError, unless left at their default. Raises what `Sampling` raises.
+    supported: UnsupportedError, unless they are none, or left to the model ("auto") with none.
+    Raises what `Sampling` raises.
     """
     _refuse(unsupported)
     return Sampling(
@@ -228,13 +236,14 @@ def _text(data: bytes) -> str:
 
 
 def _refuse(unsupported: dict[str, Any]) -> None:
-    neutral: dict[str, Any] = {"tfs_z": 1.0, "tool_choice": "none"}
     for name, value in unsupported.items():
-        known = name in ("tfs_z", "functions", "function_call", "tools", "tool_choice")
-        if not known:
+        if name not in _WITHOUT_EFFECT:
             raise TypeError(f"create_chat_completion() got an unexpected keyword argument {name!r}")
-        if value is not None and value != neutral.get(name):
-            raise UnsupportedError(f"{name}={value!r} is not supported here; leave it out")
+        if value is not None and value not in _WITHOUT_EFFECT[name]:
+            what = "tail-free sampling" if name == "tfs_z" else "calling of tools and functions"
+            raise UnsupportedError(
+                f"{name}={shown(value)} is not supported: there is no {what} here; leave it out"
+            )
 
 
 def _top_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int | None:

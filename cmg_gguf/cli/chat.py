@@ -17,6 +17,7 @@ from cmg_gguf.cli.asker import Asker, system_messages, user_message
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
 from cmg_gguf.cli.model_flags import ModelFlags
+from cmg_gguf.cli.options import is_file
 from cmg_gguf.cli.output import AnswerWriter
 from cmg_gguf.cli.question_flags import QuestionFlags, ScreenFlags
 from cmg_gguf.cli.sampling_flags import SamplingFlags
@@ -66,6 +67,10 @@ def chat(
     if idle := sampling.idle():
         err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
     model.check()
+    if question.reads_stdin:
+        raise typer.BadParameter(
+            "standard input holds what you say; give the image as a file", param_hint="'--image'"
+        )
     images = list(zip(question.images, question.load_images(), strict=True))
     asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens)
     with asker.vlm:
@@ -145,7 +150,8 @@ class Chat:
     def _attach(self, source: str, pixels: NDArray[np.uint8]) -> None:
         self._waiting.append(pixels)
         height, width, _ = pixels.shape
-        name = "image" if source.startswith("data:") else Path(source).name
+        named = source.startswith("file:") or is_file(source)
+        name = Path(source).name if named else "image"
         self._asker.screen.tell(f"{name}, {width} x {height} pixels, goes with the next message")
 
     def _answer(self, text: str) -> None:
@@ -207,4 +213,4 @@ def _path(text: str) -> str:
     with suppress(OSError, ValueError):  # a name that no file can have, or a lone quote
         if not Path(text).exists() and len(words := shlex.split(text)) == 1:
             text = words[0]
-    return text if text.startswith(("data:", "file:")) else str(Path(text).expanduser())
+    return str(Path(text).expanduser()) if text.startswith("~") else text

@@ -17,7 +17,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
-from cmg_gguf.errors import GuidanceError, shown
+from cmg_gguf.errors import GuidanceError, ImageError, shown
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -105,15 +105,23 @@ def split_images(sources: Sequence[str]) -> list[str]:
     """Image sources, each possibly several with commas between, as llama-mtmd-cli takes them.
 
     A data: URL, and the name of a file that exists, keep their commas.
+
+    Raises ImageError for one that is empty, as that of a shell's variable which is not set.
     """
     images: list[str] = []
     for source in sources:
-        whole = source[:5].lower() == "data:" or _is_file(source)
-        images += [source] if whole else [part for part in source.split(",") if part]
+        whole = source[:5].lower() == "data:" or is_file(source)
+        images += [source] if whole else source.split(",")
+        if not all(image.strip() for image in images):
+            raise ImageError(
+                f"{shown(source)} names no image, or an empty one between commas: give a file, or "
+                "leave it out to ask without a picture"
+            )
     return images
 
 
-def _is_file(name: str) -> bool:
+def is_file(name: str) -> bool:
+    """Whether there is a regular file of that name."""
     with suppress(OSError, ValueError):  # a name that no file can have
         return Path(name).is_file()
     return False

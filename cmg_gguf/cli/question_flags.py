@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -16,6 +17,8 @@ _asked = partial(typer.Option, rich_help_panel="Question")
 _seen = partial(typer.Option, rich_help_panel="Output")
 
 NO_LIMIT = -1
+STDIN = "-"
+"""The image that standard input holds; a file of that name is "./-"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,8 @@ class QuestionFlags:
         _asked(
             "--image",
             metavar="FILE",
-            help="An image, seen before the question: a file, a file: or data: URL. Repeat it, or "
-            "put commas between, for several.",
+            help="An image, seen before the question: a file, a pipe as of <(...), a file: or "
+            "data: URL, base64; - = standard input. Repeat it, or put commas between, for several.",
         ),
     ] = None
     system_prompt: Annotated[
@@ -48,8 +51,18 @@ class QuestionFlags:
 
     @property
     def images(self) -> list[str]:
-        """Image sources in order."""
-        return split_images(self.image or ())
+        """Image sources in order; `STDIN` at most once. Raises ImageError, BadParameter."""
+        images = split_images(self.image or ())
+        if images.count(STDIN) > 1:
+            raise typer.BadParameter(
+                "standard input holds one image; give the others as files", param_hint="'--image'"
+            )
+        return images
+
+    @property
+    def reads_stdin(self) -> bool:
+        """Whether an image is read from standard input, so that nothing else is."""
+        return STDIN in self.images
 
     def load_images(self) -> list[NDArray[np.uint8]]:
         """Their pixels, each (H, W, 3) uint8. Before the model is loaded, for that takes longer.
@@ -58,7 +71,13 @@ class QuestionFlags:
         """
         from cmg_gguf.prompt.images import load_image
 
-        return [load_image(source) for source in self.images]
+        images = self.images
+        if STDIN in images and sys.stdin.isatty():
+            raise typer.BadParameter(
+                "standard input is a terminal; write - only behind a pipe or <",
+                param_hint="'--image'",
+            )
+        return [load_image(sys.stdin.buffer if s == STDIN else s) for s in images]
 
     @property
     def max_tokens(self) -> int | None:

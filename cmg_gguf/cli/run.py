@@ -86,7 +86,7 @@ def run(
     model.check()
     settings = guidance.guidance(model.own_settings)
     _check_compares(settings, compare)
-    draw, text = sampling.sampling(), _prompt(prompt)
+    draw, text = sampling.sampling(), _prompt(prompt, has_stdin=not question.reads_stdin)
     pixels = question.load_images()
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
     _note_idle(err, sampling.idle(), blind=not pixels and settings.contrasts)
@@ -158,8 +158,13 @@ def _compare(
     return {"plain": reply_block(plain, asker.vlm), "guided": reply_block(guided, asker.vlm)}
 
 
-def _prompt(given: str | None) -> str:
-    """The prompt, from standard input where that is meant. Raises BadParameter for none."""
+def _prompt(given: str | None, *, has_stdin: bool) -> str:
+    """The prompt, from standard input where that is meant. Raises BadParameter for none.
+
+    has_stdin: whether standard input is there for it.
+    """
+    if given in (None, "-") and not has_stdin:
+        return asked("", "standard input holds the image; write -p TEXT")
     if given is None and sys.stdin.isatty():
         return asked("", "none is given; write -p TEXT")
     if given is None or given == "-":

@@ -30,11 +30,11 @@ def tokenized(
     """The prompt in tokens; its images are read, but not encoded.
 
     prompt: a question, put behind `images` into a user's turn; or messages, which hold their
-    images. What they say stays text: neither "<__media__>" nor the spelling of a special token
-    means anything in it. raw: the prompt is the full text for the model, in which special tokens
-    are special and each "<__media__>" stands for one of `images`. salt: what is
-    kept of it is found by prompts of the same salt alone. variables: of the template, see
-    `ChatTemplate.render`. Raises PromptError, ImageError.
+    images; where the last is the assistant's, the answer goes on from it. What they say stays text:
+    neither "<__media__>" nor the spelling of a special token means anything in it. raw: the prompt
+    is the full text for the model, in which special tokens are special and each "<__media__>"
+    stands for one of `images`. salt: what is kept of it is found by prompts of the same salt alone.
+    variables: of the template, see `ChatTemplate.render`. Raises PromptError, ImageError.
     """
     model, marker = projector.model, projector.marker
     if raw:
@@ -55,7 +55,8 @@ def tokenized(
         add_bos=not _begins_with(model.special_text("bos"), rendered),
         seams=rendered.seams,
     )
-    return replace(tokens, closing=closing_mark(rendered.text))
+    closing = closing_mark(rendered.text, rendered.said)
+    return replace(tokens, closing=closing, is_begun=bool(rendered.said))
 
 
 def _salted(key: str, salt: str | None) -> str:

@@ -1,42 +1,31 @@
 """From anything that holds an image to its pixels: (H, W, 3) uint8 RGB.
 
-    rgb = load_image("photo.jpg")                        # path or file:// URL
-    rgb = load_image("data:image/png;base64,iVBORw0...")
-    rgb = load_image(png_bytes)                          # also a PIL image or a NumPy array
-    key = image_id(rgb)                                  # the same pixels, the same key
+    rgb = load_image("photo.jpg")    # what else may hold one: `cmg_gguf.prompt.sources`
+    rgb = load_image(array)          # (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) uint8
+    key = image_id(rgb)              # the same pixels, the same key
 
-Nothing is downloaded, and only raster formats are opened: Pillow would hand PostScript to an
-external program. No state is shared between calls: threads do not wait for each other, and neither
-warning filters nor Pillow's settings are changed.
+Which formats are opened: `cmg_gguf.prompt.formats`. No state is shared between calls: threads do
+not wait for each other, and neither warning filters nor Pillow's settings are changed.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
-import os
 import re
-import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, Union
-from urllib.parse import unquote_to_bytes
-from urllib.request import url2pathname
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
-from PIL.ImageFile import ImageFile
+from PIL import ExifTags, Image, TiffImagePlugin
 
-from cmg_gguf.errors import ImageError, shown
-
-ImageSource: TypeAlias = Union[
-    str, "os.PathLike[str]", bytes, bytearray, memoryview, Image.Image, NDArray[np.uint8]
-]
-"""What `load_image` accepts."""
+from cmg_gguf.errors import ImageError
+from cmg_gguf.prompt.formats import identified
+from cmg_gguf.prompt.sources import ImageSource as ImageSource
+from cmg_gguf.prompt.sources import opened
 
 MAX_PIXELS = 64_000_000
 """Default limit of width * height."""
@@ -44,9 +33,6 @@ MAX_PIXELS = 64_000_000
 KEPT_PIXELS = 4096 * 4096
 """Larger images are scaled down to this or less. No image encoder in use sees as many pixels, and
 photographs of 12 megapixels stay as they are."""
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
-"""Formats that are opened, by Pillow's names, as far as this Pillow was built with them."""
 
 # How the upright image is seen from the stored one, by EXIF orientation: views, nothing is copied.
 _STORED: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
@@ -58,7 +44,6 @@ _STORED: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     7: lambda upright: np.rot90(upright, 2).transpose(1, 0, 2),
     8: lambda upright: np.rot90(upright, -1),
 }
-_URL_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 # Pixels are converted by so many at a time: beside the decoded image there is no second one.
 _BAND_PIXELS = 1 << 20
@@ -68,9 +53,9 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
     """Return the pixels of `source` as a new C-contiguous (H, W, 3) uint8 RGB array.
 
     Args:
-        source: a path, a `file:` URL, a base64 `data:` URL, the bytes of an image file, a PIL
-            image, or an (H, W, 3) uint8 RGB array. It is never changed; a PIL image whose file is
-            still open gets loaded, and gives the frame it stands on.
+        source: what `cmg_gguf.prompt.sources.opened` takes, a PIL image, or a uint8 array: (H, W)
+            or (H, W, 1) grey, (H, W, 3) RGB, (H, W, 4) RGBA. It is never changed; a PIL image whose
+            file is still open gets loaded, and gives the frame it stands on.
         max_pixels: largest width * height, >= 1, checked before anything is decoded. Pillow's own
             limit (`PIL.Image.MAX_IMAGE_PIXELS`) holds as well for files.
 
@@ -102,12 +87,12 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
             return _pixels(source, name, limits)
     if Image.MAX_IMAGE_PIXELS is not None:
         limits["PIL.Image.MAX_IMAGE_PIXELS"] = Image.MAX_IMAGE_PIXELS
-    stream, name = _open(source)
+    stream, name = opened(source)
     with stream, _pillow(name):
         if stream.seek(0, io.SEEK_END) == 0:
             raise ImageError(f"{name} is empty (0 bytes): give a whole image file")
         stream.seek(0)
-        with _identified(stream, name) as image:
+        with identified(stream, name) as image:
             width, height = image.size
             _check_size(width, height, name, limits)
             factor = _factor(width, height)
@@ -123,7 +108,8 @@ def image_id(rgb: NDArray[np.uint8]) -> str:
     Raises:
         ImageError: `rgb` has another shape or dtype.
     """
-    _check_array(rgb)
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise ImageError(f"{_array_name(rgb)} is not RGB: give shape (H, W, 3) and dtype uint8")
     height, width, channels = rgb.shape
     digest = hashlib.sha256(f"{height}x{width}x{channels}:".encode())
     digest.update(np.ascontiguousarray(rgb).data)
@@ -131,20 +117,27 @@ def image_id(rgb: NDArray[np.uint8]) -> str:
 
 
 def _from_array(array: NDArray[Any], limits: dict[str, int]) -> NDArray[np.uint8]:
-    _check_array(array)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8 or not (array.ndim == 2 or array.shape[2:] in ((3,), (4,))):
+        raise ImageError(
+            f"{_array_name(array)} is not an image: give shape (H, W, 3) and dtype uint8, or "
+            "(H, W) for grey, (H, W, 4) for RGBA"
+        )
     height, width = array.shape[:2]
     _check_size(width, height, "array", limits)
-    if _factor(width, height) == 1:
+    if array.ndim == 3 and array.shape[2] == 3 and _factor(width, height) == 1:
         return np.array(array, dtype=np.uint8, order="C")
-    return _joined((width, height), lambda top, bottom: Image.fromarray(array[top:bottom]))
+
+    def rows(top: int, bottom: int) -> Image.Image:
+        band = Image.fromarray(np.ascontiguousarray(array[top:bottom]))
+        return _on_white(band) if band.mode == "RGBA" else band.convert("RGB")
+
+    return _joined((width, height), rows)
 
 
-def _check_array(array: NDArray[Any]) -> None:
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ImageError(
-            f"array of shape {array.shape} and dtype {array.dtype} is not an RGB image: "
-            "give shape (H, W, 3) and dtype uint8"
-        )
+def _array_name(array: NDArray[Any]) -> str:
+    return f"array of shape {array.shape} and dtype {array.dtype}"
 
 
 def _check_size(width: int, height: int, name: str, limits: dict[str, int]) -> None:
@@ -157,103 +150,6 @@ def _check_size(width: int, height: int, name: str, limits: dict[str, int]) -> N
                 f"{name} has {width} x {height} = {width * height} pixels and the limit is "
                 f"{limit}: scale it down or raise {setting}"
             )
-
-
-def _open(source: object) -> tuple[BinaryIO, str]:
-    """Return the encoded image as a stream, and what to call it in messages."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        content = bytes(source)
-        return io.BytesIO(content), f"image of {len(content)} bytes"
-    if isinstance(source, os.PathLike):
-        return _open_file(os.fsdecode(source))
-    if not isinstance(source, str):
-        raise ImageError(
-            f"{shown(source)} of type {type(source).__name__} is not an image source: give a "
-            "path, a file: or data: URL, bytes, a PIL image or an (H, W, 3) uint8 array"
-        )
-    start = source[:8].lower()
-    if start.startswith("data:"):
-        return _open_data_url(source)
-    if start.startswith("file:"):
-        return _open_file(_path_of_url(source))
-    if scheme := _URL_SCHEME.match(source):
-        raise ImageError(
-            f"{shown(source)} is a {scheme[1].lower()} URL and this library does not download: "
-            "fetch the image yourself and give its path or bytes"
-        )
-    return _open_file(source)
-
-
-def _open_file(path: str) -> tuple[BinaryIO, str]:
-    name = f"image file {shown(path)}"
-    try:
-        regular = stat.S_ISREG(Path(path).stat().st_mode)
-        stream = _read(path) if regular else None
-    except (OSError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
-        raise ImageError(f"{name} cannot be opened ({reason}): give a readable file") from exc
-    if stream is None:
-        raise ImageError(f"{name} is not a regular file: give the path of an image file")
-    return stream, name
-
-
-def _read(path: str) -> BinaryIO:
-    return open(path, "rb")
-
-
-def _path_of_url(url: str) -> str:
-    """Return the path of a `file:` URL; '?' and '#' belong to the path, as RFC 8089 has it."""
-    path = url[len("file:") :]
-    if path.startswith("//"):
-        host, slash, rest = path[2:].partition("/")
-        if host.lower() not in ("", "localhost"):
-            raise ImageError(
-                f"{shown(url)} names the host {shown(host)} and only local files are read: "
-                "write file:///path"
-            )
-        path = slash + rest
-    return url2pathname(path)
-
-
-def _open_data_url(url: str) -> tuple[BinaryIO, str]:
-    name = f"data URL {shown(url)} of {len(url)} characters"
-    header, comma, payload = url.partition(",")
-    if not comma:
-        raise ImageError(f"{name} has no comma: write data:image/png;base64,<data>")
-    if header.rpartition(";")[2].strip().lower() != "base64":
-        raise ImageError(f"{name} is not base64: write data:image/png;base64,<data>")
-    try:
-        content = base64.b64decode(b"".join(unquote_to_bytes(payload).split()), validate=True)
-    except ValueError as exc:
-        raise ImageError(f"{name} is not valid base64 ({exc}): encode the whole file") from exc
-    return io.BytesIO(content), name
-
-
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-class _Jpeg(JpegImagePlugin.JpegImageFile):
-    """A JPEG whose resolution is not looked for: broken EXIF, which may hold it, gives warnings."""
-
-    def _read_dpi_from_exif(self) -> None:
-        pass
-
-
-def _identified(stream: BinaryIO, name: str) -> ImageFile:
-    """Return the image, nothing decoded: `PIL.Image.open` less its warnings about whole files."""
-    prefix = stream.read(16)
-    for kind in _formats():
-        factory, accept = Image.OPEN[kind]
-        # These mean "of another format", as they do to Pillow.
-        with suppress(SyntaxError, IndexError, TypeError, struct.error):
-            if accept is None or accept(prefix) is True:
-                stream.seek(0)
-                return _Jpeg(stream, "") if kind == "JPEG" else factory(stream, "")
-    raise ImageError(
-        f"{name} is no image, or of a format that is not read: give one of {', '.join(_formats())}"
-    )
 
 
 @contextmanager

@@ -14,18 +14,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cmg_gguf.errors import PromptError, shown
-from cmg_gguf.prompt.images import ImageSource
+from cmg_gguf.prompt.continuing import continued, is_continued
+from cmg_gguf.prompt.parts import Picture, Text, attached, read_part
+from cmg_gguf.prompt.sources import ImageSource
 from cmg_gguf.prompt.specials import Specials
-from cmg_gguf.prompt.templates import ChatTemplate, Message, text_part
+from cmg_gguf.prompt.templates import ChatTemplate, Message
 
 ROLES = ("system", "user", "assistant", "tool")
+OTHER_NAMES = {"developer": "system"}
+"""What a role is called elsewhere."""
 NO_SPECIALS = Specials()
 
-_SEAM = "seam"
+_SEAM, _END = "seam", "end"
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,14 @@ class Rendered:
     """A prompt: its text with one marker an image, and the image sources in that order.
 
     seams: offsets in the text over which no special token reaches: each is within one that a
-    message spells, where it is characters.
+    message spells, where it is characters. said: what the assistant has said already of the answer
+    that is asked for, see `render_messages`; the text ends with it.
     """
 
     text: str
     images: list[ImageSource]
     seams: tuple[int, ...] = ()
+    said: str = ""
 
 
 def render_messages(
@@ -60,16 +67,24 @@ def render_messages(
         {"type": "image_url", "image_url": str | {"url": str}}
         {"type": "image", "image": any ImageSource}
 
+    and in the other spellings of `cmg_gguf.prompt.parts`. Pictures in a message's `images`, a list
+    as Ollama has it, stand ahead of its content. The role "developer" is "system".
+
+    An assistant's message that is the last is where the answer goes on: the text ends with it,
+    to the last space, and without what the template writes behind it.
+
     Args:
         marker: a random string, so that no text can contain it.
         specials: the special tokens that only the template may write. One that begins in one
             message and ends in another is not noticed, nor one of a single character.
+        add_generation_prompt: False = nothing is asked for: every message is closed.
         variables: see `ChatTemplate.render`; what they say is text, as what messages say is.
 
     Raises:
         PromptError: there is no message, a message has another form or role, a text contains the
             marker, the template fails, writes nothing, changes the letters of a special token that
-            a message spells, or does not write each image exactly once and in order.
+            a message spells, or does not write each image exactly once and in order; or the last
+            message is an assistant's and cannot be gone on with.
     """
     if not marker:
         raise PromptError("the image marker is empty: give a random string")
@@ -78,19 +93,18 @@ def render_messages(
     images: list[ImageSource] = []
     flat = [_flat(message, i, marker, images) for i, message in enumerate(messages)]
     seam = _mark(marker, _SEAM)
+    said = flat[-1]["content"] if is_continued(flat, add_generation_prompt) else ""
     flat = [{**_broken(message, specials, seam), "role": message["role"]} for message in flat]
-    text = template.render(
-        flat,
-        add_generation_prompt,
+    render = partial(
+        template.render,
         tools=_broken(tools, specials, seam),
         variables=_broken(variables, specials, seam),
     )
-    if not text.strip():
-        raise PromptError(
-            f"the chat template made an empty prompt of {len(flat)} messages: give messages with "
-            "text, or another template"
-        )
-    return _with_markers(text, marker, images)
+    if said:
+        text = continued(render, flat, _mark(marker, _END))
+    else:
+        text = render(flat, add_generation_prompt)
+    return replace(_with_markers(text, marker, images), said=said)
 
 
 def _flat(message: Message, i: int, marker: str, images: list[ImageSource]) -> dict[str, Any]:
@@ -98,73 +112,47 @@ def _flat(message: Message, i: int, marker: str, images: list[ImageSource]) -> d
     if not isinstance(message, Mapping):
         raise PromptError(f'message {i} is {shown(message)}: it must be {{"role":, "content":}}')
     role = message.get("role")
+    role = OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise PromptError(
-            f"message {i} has the role {shown(role)}: it must be one of {', '.join(ROLES)}"
-        )
+        known = ", ".join((*ROLES, *OTHER_NAMES))
+        raise PromptError(f"message {i} has the role {shown(role)}: it must be one of {known}")
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""  # a turn that only calls tools
-    if isinstance(content, str):
-        content = [text_part(content)]
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray, memoryview)):
         raise PromptError(
             f"message {i} has the content {shown(content)}: it must be a string or a list of parts"
         )
-    before = len(images)
-    pieces = [_piece(part, f"message {i}, part {j}", images) for j, part in enumerate(content)]
-    text = "".join(piece for piece in pieces if piece is not None)
-    if marker in text:
+    parts: list[Text | Picture] = [*attached(message, f"message {i}")]
+    if isinstance(content, str):
+        parts.append(Text(content))
+    else:
+        parts += [read_part(part, f"message {i}, part {j}") for j, part in enumerate(content)]
+    if marker in "".join(part.text for part in parts if isinstance(part, Text)):
         raise PromptError(
             f"message {i} contains the image marker {shown(marker)}: draw another random marker"
         )
-    return {**message, "content": _joined(pieces, marker, before)}
+    text = _joined(parts, marker, len(images))
+    images += [part.source for part in parts if isinstance(part, Picture)]
+    others = {key: value for key, value in message.items() if key != "images"}
+    return {**others, "role": role, "content": text}
 
 
-def _piece(part: object, where: str, images: list[ImageSource]) -> str | None:
-    """Return the text of a part; None for an image, which is appended to `images`."""
-    if not isinstance(part, Mapping):
-        raise PromptError(f'{where} is {shown(part)}: it must be {{"type": ...}}')
-    kind = part.get("type")
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise PromptError(f"{where} has the text {shown(part.get('text'))}: give a string")
-        return str(part["text"])
-    if kind == "image_url":
-        url = part.get("image_url")
-        if isinstance(url, Mapping):
-            url = url.get("url")
-        if not isinstance(url, str) or not url:
-            raise PromptError(
-                f"{where} has the image_url {shown(part.get('image_url'))}: give a string or "
-                '{"url": string}'
-            )
-        images.append(url)
-        return None
-    if kind == "image":
-        if part.get("image") is None:
-            raise PromptError(f"{where} has no image: give a path, bytes, a PIL image or an array")
-        images.append(part["image"])
-        return None
-    raise PromptError(
-        f"{where} has the type {shown(kind)}: it must be one of text, image_url, image"
-    )
-
-
-def _joined(pieces: Sequence[str | None], marker: str, i_image: int) -> str:
-    """Return the pieces as one text; each None becomes the next image's own mark."""
+def _joined(parts: Sequence[Text | Picture], marker: str, i_image: int) -> str:
+    """Return the parts as one text; each picture becomes the next image's own mark."""
     text = ""
     after_image = False
-    for piece in pieces:
-        if piece == "":
+    for part in parts:
+        if isinstance(part, Text) and not part.text:
             continue
         if after_image:
             text += "\n"
-        after_image = piece is None
-        if piece is None:
-            piece = _mark(marker, i_image)
+        after_image = isinstance(part, Picture)
+        if isinstance(part, Text):
+            text += part.text
+        else:
+            text += _mark(marker, i_image)
             i_image += 1
-        text += piece
     return text
 
 
@@ -185,6 +173,11 @@ def _broken(value: Any, specials: Specials, seam: str) -> Any:
 
 def _with_markers(marked: str, marker: str, images: list[ImageSource]) -> Rendered:
     """Return the text with the plain marker for each image's own mark, once all are in place."""
+    if not marked.strip():
+        raise PromptError(
+            "the chat template made an empty prompt of the messages: give messages with text, or "
+            "another template"
+        )
     pieces = re.split(_mark(re.escape(marker), rf"(\d+|{_SEAM})"), marked)
     text, runs, found, seams = pieces[0], [pieces[0]], list[int](), list[int]()
     for label, piece in zip(pieces[1::2], pieces[2::2], strict=True):

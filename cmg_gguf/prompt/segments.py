@@ -68,12 +68,13 @@ class Prompt:
 
     salt: prompts of different salts begin with nothing alike, so nobody learns from what is kept
     what another has asked. closing: the mark that closes the reasoning within which the prompt
-    ends, see `closing_mark`.
+    ends, see `closing_mark`. is_begun: the prompt ends with the beginning of the answer.
     """
 
     segments: tuple[Segment, ...]
     salt: str | None = None
     closing: str = ""
+    is_begun: bool = False
 
     @property
     def n_tokens(self) -> int:
