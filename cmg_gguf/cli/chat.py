@@ -66,7 +66,7 @@ def chat(
     if idle := sampling.idle():
         err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
     model.pair()
-    images = list(zip(question.images, question.load_images(), strict=True))
+    images = list(zip(question.images, question.load_images(model.max_pixels), strict=True))
     asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens)
     with asker.vlm:
         talk = Chat(asker, settings, draw, show_changes=screen.show_changes)
@@ -127,7 +127,9 @@ class Chat:
         if command == "/quit":
             return False
         if command == "/image" and rest:
-            self._attach(path := _path(rest), load_image(path))
+            self._attach(
+                path := _path(rest), load_image(path, max_pixels=self._asker.vlm.max_pixels)
+            )
         elif command == "/image":
             self.failed = True
             screen.tell("/image takes the path of an image: /image kitchen.jpg")

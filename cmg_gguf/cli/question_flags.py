@@ -51,14 +51,14 @@ class QuestionFlags:
         """Image sources in order."""
         return split_images(self.image or ())
 
-    def load_images(self) -> list[NDArray[np.uint8]]:
+    def load_images(self, max_pixels: int | None = None) -> list[NDArray[np.uint8]]:
         """Their pixels, each (H, W, 3) uint8. Before the model is loaded, for that takes longer.
 
         Raises ImageError.
         """
         from cmg_gguf.prompt.images import load_image
 
-        return [load_image(source) for source in self.images]
+        return [load_image(source, max_pixels=max_pixels) for source in self.images]
 
     @property
     def max_tokens(self) -> int | None:

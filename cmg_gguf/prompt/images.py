@@ -32,14 +32,12 @@ from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
 from PIL.ImageFile import ImageFile
 
 from cmg_gguf.errors import ImageError, shown
+from cmg_gguf.prompt.limits import MAX_PIXELS, check_size, checked_max_pixels
 
 ImageSource: TypeAlias = Union[
     str, "os.PathLike[str]", bytes, bytearray, memoryview, Image.Image, NDArray[np.uint8]
 ]
 """What `load_image` accepts."""
-
-MAX_PIXELS = 64_000_000
-"""Default limit of width * height."""
 
 KEPT_PIXELS = 4096 * 4096
 """Larger images are scaled down to this or less. No image encoder in use sees as many pixels, and
@@ -64,15 +62,17 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _BAND_PIXELS = 1 << 20
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def load_image(source: ImageSource, *, max_pixels: int | None = None) -> NDArray[np.uint8]:
     """Return the pixels of `source` as a new C-contiguous (H, W, 3) uint8 RGB array.
 
     Args:
         source: a path, a `file:` URL, a base64 `data:` URL, the bytes of an image file, a PIL
             image, or an (H, W, 3) uint8 RGB array. It is never changed; a PIL image whose file is
             still open gets loaded, and gives the frame it stands on.
-        max_pixels: largest width * height, >= 1, checked before anything is decoded. Pillow's own
-            limit (`PIL.Image.MAX_IMAGE_PIXELS`) holds as well for files.
+        max_pixels: largest width * height, >= 1, checked before anything is decoded. Of a JPEG
+            file that is scaled while it is decoded, a quarter counts: 256 megapixels by default.
+            None = `MAX_PIXELS`, and for files Pillow's own limit as well
+            (`PIL.Image.MAX_IMAGE_PIXELS`).
 
     An image above `KEPT_PIXELS` is scaled down by the least whole factor that brings it to this or
     below: each pixel is the mean of a square, within one level of 255. A JPEG file is scaled by 2,
@@ -91,16 +91,14 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
             large, has no pixels, has grey values outside these ranges, or gives a warning that the
             caller's filters make an error.
     """
-    if max_pixels < 1:
-        raise ImageError(f"max_pixels={max_pixels} is out of range: it must be at least 1")
-    limits = {"max_pixels": max_pixels}
+    limits = {"max_pixels": checked_max_pixels(max_pixels) or MAX_PIXELS}
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
     if isinstance(source, Image.Image):
         name = f"PIL image of mode {source.mode}"
         with _pillow(name):
             return _pixels(source, name, limits)
-    if Image.MAX_IMAGE_PIXELS is not None:
+    if max_pixels is None and Image.MAX_IMAGE_PIXELS is not None:
         limits["PIL.Image.MAX_IMAGE_PIXELS"] = Image.MAX_IMAGE_PIXELS
     stream, name = _open(source)
     with stream, _pillow(name):
@@ -109,9 +107,11 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
         stream.seek(0)
         with _identified(stream, name) as image:
             width, height = image.size
-            _check_size(width, height, name, limits)
             factor = _factor(width, height)
             image.draft(None, (max(1, width // factor), max(1, height // factor)))
+            # Nothing is decoded yet. A progressive file's coefficients are kept all the same.
+            share = 1 if image.size == (width, height) else 4
+            check_size(width, height, name, limits, share)
             return _pixels(image, name, limits)
 
 
@@ -133,7 +133,7 @@ def image_id(rgb: NDArray[np.uint8]) -> str:
 def _from_array(array: NDArray[Any], limits: dict[str, int]) -> NDArray[np.uint8]:
     _check_array(array)
     height, width = array.shape[:2]
-    _check_size(width, height, "array", limits)
+    check_size(width, height, "array", limits)
     if _factor(width, height) == 1:
         return np.array(array, dtype=np.uint8, order="C")
     return _joined((width, height), lambda top, bottom: Image.fromarray(array[top:bottom]))
@@ -145,18 +145,6 @@ def _check_array(array: NDArray[Any]) -> None:
             f"array of shape {array.shape} and dtype {array.dtype} is not an RGB image: "
             "give shape (H, W, 3) and dtype uint8"
         )
-
-
-def _check_size(width: int, height: int, name: str, limits: dict[str, int]) -> None:
-    """Raise if there are no pixels, or more than one of `limits`, which has a setting's name."""
-    if width < 1 or height < 1:
-        raise ImageError(f"{name} has no pixels ({width} x {height}): each side must be at least 1")
-    for setting, limit in limits.items():
-        if width * height > limit:
-            raise ImageError(
-                f"{name} has {width} x {height} = {width * height} pixels and the limit is "
-                f"{limit}: scale it down or raise {setting}"
-            )
 
 
 def _open(source: object) -> tuple[BinaryIO, str]:
@@ -289,10 +277,10 @@ def _factor(width: int, height: int) -> int:
 
 
 def _pixels(image: Image.Image, name: str, limits: dict[str, int]) -> NDArray[np.uint8]:
-    _check_size(*image.size, name, limits)
+    check_size(*image.size, name, limits)
     image.load()
     # An ICO or TIFF can turn out otherwise than its header said.
-    _check_size(*image.size, name, limits)
+    check_size(*image.size, name, limits)
     to_rgb = _conversion(image, name)
     return _joined(image.size, lambda *band: to_rgb(_rows(image, *band)), _orientation(image))
 
