@@ -14,6 +14,7 @@ from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
+from cmg_gguf.llama.resolution import measured
 from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch
 
 SIZE_IF_UNKNOWN = 336
@@ -62,6 +63,13 @@ def _projector_block(path: Path, model: Model) -> dict[str, Any]:
         "projector": facts.kind,
         "image_size": size,
         "image_tokens": projector.tokenize(projector.marker, [square]).n_image_tokens,
+        "image_tokens_by_size": _tokens_by_size(projector),
         "n_ubatch": fitting_n_ubatch(projector),
         "mended": sorted(projector.mended),
     }
+
+
+def _tokens_by_size(projector: Projector) -> list[int] | None:
+    """Of a small picture and of a large one, where a picture's size decides; else None."""
+    found = measured(projector)
+    return [found.fewest, found.most] if found.by_size else None

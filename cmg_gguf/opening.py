@@ -19,6 +19,8 @@ from cmg_gguf.llama.context import DEFAULT_N_UBATCH, ContextOptions, LlamaContex
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Encoder as Encoder
 from cmg_gguf.llama.projector import Projector
+from cmg_gguf.llama.resolution import ImageTokens, limited
+from cmg_gguf.prompt.limits import checked_max_pixels
 from cmg_gguf.prompt.templates import ChatTemplate
 
 Pairing = Literal["auto", "pair", "contexts"]
@@ -33,6 +35,8 @@ MAX_PARALLEL = 64
 """Each takes two of llama.cpp's 256 sequences."""
 MAX_PREFIXES = 8
 """Most prompts whose KV cells are kept: each takes two of llama.cpp's sequences."""
+IMAGE_SHARE = 0.5
+"""Of the context, what one picture takes at most, where its size decides."""
 IMAGE_CACHE_BYTES = 64 * 2**20
 
 STEPS: dict[Strategy, Steps] = {"auto": AUTO, "exact": EXACT, "approximate": APPROXIMATE}
@@ -50,9 +54,14 @@ class PairOptions:
     strategy: Strategy = "auto"
     n_parallel: int | None = None
     encoder: Encoder = "mended"
+    max_pixels: int | None = None
+    image_min_tokens: int | None = None
+    image_max_tokens: int | None = None
     use_gpu: bool = True
 
     def __post_init__(self) -> None:
+        checked_max_pixels(self.max_pixels)
+        ImageTokens(fewest=self.image_min_tokens, most=self.image_max_tokens)
         if self.n_parallel is not None and not 1 <= self.n_parallel <= MAX_PARALLEL:
             raise UnsupportedError(
                 f"n_parallel={self.n_parallel} is out of range: 1 to {MAX_PARALLEL}, or None for "
@@ -67,6 +76,11 @@ class PairOptions:
                 f"strategy={self.strategy!r} is unknown: one of {', '.join(STEPS)}"
             )
 
+    @property
+    def image_tokens(self) -> ImageTokens:
+        """Limits of a picture's tokens. Raises UnsupportedError for limits that cannot be."""
+        return ImageTokens(fewest=self.image_min_tokens, most=self.image_max_tokens)
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -78,6 +92,7 @@ class Pair:
     engine: Engine
     contexts: tuple[LlamaContext, ...]
     n_parallel: int
+    max_pixels: int | None = None
 
     def close(self) -> None:
         """Frees contexts, image encoder and weights. Nothing of it may be used afterwards."""
@@ -96,14 +111,7 @@ def open_pair(
     """
     paired = _is_paired(options, model)
     template = _template(model, options)
-    projector = Projector(
-        mmproj_path,
-        model,
-        use_gpu=options.use_gpu,
-        n_threads=context.n_threads,
-        cache_bytes=options.image_cache_bytes,
-        encoder=options.encoder,
-    )
+    projector = _projector(mmproj_path, model, context, options)
     if context.n_ubatch is None:
         context = replace(context, n_ubatch=fitting_n_ubatch(projector))
     # A recurrent state cannot be cut back to where two prompts part.
@@ -126,7 +134,26 @@ def open_pair(
     prefixes = PrefixCache((first, second), seqs[n_parallel:], max_cells)
     strategy = STEPS[options.strategy] if paired else EAGER
     engine = Engine(lanes, prefixes, strategy=strategy)
-    return Pair(model, projector, template, engine, contexts, n_parallel)
+    return Pair(model, projector, template, engine, contexts, n_parallel, options.max_pixels)
+
+
+def _projector(
+    path: str | Path, model: Model, context: ContextOptions, options: PairOptions
+) -> Projector:
+    def make(limits: ImageTokens) -> Projector:
+        return Projector(
+            path,
+            model,
+            use_gpu=options.use_gpu,
+            n_threads=context.n_threads,
+            cache_bytes=options.image_cache_bytes,
+            encoder=options.encoder,
+            image_min_tokens=limits.fewest,
+            image_max_tokens=limits.most,
+        )
+
+    n_ctx = context.n_ctx or model.n_ctx_train
+    return limited(make, options.image_tokens, round(IMAGE_SHARE * n_ctx))
 
 
 def fitting_n_ubatch(projector: Projector) -> int:

@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -25,6 +25,9 @@ LogitsProcessor = Callable[[IntArray, FloatArray], FloatArray]
 """(tokens so far (n,) int32, logits (n_vocab,) float32) -> logits (n_vocab,) float32."""
 
 MAX_SEED = 2**32 - 2
+RANDOM_SEEDS = (-1, 2**32 - 1)
+"""Seeds that llama.cpp takes for "a new one each time": LLAMA_DEFAULT_SEED, and as its tools write
+it."""
 
 MAX_BIAS = 1e9
 MAX_GRAMMAR = 250_000
@@ -62,9 +65,11 @@ class Sampling:
     response_format: OpenAI's, for an answer in JSON: {"type": "text"}, {"type": "json_object"},
     {"type": "json_object", "schema": {...}} or {"type": "json_schema", "json_schema": {"schema":
     {...}}}; not together with a grammar.
-    seed: 0 to 2**32 - 2; None = a new one each time, reported in the result.
+    seed: 0 to 2**32 - 2; None = a new one each time, reported in the result, and so do -1 and
+    2**32 - 1, as everywhere in llama.cpp: they become None. None for any other setting is its
+    default.
 
-    Raises SamplingError for anything out of range.
+    Raises SamplingError for anything out of range or of another type; a bool is no number.
     """
 
     temperature: float = 0.0
@@ -85,29 +90,32 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        self._fill_inplace()
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             whole = isinstance(high, int)
             if not _is_number(value, whole=whole) or not low <= value <= high:
                 numbers = "whole numbers from " if whole else ""
                 raise SamplingError(
-                    f"{name}={value!r} is out of range: {numbers}{low:.10g} to {high:.10g}"
+                    f"{name}={shown(value)} is out of range: {numbers}{low:.10g} to {high:.10g}"
                 )
             object.__setattr__(self, name, int(value) if whole else float(value))
         if self.seed is not None:
-            if not _is_number(self.seed, whole=True) or not 0 <= self.seed <= MAX_SEED:
-                raise SamplingError(
-                    f"seed={self.seed!r} is out of range: whole numbers from 0 to {MAX_SEED}, or "
-                    "None"
-                )
-            object.__setattr__(self, "seed", int(self.seed))
-        _check_bias(self.logit_bias)
+            object.__setattr__(self, "seed", _checked_seed(self.seed))
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         if self.grammar is not None:
             check_grammar(self.grammar)
         if self.response_format is not None:
             schema_of(self.response_format)
             if self.grammar is not None and self.response_format.get("type") != "text":
                 raise SamplingError("give either a grammar or a response_format, not both")
+
+    def _fill_inplace(self) -> None:
+        """Puts the default where a setting is None."""
+        for one in fields(self):
+            if getattr(self, one.name) is None and one.name in (*_RANGES, "logit_bias"):
+                default = {} if one.name == "logit_bias" else one.default
+                object.__setattr__(self, one.name, default)
 
     @property
     def penalizes(self) -> bool:
@@ -146,7 +154,8 @@ def schema_of(response_format: Mapping[str, Any]) -> Any:
     return schema
 
 
-def _check_bias(logit_bias: object) -> None:
+def _checked_bias(logit_bias: object) -> dict[int, float]:
+    """A copy in Python's own numbers. Raises SamplingError."""
     if not isinstance(logit_bias, Mapping):
         raise SamplingError(
             f"logit_bias={shown(logit_bias)} does not map token numbers to numbers; write "
@@ -160,10 +169,21 @@ def _check_bias(logit_bias: object) -> None:
                 f"logit_bias of token {token} is {shown(bias)}: it must be a number of at most "
                 f"{MAX_BIAS:g} either way, or -inf to forbid the token"
             )
+    return {int(token): float(bias) for token, bias in logit_bias.items()}
+
+
+def _checked_seed(seed: Any) -> int | None:
+    """The seed as a whole number, None for a random one. Raises SamplingError."""
+    if not _is_number(seed, whole=True) or not -1 <= seed <= 2**32 - 1:
+        raise SamplingError(
+            f"seed={shown(seed)} is out of range: whole numbers from 0 to {MAX_SEED}, or None for "
+            "a new one each time"
+        )
+    return None if seed in RANDOM_SEEDS else int(seed)
 
 
 def _is_number(value: object, *, whole: bool) -> bool:
-    return isinstance(value, Integral if whole else Real)
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
 
 
 _REPEATS = ("minItems", "maxItems", "minLength", "maxLength")

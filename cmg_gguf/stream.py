@@ -284,6 +284,7 @@ def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
         variables=request.chat_template_kwargs,
         template=pair.template,
         projector=pair.projector,
+        max_pixels=pair.max_pixels,
     )
     prompt, contrast = tokens_of(request.prompt, request.images), request.contrast
     if contrast is None:

@@ -59,7 +59,10 @@ class GuidedVLM:
     rounding. "approximate" = rows that waited in vain are never decoded: cheaper, and other tokens,
     see `cmg_gguf.engine.steps`. n_parallel: answers that are made at once, sharing n_ctx; None = 4
     on a CPU, 8 on an accelerator. encoder: "mended" = the image encoder is put right where
-    llama.cpp's is not (`projector.mended` says what was), "stock" = it is left as it is. verbose:
+    llama.cpp's is not (`projector.mended` says what was), "stock" = it is left as it is.
+    max_pixels: of a picture, width times height, at most; None = 64 megapixels, of a JPEG 256.
+    image_min_tokens, image_max_tokens: of one picture, for models that take pictures of any
+    resolution; None = the model's own, but a picture takes half of n_ctx at most. verbose:
     llama.cpp's log on stderr. The others: see `ContextOptions`.
 
     Any number of threads may ask; requests beyond n_parallel, or beyond what n_ctx has room for,
@@ -89,6 +92,9 @@ class GuidedVLM:
         strategy: Strategy = "auto",
         n_parallel: int | None = None,
         encoder: Encoder = "mended",
+        max_pixels: int | None = None,
+        image_min_tokens: int | None = None,
+        image_max_tokens: int | None = None,
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -101,6 +107,9 @@ class GuidedVLM:
             strategy=strategy,
             n_parallel=n_parallel,
             encoder=encoder,
+            max_pixels=max_pixels,
+            image_min_tokens=image_min_tokens,
+            image_max_tokens=image_max_tokens,
             use_gpu=n_gpu_layers != 0,
         )
         set_verbose(verbose)
@@ -113,18 +122,10 @@ class GuidedVLM:
             type_v=type_v,
             offload_kqv=offload_kqv,
         )
-        self._set_up(
-            open_files(
-                model_path,
-                mmproj_path,
-                context,
-                options,
-                n_gpu_layers=n_gpu_layers,
-                main_gpu=main_gpu,
-                use_mmap=use_mmap,
-                progress=progress and partial(progress, "load"),
-            )
-        )
+        loading: dict[str, Any] = {"main_gpu": main_gpu, "use_mmap": use_mmap}
+        told = progress and partial(progress, "load")
+        loading |= {"n_gpu_layers": n_gpu_layers, "progress": told}
+        self._set_up(open_files(model_path, mmproj_path, context, options, **loading))
 
     @classmethod
     def from_pretrained(
@@ -187,6 +188,8 @@ class GuidedVLM:
         """Rows of one decode, at most."""
         self.image_size = projector_facts(pair.projector.path).image_size
         """Pixels a side of what the image encoder sees; 0 where its file does not say."""
+        self.max_pixels = pair.max_pixels
+        """As it was asked for: see `load_image`."""
 
     def close(self) -> None:
         """Frees contexts, image encoder and weights. Answers under way and those that wait end with
@@ -266,6 +269,7 @@ class GuidedVLM:
             variables=chat_template_kwargs,
             template=self.template,
             projector=self.projector,
+            max_pixels=self.max_pixels,
         )
 
     def create_chat_completion(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from prompts import picture
 from tiny_llava import TinyPair
 
-from cmg_gguf import GuidedVLM, Reply, Sampling
+from cmg_gguf import GuidanceError, GuidedVLM, Reply, Sampling
 from cmg_gguf.answer.logits import combine
 from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.evaluation.methods import METHODS, chosen
@@ -51,6 +52,12 @@ def answer(vlm: GuidedVLM, question: Question, request: Request) -> Reply:
 def asked(vlm: GuidedVLM, question: Question, name: str) -> Reply:
     (method,) = chosen([name], GUIDANCE)
     return answer(vlm, question, method.request(question))
+
+
+def test_guidance_that_is_none_is_refused_before_anything_is_run() -> None:
+    wrong: Any = 1.0
+    with pytest.raises(GuidanceError, match=r"guidance=1\.0 is no Guidance"):
+        chosen(["cmg"], wrong)
 
 
 def test_greedy_is_plain_decoding(vlm: GuidedVLM, question: Question) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -273,6 +274,42 @@ def test_going_on_with_other_settings_names_the_difference(
             whole.folder,
             **settings,
         )
+
+
+def test_a_run_goes_on_where_its_pictures_have_moved(
+    whole: Run, task: Squares, pair: TinyPair, tmp_path: Path
+) -> None:
+    folder, elsewhere = tmp_path / "run", squares(tmp_path / "elsewhere")
+    shutil.copytree(whole.folder, folder)
+    before = (folder / "journal.jsonl").read_bytes()
+    kept = read_run(folder, task).records
+    assert untimed(ran(elsewhere, pair, NAMES, folder).records) == untimed(kept)
+    told = json.loads((folder / "run.json").read_text())
+    assert told["task"]["options"]["folder"] == str(elsewhere.folder)
+    assert untimed(read_run(folder, elsewhere).records) == untimed(kept)
+    # The one that could not be answered was tried again, and nothing else.
+    added = (folder / "journal.jsonl").read_bytes().removeprefix(before).splitlines()
+    assert {json.loads(line)["item"] for line in added} <= {"broken.png/0"}
+
+
+def test_a_run_takes_further_methods_and_ends_as_if_it_had_begun_with_them(
+    whole: Run, task: Squares, pair: TinyPair, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    first = ran(task, pair, "greedy,sample", folder)
+    with pytest.raises(RuntimeError):
+        ran(task, pair, NAMES, folder, progress=_stop)
+    with pytest.raises(EvaluationError, match="not finished"):
+        read_run(folder, task)
+    assert untimed(ran(task, pair, NAMES, folder).records) == untimed(whole.records)
+    kept = {record.key: record for record in read_run(folder, task).records}
+    assert all(kept[record.key] == record for record in first.records if not record.problem)
+    with pytest.raises(EvaluationError, match=r"methods\.cmg"):
+        ran(task, pair, "greedy,sample", folder)  # none is taken away
+
+
+def _stop(done: int, total: int) -> None:
+    raise RuntimeError("stopped")
 
 
 def test_threads_and_answers_at_once_are_no_other_settings(

@@ -113,6 +113,47 @@ def test_categories_of_ones_own_are_found_by_their_names(tmp_path: Path) -> None
     assert (found["chair_i"], found["recall"]) == (50, 100)
 
 
+def _with(rows: list[dict[str, Any]], key: str, make: Any) -> list[dict[str, Any]]:
+    return [{**row, key: make(row[key])} if key in row else row for row in rows]
+
+
+def test_ids_may_be_texts_in_one_file_and_numbers_in_another(chair: Chair, tmp_path: Path) -> None:
+    texts = {
+        "images": _with(INSTANCES["images"], "id", str),
+        "annotations": _with(INSTANCES["annotations"], "category_id", str),
+        "categories": INSTANCES["categories"],
+    }
+    captions = {"annotations": _with(CAPTIONS["annotations"], "image_id", str)}
+    for instances, beside in ((texts, CAPTIONS), (INSTANCES, captions), (texts, captions)):
+        mixed = Chair(
+            write_json(tmp_path / "i.json", instances),
+            chair.images,
+            write_json(tmp_path / "c.json", beside),
+        )
+        assert good(mixed) == good(chair)
+
+
+def test_files_about_other_images_are_refused(chair: Chair, tmp_path: Path) -> None:
+    others = {"annotations": _with(CAPTIONS["annotations"], "image_id", lambda i: i + 100)}
+    for captions, says in ((others, "image_id '101'"), ({"annotations": []}, "none at all")):
+        path = write_json(tmp_path / "c.json", captions)
+        with pytest.raises(EvaluationError, match=r"c\.json' is not about these images") as info:
+            good(Chair(chair.instances, chair.images, path))
+        assert says in str(info.value)
+    rows = _with(INSTANCES["annotations"], "image_id", lambda i: i + 100)
+    path = write_json(tmp_path / "i.json", {**INSTANCES, "annotations": rows})
+    with pytest.raises(EvaluationError, match=r"i\.json' is not about these images"):
+        good(Chair(path, chair.images))
+
+
+def test_an_image_that_neither_file_is_about_is_told(chair: Chair, tmp_path: Path) -> None:
+    rows = [row for row in INSTANCES["annotations"] if row["image_id"] == 1]
+    path = write_json(tmp_path / "i.json", {**INSTANCES, "annotations": rows})
+    assert bad(Chair(path, chair.images, chair.captions)) == {
+        "i.json images[1]": "image 'two.jpg' of id '2' has neither instances nor captions"
+    }
+
+
 def test_an_image_that_is_not_there_is_a_bad_item(chair: Chair) -> None:
     (Path(chair.images) / "two.jpg").unlink()
     assert bad(chair) == {"instances.json images[1]": "image 'two.jpg' is not in the image folder"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluated import (
@@ -17,6 +19,7 @@ from evaluated import (
 
 from cmg_gguf.errors import EvaluationError
 from cmg_gguf.evaluation.answers import STRICT
+from cmg_gguf.evaluation.items import read_items
 from cmg_gguf.evaluation.tasks.pope import Pope
 
 NAMES = ("dog", "cat", "car", "bus")
@@ -143,3 +146,85 @@ def test_files_that_share_a_name_are_refused(tmp_path: Path) -> None:
     paths = [write_lines(folder / "q.json", []) for folder in (tmp_path, tmp_path / "other")]
     with pytest.raises(EvaluationError, match="share a name: rename one"):
         list(Pope(paths, tmp_path).items())
+
+
+# --- files as they come ---------------------------------------------------------------------------
+
+
+def test_a_list_in_one_json_file_is_read_as_lines_are(pope: Pope, tmp_path: Path) -> None:
+    first = Path(pope.files[0])
+    rows = [json.loads(line) for line in first.read_text().splitlines()]
+    folder = tmp_path / "as a list"
+    folder.mkdir()
+    for text in (json.dumps(rows), "\ufeff \n" + json.dumps(rows, indent=2)):
+        path = folder / first.name
+        path.write_text(text, encoding="utf-8")
+        assert good(Pope([path], pope.images)) == good(Pope([first], pope.images))
+    path.write_text(json.dumps([*rows, {**rows[0], "label": 2}]))
+    assert bad(Pope([path], pope.images)) == {
+        f"{first.name}[4]": "'label' is '2': yes or no is expected"
+    }
+
+
+@pytest.mark.parametrize(
+    ("label", "meant"),
+    [
+        *((value, "yes") for value in (1, True, "1", "True", " YES ")),
+        *((value, "no") for value in (0, False, "0", "false", "No")),
+    ],
+)
+def test_labels_are_read_as_they_are_written(label: Any, meant: str, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["a.jpg"])
+    row = {**question(1, "a.jpg", "dog", "yes"), "label": label}
+    (item,) = good(Pope([write_lines(tmp_path / "q.json", [row])], images))
+    assert item.truth == {"label": meant}
+
+
+@pytest.mark.parametrize("label", [2, -1, "maybe", "", None, 1.0, [1]])
+def test_a_label_that_is_none_is_told(label: Any, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["a.jpg"])
+    row = {**question(1, "a.jpg", "dog", "yes"), "label": label}
+    (problem,) = bad(Pope([write_lines(tmp_path / "q.json", [row])], images)).values()
+    assert problem.startswith("'label' is")
+
+
+def test_without_numbers_image_and_question_tell_records_apart(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    rows = [
+        {k: v for k, v in question(0, image, name, "yes").items() if k != "question_id"}
+        for image in ("a.jpg", "b.jpg")
+        for name in NAMES
+    ]
+    path = write_lines(tmp_path / "q.json", [*rows, rows[0]])
+    items = read_items(Pope([path], images)).items
+    assert len({item.id for item in items}) == len(rows)
+    assert items[0].id == "q/a.jpg: Is there a dog in the image?"
+    (again,) = bad(Pope([path], images)).values()
+    assert "was there before" in again
+
+
+def test_a_name_without_its_suffix_is_the_one_file_that_has_it(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["a.jpg", "b.PNG", "c.d.jpg", "e.jpg", "e.png"])
+    (images / "f.txt").write_text("no image")
+    rows = [question(i, name, "dog", "yes") for i, name in enumerate(["a", "b", "c.d", "e", "f"])]
+    task = Pope([write_lines(tmp_path / "q.json", rows)], images)
+    items = read_items(task).items
+    assert [Path(str(item.image)).name for item in items] == ["a.jpg", "b.PNG", "c.d.jpg"]
+    assert bad(task) == {
+        "q.json:4": "image 'e' may be any of e.jpg, e.png in the image folder; write its suffix",
+        "q.json:5": "image 'f' is not in the image folder",
+    }
+
+
+def test_where_nothing_is_left_the_first_reason_and_how_many_share_it_are_told(
+    tmp_path: Path,
+) -> None:
+    images = write_images(tmp_path / "images", ["other.jpg"])
+    rows = [question(i, f"{i}.jpg", "dog", "yes") for i in range(1200)]
+    path = write_lines(tmp_path / "q.json", [*rows, {"question_id": 1}])
+    with pytest.raises(EvaluationError) as info:
+        read_items(Pope([path], images))
+    assert str(info.value) == (
+        "pope has no items to ask about (1,201 broken: the first, q.json:1: image '0.jpg' is not "
+        "in the image folder; 1,199 more alike); check its files"
+    )

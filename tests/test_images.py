@@ -627,10 +627,49 @@ def test_the_limit_is_checked_before_anything_is_decoded(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("side", [10_000, 20_000, 2**31 - 1])
 def test_pillows_own_bomb_warning_and_error_are_image_errors(side: int) -> None:
-    line = refused(png(side, side), max_pixels=10**20)
-    assert "limit" in line
-    assert "MAX_IMAGE_PIXELS" in line
-    refused(png(side, side))
+    assert "limit" in refused(png(side, side))
+    assert "limit" in refused(png(side, side), max_pixels=10_000)
+
+
+def test_pillows_own_limit_holds_where_none_is_asked_for(
+    rgb: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 11)
+    line = refused(encoded(rgb))
+    assert "12 pixels and the limit is 11" in line
+    assert "raise PIL.Image.MAX_IMAGE_PIXELS" in line
+    load_image(encoded(rgb), max_pixels=12)  # and what was asked for holds by itself
+
+
+@pytest.mark.parametrize("limit", ["12", 12.0, True, -5])
+def test_a_pixel_limit_that_is_none_is_refused(rgb: Pixels, limit: Any) -> None:
+    assert f"max_pixels={limit!r} is out of range" in refused(rgb, max_pixels=limit)
+
+
+@pytest.mark.slow
+def test_a_phones_photograph_of_108_megapixels_is_read_by_default() -> None:
+    photo = Image.new("RGB", (12_000, 9_000), (200, 40, 40))
+    photo.paste((40, 40, 200), (6_000, 0, 12_000, 9_000))
+    data = io.BytesIO()
+    photo.save(data, "JPEG")
+    out = load_image(data.getvalue())
+    assert out.shape == (2_250, 3_000, 3)  # halved while it is decoded, and by the mean once more
+    for column, colour in ((750, (200, 40, 40)), (2250, (40, 40, 200))):
+        assert np.abs(out[1000, column].astype(int) - colour).max() <= 2
+
+
+def test_of_a_jpeg_that_is_scaled_while_it_is_decoded_a_quarter_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cmg_gguf.prompt.images.KEPT_PIXELS", 64 * 64)
+    data = io.BytesIO()
+    Image.new("RGB", (200, 100), (200, 40, 40)).save(data, "JPEG")
+    photo = data.getvalue()
+    assert load_image(photo, max_pixels=5_000).shape == (25, 50, 3)
+    line = refused(photo, max_pixels=4_999)
+    assert "20000 pixels and the limit is 19996" in line
+    assert "raise max_pixels (--max-pixels), now 4999" in line
+    refused(png(200, 100), max_pixels=19_999)  # which no decoder scales
 
 
 def test_a_bomb_in_a_data_url_or_file_is_refused_by_that_name(tmp_path: Path) -> None:

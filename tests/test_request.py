@@ -125,7 +125,7 @@ def test_a_contrast_is_checked_like_a_request() -> None:
         ({"max_tokens": "3"}, PromptError, "max_tokens='3'"),
         ({"logprobs": True, "top_logprobs": "3"}, SamplingError, "top_logprobs='3'"),
         ({"logits_processor": print}, SamplingError, "write [process]"),
-        ({"temperature": None}, SamplingError, "temperature=None"),
+        ({"temperature": "0"}, SamplingError, "temperature='0'"),
         ({"top_k": "5"}, SamplingError, "top_k='5'"),
         ({"logit_bias": 5}, SamplingError, "logit_bias=5 does not map token numbers"),
         ({"grammar": 5}, SamplingError, "the grammar is 5"),
@@ -146,7 +146,7 @@ def test_a_handler_tells_wrong_guidance_when_it_is_made() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"logit_bias": None}, "logit_bias=None does not map token numbers to numbers; write {5:"),
+        ({"logit_bias": [5]}, "logit_bias=[5] does not map token numbers to numbers; write {5:"),
         ({"logit_bias": {"cat": 1.0}}, "logit_bias names token 'cat': write a whole number"),
         ({"logit_bias": {5: "much"}}, "logit_bias of token 5 is 'much'"),
         ({"response_format": 3}, "response_format=3 is no mapping"),

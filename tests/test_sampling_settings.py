@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from support import Tiny
 
-from cmg_gguf.errors import SamplingError
+from cmg_gguf.chat.completion import request_of
+from cmg_gguf.errors import PromptError, SamplingError
 from cmg_gguf.llama.grammar import grammar_for
 from cmg_gguf.llama.sampler import Sampler
 from cmg_gguf.sampling import MAX_GRAMMAR, MAX_NESTING, MAX_SEED, Sampling
@@ -43,7 +45,6 @@ def build(llama: Tiny, grammar: str) -> Sampler:
         ("mirostat_mode", 0, 2),
         ("mirostat_tau", 0, 1000),
         ("mirostat_eta", 0, 1000),
-        ("seed", 0, MAX_SEED),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_the_range(name: str, low: float, high: float) -> None:
@@ -51,6 +52,7 @@ def test_a_setting_out_of_range_is_named_with_the_range(name: str, low: float, h
     for value in limits:
         assert getattr(Sampling(**{name: value}), name) == value
     bad: list[Any] = [low - 1, high + 1, "1", math.nan, math.inf, -math.inf]
+    bad += [True, False, np.bool_(True), [1], 1j, b"1", np.array([1.0])]
     for value in bad:
         line = refused(**{name: value})
         assert line.startswith(f"{name}={value!r} is out of range")
@@ -60,6 +62,69 @@ def test_a_setting_out_of_range_is_named_with_the_range(name: str, low: float, h
 @pytest.mark.parametrize("name", ["top_k", "penalty_last_n", "mirostat_mode", "seed"])
 def test_a_whole_number_is_asked_for_by_name(name: str) -> None:
     assert refused(**{name: 1.5}).startswith(f"{name}=1.5 is out of range: whole numbers from")
+
+
+@pytest.mark.parametrize("seed", [-2, 2**32, 1.0, "1", True, False, math.nan, [1]])
+def test_a_seed_that_is_none_is_named_with_the_range(seed: Any) -> None:
+    line = refused(seed=seed)
+    assert line.startswith("seed=")
+    assert f"is out of range: whole numbers from 0 to {MAX_SEED}, or None" in line
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, None, np.int64(-1), np.uint32(2**32 - 1)])
+def test_llama_cpps_seeds_for_a_new_one_each_time_are_none(seed: Any) -> None:
+    assert Sampling(seed=seed).seed is None
+    assert request_of([], seed=seed).sampling.seed is None
+
+
+@pytest.mark.parametrize("seed", [0, 1, MAX_SEED])
+def test_every_other_seed_is_kept(seed: int) -> None:
+    assert Sampling(seed=seed).seed == seed
+
+
+def test_none_is_the_default_of_every_setting() -> None:
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    assert Sampling(**nothing) == Sampling()
+    # A chat completion has llama-cpp-python's defaults, which draws; Sampling's own is greedy.
+    asked = request_of([], **dict.fromkeys(names[:4])).sampling
+    assert asked == request_of([]).sampling == Sampling(temperature=0.2)
+
+
+@pytest.mark.parametrize("bias", [{5: True}, {5: "1"}, {5: None}, {True: 1.0}, {5.5: 1.0}])
+def test_a_bias_of_another_type_is_refused_wherever_it_is_asked_for(bias: Any) -> None:
+    assert "logit_bias" in refused(logit_bias=bias)
+    with pytest.raises(SamplingError, match="logit_bias"):
+        request_of([], logit_bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"temperature": True}, "temperature=True"),
+        ({"temperature": "0.5"}, "temperature='0.5'"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_k": False}, "top_k=False"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"logprobs": "yes"}, "logprobs='yes'"),
+        ({"logprobs": 1}, "logprobs=1"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs=True"),
+        ({"logprobs": True, "top_logprobs": ""}, "top_logprobs=''"),
+        ({"top_logprobs": 1.0}, "top_logprobs=1.0"),
+    ],
+)
+def test_a_chat_completion_names_its_setting_of_another_type(
+    settings: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(SamplingError) as info:
+        request_of([], **settings)
+    assert str(info.value).startswith(name)
+
+
+@pytest.mark.parametrize("wrong", [False, True, "3", math.nan, 2.5])
+def test_a_chat_completion_takes_no_other_type_for_the_number_of_tokens(wrong: Any) -> None:
+    with pytest.raises(PromptError, match="max_tokens="):
+        request_of([], max_tokens=wrong)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

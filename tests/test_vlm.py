@@ -18,6 +18,7 @@ from unhooked import Unhooked
 from cmg_gguf import (
     ContextLengthError,
     Guidance,
+    GuidanceError,
     GuidedVLM,
     PromptError,
     Reply,
@@ -346,3 +347,19 @@ def test_a_strategy_that_is_named_is_followed(pair: TinyPair, name: Strategy) ->
 def test_a_setting_that_there_is_not_is_named_with_those_that_there_are(vlm: GuidedVLM) -> None:
     with pytest.raises(TypeError, match=r"no setting 'temperature'.* guidance, .*Sampling\("):
         vlm.generate(QUESTION, temperature=1.0)
+
+
+@pytest.mark.parametrize("wrong", [1.0, "strong", {"alpha": 1.0}, None])
+def test_the_engine_refuses_guidance_that_is_none_as_requests_do(
+    vlm: GuidedVLM, wrong: Any
+) -> None:
+    prompt = vlm.tokenize(QUESTION, [picture(0)])
+    for take in (vlm.engine.check, vlm.engine.open):
+        with pytest.raises(GuidanceError, match="is no Guidance; write Guidance"):
+            take(prompt, wrong)
+    if wrong is not None:  # which is the default of a request
+        for ask in (vlm.generate, vlm.stream):
+            with pytest.raises(GuidanceError, match="is no Guidance; write Guidance"):
+                ask(QUESTION, [picture(0)], guidance=wrong)
+        with pytest.raises(GuidanceError, match="is no Guidance; write Guidance"):
+            vlm.create_chat_completion([user(QUESTION)], guidance=wrong)

@@ -50,6 +50,8 @@ class TinyConfig:
         longest_edge: 0 for LLaVA's projector, which makes every image one square. Else SmolVLM's
             ("idefics3"): the longer edge gets this many pixels, and the image is cut into tiles of
             `image_size`, row by row, with text between them and a small view of all behind.
+        any_resolution: Kimi-VL's projector, which takes pictures of any size: 4 patches a token,
+            of its own accord 8 to 1024 tokens a picture.
     """
 
     arch: Literal["llama", "gemma3", "lfm2"] = "llama"
@@ -73,6 +75,7 @@ class TinyConfig:
     mmproj_n_embd: int | None = None
     tokenizer: Literal["llama", "gpt2"] = "llama"
     longest_edge: int = 0
+    any_resolution: bool = False
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or self.head_dim % 2:
@@ -95,7 +98,8 @@ class TinyConfig:
     @property
     def n_image_tokens(self) -> int:
         """Of an image, or of a tile of it, for which four patches make one token."""
-        return self.n_patches // 4 if self.longest_edge else self.n_patches
+        merged = self.longest_edge or self.any_resolution
+        return self.n_patches // 4 if merged else self.n_patches
 
 
 class TinyPair(NamedTuple):
@@ -319,13 +323,15 @@ def _write_mmproj(path: Path, config: TinyConfig) -> None:
     writer = gguf.GGUFWriter(path, "clip")
     width = config.n_embd if config.mmproj_n_embd is None else config.mmproj_n_embd
     writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", "idefics3" if config.longest_edge else "mlp")
+    writer.add_string("clip.projector_type", _projector_type(config))
     writer.add_bool("clip.use_gelu", False)  # false means quick-GELU, CLIP's own
     # LLaVA's graph skips the last block; that block need not even be in the file.
-    n_blocks = config.vit_n_layer + (0 if config.longest_edge else 1)
+    all_run = config.longest_edge or config.any_resolution
+    n_blocks = config.vit_n_layer + (0 if all_run else 1)
     writer.add_uint32("clip.vision.block_count", n_blocks)
     if config.longest_edge:
         writer.add_uint32("clip.vision.preproc_image_size", config.longest_edge)
+    if all_run:
         writer.add_uint32("clip.vision.projector.scale_factor", 2)
     writer.add_uint32("clip.vision.image_size", config.image_size)
     writer.add_uint32("clip.vision.patch_size", config.patch_size)
@@ -343,10 +349,21 @@ def _write_mmproj(path: Path, config: TinyConfig) -> None:
     if config.longest_edge:
         matrix = weights.matrix(width, 4 * config.vit_n_embd, 2.0)
         writer.add_tensor("mm.model.fc.weight", matrix)
+    elif config.any_resolution:
+        writer.add_tensor("mm.input_norm.weight", weights.norm(config.vit_n_embd))
+        writer.add_tensor("mm.input_norm.bias", weights.normal((config.vit_n_embd,), 0.05))
+        _add_linear(writer, weights, "mm.1", (width, 4 * config.vit_n_embd))
+        _add_linear(writer, weights, "mm.2", (width, width), gain=2.0)
     else:
         _add_linear(writer, weights, "mm.0", (width, config.vit_n_embd))
         _add_linear(writer, weights, "mm.2", (width, width), gain=2.0)
     _finish(writer)
+
+
+def _projector_type(config: TinyConfig) -> str:
+    if config.any_resolution:
+        return "kimivl"
+    return "idefics3" if config.longest_edge else "mlp"
 
 
 def _add_vit_stem(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig) -> None:
@@ -368,9 +385,10 @@ def _add_vit_layer(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfi
         writer.add_tensor(f"v.blk.{il}.{name}.bias", weights.normal((n,), 0.05))
     for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
         _add_linear(writer, weights, f"v.blk.{il}.{name}", (n, n))
-    # CLIP files name these two the wrong way round.
-    _add_linear(writer, weights, f"v.blk.{il}.ffn_down", (n_ff, n))
-    _add_linear(writer, weights, f"v.blk.{il}.ffn_up", (n, n_ff))
+    # Files of older models name these two the wrong way round.
+    into, back = ("ffn_up", "ffn_down") if config.any_resolution else ("ffn_down", "ffn_up")
+    _add_linear(writer, weights, f"v.blk.{il}.{into}", (n_ff, n))
+    _add_linear(writer, weights, f"v.blk.{il}.{back}", (n, n_ff))
 
 
 def _add_linear(

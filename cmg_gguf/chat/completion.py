@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from cmg_gguf.errors import SamplingError, UnsupportedError, shown
 from cmg_gguf.guidance import Guidance
@@ -68,7 +68,7 @@ def request_of(
         messages,
         guidance=guidance if guidance is not None else Guidance(),
         sampling=sampling_of(**sampling),
-        max_tokens=None if isinstance(max_tokens, Real) and max_tokens <= 0 else max_tokens,
+        max_tokens=None if _is_number(max_tokens) and max_tokens <= 0 else max_tokens,
         stop=stop or (),
         top_logprobs=_top_logprobs(logprobs, top_logprobs),
         logits_processors=logits_processor or (),
@@ -78,47 +78,48 @@ def request_of(
 
 def sampling_of(
     *,
-    temperature: float = 0.2,
-    top_p: float = 0.95,
-    top_k: int = 40,
-    min_p: float = 0.05,
-    typical_p: float = 1.0,
+    temperature: float | None = 0.2,
+    top_p: float | None = 0.95,
+    top_k: int | None = 40,
+    min_p: float | None = 0.05,
+    typical_p: float | None = 1.0,
     seed: int | None = None,
     response_format: Mapping[str, Any] | None = None,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    repeat_penalty: float = 1.0,
-    mirostat_mode: int = 0,
-    mirostat_tau: float = 5.0,
-    mirostat_eta: float = 0.1,
+    presence_penalty: float | None = 0.0,
+    frequency_penalty: float | None = 0.0,
+    repeat_penalty: float | None = 1.0,
+    mirostat_mode: int | None = 0,
+    mirostat_tau: float | None = 5.0,
+    mirostat_eta: float | None = 0.1,
     grammar: Any = None,
     logit_bias: Mapping[Any, float] | None = None,
     **unsupported: Any,
 ) -> Sampling:
-    """The sampling of a chat completion, with llama-cpp-python's defaults.
+    """The sampling of a chat completion, with llama-cpp-python's defaults, also for None.
 
     grammar: a `LlamaGrammar` or GBNF text. Tools, functions and tail-free sampling are not
     supported: UnsupportedError, unless they are none, or left to the model ("auto") with none.
     Raises what `Sampling` raises.
     """
     _refuse(unsupported)
-    return Sampling(
-        temperature=_not_negative(temperature),
-        top_k=_not_negative(top_k),
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        repeat_penalty=repeat_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        mirostat_mode=mirostat_mode,
-        mirostat_tau=mirostat_tau,
-        mirostat_eta=mirostat_eta,
-        logit_bias=_bias(logit_bias),
-        grammar=_grammar(grammar),
-        response_format=response_format,
-        seed=None if seed == -1 else seed,
-    )
+    wanted: dict[str, Any] = {  # those that are None are left to `Sampling`
+        "temperature": 0.2 if temperature is None else _not_negative(temperature),
+        "top_k": _not_negative(top_k),
+        "top_p": top_p,
+        "min_p": min_p,
+        "typical_p": typical_p,
+        "repeat_penalty": repeat_penalty,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "mirostat_mode": mirostat_mode,
+        "mirostat_tau": mirostat_tau,
+        "mirostat_eta": mirostat_eta,
+        "logit_bias": _bias(logit_bias),
+        "grammar": _grammar(grammar),
+        "response_format": response_format,
+        "seed": seed,
+    }
+    return Sampling(**wanted)
 
 
 def completion_of(reply: Reply, model: str, token_bytes: TokenBytes) -> dict[str, Any]:
@@ -247,21 +248,31 @@ def _refuse(unsupported: dict[str, Any]) -> None:
 
 
 def _top_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int | None:
-    if not logprobs:
-        return None
-    count = top_logprobs or 0
-    if not isinstance(count, Integral) or not 0 <= count <= MAX_TOP_LOGPROBS:
+    if logprobs is not None and not isinstance(logprobs, bool):
+        raise SamplingError(
+            f"logprobs={shown(logprobs)} is neither True nor False; write logprobs=True, and "
+            "top_logprobs for how many"
+        )
+    count = 0 if top_logprobs is None else top_logprobs
+    whole = isinstance(count, Integral) and not isinstance(count, bool)
+    if not whole or not 0 <= count <= MAX_TOP_LOGPROBS:
         raise SamplingError(
             f"top_logprobs={shown(count)} is out of range: whole numbers from 0 to "
             f"{MAX_TOP_LOGPROBS}"
         )
-    return count
+    return count if logprobs else None
 
 
 def _bias(logit_bias: Mapping[Any, float] | None) -> dict[int, float]:
+    """With tokens as whole numbers: JSON's keys are texts. `Sampling` checks the rest."""
+    if logit_bias is None:
+        return {}
     try:
-        return {int(token): float(value) for token, value in (logit_bias or {}).items()}
-    except (AttributeError, TypeError, ValueError, OverflowError) as exc:
+        return {
+            int(token) if isinstance(token, str) else token: bias
+            for token, bias in logit_bias.items()
+        }
+    except (AttributeError, TypeError, ValueError) as exc:
         raise SamplingError(
             f"logit_bias={shown(logit_bias)} does not map token numbers to numbers ({exc}); write "
             "{5: -1.0}"
@@ -274,4 +285,8 @@ def _grammar(grammar: Any) -> Any:
 
 
 def _not_negative(value: Any) -> Any:
-    return max(value, 0) if isinstance(value, Real) else value
+    return max(value, 0) if _is_number(value) else value
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -71,7 +71,7 @@ def chat(
         raise typer.BadParameter(
             "standard input holds what you say; give the image as a file", param_hint="'--image'"
         )
-    images = list(zip(question.images, question.load_images(), strict=True))
+    images = list(zip(question.images, question.load_images(model.max_pixels), strict=True))
     asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens)
     with asker.vlm:
         talk = Chat(asker, settings, draw, show_changes=screen.show_changes)
@@ -132,7 +132,9 @@ class Chat:
         if command == "/quit":
             return False
         if command == "/image" and rest:
-            self._attach(path := _path(rest), load_image(path))
+            self._attach(
+                path := _path(rest), load_image(path, max_pixels=self._asker.vlm.max_pixels)
+            )
         elif command == "/image":
             self.failed = True
             screen.tell("/image takes the path of an image: /image kitchen.jpg")

@@ -104,6 +104,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
             ("mmproj", mmproj["path"]),
             ("", f"projector {mmproj['projector'] or 'of unknown kind'}"),
             ("image tokens", f"{mmproj['image_tokens']} for {side} x {side} pixels"),
+            *_by_size(mmproj["image_tokens_by_size"]),
             ("prompt tokens", _step(mmproj["n_ubatch"])),
         ]
         lines += [("mended", MENDS[name]) for name in mmproj["mended"]]
@@ -115,6 +116,14 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
     ]
     lines += [("device", _device(device)) for device in facts["devices"]]
     return [*lines, ("compiled with", facts["features"])]
+
+
+def _by_size(tokens: list[int] | None) -> list[tuple[str, str]]:
+    if tokens is None:
+        return []
+    fewest, most = tokens
+    words = f"{fewest} to {most} by an image's size, no more than half of -c (--image-max-tokens)"
+    return [("", words)]
 
 
 def layer_bar(masked: list[int], n_layer: int) -> Text:

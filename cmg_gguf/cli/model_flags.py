@@ -184,6 +184,36 @@ class ModelFlags:
             "what the model was trained with (see info).",
         ),
     ] = False
+    max_pixels: Annotated[
+        int | None,
+        _flag(
+            "--max-pixels",
+            min=1,
+            metavar="N",
+            help="Largest width times height of an image. Default: 64 million, of a JPEG 256 "
+            "million, for it is scaled while it is read.",
+        ),
+    ] = None
+    image_min_tokens: Annotated[
+        int | None,
+        _flag(
+            "--image-min-tokens",
+            min=1,
+            metavar="N",
+            help="Fewest tokens of an image, for models that take any resolution. Default: the "
+            "model's own.",
+        ),
+    ] = None
+    image_max_tokens: Annotated[
+        int | None,
+        _flag(
+            "--image-max-tokens",
+            min=1,
+            metavar="N",
+            help="Most tokens of an image, for such models. Default: the model's own, but no more "
+            "than half of -c.",
+        ),
+    ] = None
     verbose: Annotated[
         bool, _flag("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False
@@ -213,8 +243,18 @@ class ModelFlags:
             "pairing": self.pairing,
             "prefix_cells": self.prefix_cells,
             "encoder": "stock" if self.stock_encoder else "mended",
-            **({} if self.strategy is None else {"strategy": self.strategy}),
+            **{name: value for name, value in self._where_given.items() if value is not None},
             "verbose": self.verbose,
+        }
+
+    @property
+    def _where_given(self) -> dict[str, Any]:
+        """Options that are `GuidedVLM`'s own default, or `eval`'s, where they are None."""
+        return {
+            "strategy": self.strategy,
+            "max_pixels": self.max_pixels,
+            "image_min_tokens": self.image_min_tokens,
+            "image_max_tokens": self.image_max_tokens,
         }
 
     @property

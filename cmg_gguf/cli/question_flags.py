@@ -64,7 +64,7 @@ class QuestionFlags:
         """Whether an image is read from standard input, so that nothing else is."""
         return STDIN in self.images
 
-    def load_images(self) -> list[NDArray[np.uint8]]:
+    def load_images(self, max_pixels: int | None = None) -> list[NDArray[np.uint8]]:
         """Their pixels, each (H, W, 3) uint8. Before the model is loaded, for that takes longer.
 
         Raises ImageError.
@@ -77,7 +77,8 @@ class QuestionFlags:
                 "standard input is a terminal; write - only behind a pipe or <",
                 param_hint="'--image'",
             )
-        return [load_image(sys.stdin.buffer if s == STDIN else s) for s in images]
+        sources = (sys.stdin.buffer if image == STDIN else image for image in images)
+        return [load_image(source, max_pixels=max_pixels) for source in sources]
 
     @property
     def max_tokens(self) -> int | None:

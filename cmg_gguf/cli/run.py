@@ -87,7 +87,7 @@ def run(
     settings = guidance.guidance(model.own_settings)
     _check_compares(settings, compare)
     draw, text = sampling.sampling(), _prompt(prompt, has_stdin=not question.reads_stdin)
-    pixels = question.load_images()
+    pixels = question.load_images(model.max_pixels)
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
     _note_idle(err, sampling.idle(), blind=not pixels and settings.contrasts)
     asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens, blind=not pixels)

@@ -39,7 +39,7 @@ class SamplingFlags:
             "-s",
             min=RANDOM_SEED,
             metavar="N",
-            help="Seed of the draws; -1 = a new one each time.",
+            help="Seed of the draws; -1 = a new one each time, and so is 4294967295.",
         ),
     ] = RANDOM_SEED
     top_k: Annotated[
@@ -192,7 +192,7 @@ class SamplingFlags:
             mirostat_tau=self.mirostat_ent,
             mirostat_eta=self.mirostat_lr,
             **self._constraints(),
-            seed=None if self.seed == RANDOM_SEED else self.seed,
+            seed=self.seed,
         )
 
     def idle(self) -> list[str]:

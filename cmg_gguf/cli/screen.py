@@ -197,7 +197,10 @@ def summary(reply: Reply, *, load: float | None = None, max_tokens: int | None =
     """The figures of an answer in one line: tokens, changed tokens, speed, seconds, layers."""
     n, seconds = len(reply.tokens), reply.seconds
     prompt = f"prompt ({reply.n_reused_tokens} reused)" if reply.n_reused_tokens else "prompt"
-    phases = {"load": load, "image": seconds.encode, prompt: seconds.prefill}
+    pictures = (
+        f"image ({count(reply.n_image_tokens, 'token')})" if reply.n_image_tokens else "image"
+    )
+    phases = {"load": load, pictures: seconds.encode, prompt: seconds.prefill}
     parts = [f"{count(n, 'token')}, {reply.n_changed} changed"]
     if reply.finish_reason == "length":
         parts.append("cut off by -n" if n == max_tokens else "cut off: the context is full")

@@ -30,7 +30,14 @@ from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.engine.session import Session, cells_of
 from cmg_gguf.engine.steps import AUTO, Filling, Pace, Strategy
-from cmg_gguf.errors import BackendError, ContextLengthError, PromptError, UnsupportedError
+from cmg_gguf.errors import (
+    BackendError,
+    ContextLengthError,
+    GuidanceError,
+    PromptError,
+    UnsupportedError,
+    shown,
+)
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
@@ -257,6 +264,8 @@ class Engine:
             return fits and unshared <= self._context.n_ctx
 
     def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
+        if not isinstance(guidance, Guidance):
+            raise GuidanceError(f"{shown(guidance)} is no Guidance; write Guidance(alpha=1.0)")
         guided = guidance.contrasts and prompt.n_image_tokens > 0
         context = self._context
         attending = context.attention_layers if guided else None

@@ -142,7 +142,9 @@ class Answerer:
                 yield from self._asked_by(method, items, image, key)
 
     def _image(self, item: Item) -> Pixels | None:
-        return None if item.image is None else load_image(self._job.task.load(item))
+        if item.image is None:
+            return None
+        return load_image(self._job.task.load(item), max_pixels=self._vlm.max_pixels)
 
     def _asked_by(
         self, method: Method, items: Sequence[Item], image: Pixels | None, key: str

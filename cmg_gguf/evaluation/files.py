@@ -34,6 +34,15 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path.name}:{number}", _parsed(line)
 
 
+def json_lines_or_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """`json_records` of a file that begins as a list, `json_lines` of any other.
+
+    Raises EvaluationError if the file cannot be read.
+    """
+    head = _bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return json_records(path) if head.startswith(b"[") else json_lines(path)
+
+
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
     """("file[index]", value) of each element of the list in a JSON file.
 
@@ -70,14 +79,32 @@ def folder(path: str | Path, what: str) -> Path:
 
 
 def image_in(images: Path, name: str) -> Path:
-    """The path of an image in a folder. Raises RecordError."""
+    """The path of an image in a folder; a name without its suffix stands for the one file that has
+    it. Raises RecordError."""
     path = images / name
     try:
         if path.is_file():
             return path
+        found = _with_suffix(path)
     except (OSError, ValueError):  # a name that no file can have
-        pass
-    raise RecordError(f"image {shown(name)} is not in the image folder")
+        found = []
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise RecordError(
+            f"image {shown(name)} may be any of {names} in the image folder; write its suffix"
+        )
+    if not found:
+        raise RecordError(f"image {shown(name)} is not in the image folder")
+    return found[0]
+
+
+def _with_suffix(path: Path) -> list[Path]:
+    """The files that are `path` and the suffix of an image."""
+    suffixes = [spelled for suffix in IMAGE_SUFFIXES for spelled in (suffix, suffix.upper())]
+    named = [path.with_name(path.name + suffix) for suffix in suffixes]
+    # Where upper case does not count, two names are one file.
+    found = {(one.stat().st_dev, one.stat().st_ino): one for one in named if one.is_file()}
+    return list(found.values())
 
 
 def items_of(
@@ -110,12 +137,24 @@ def field(record: Record, key: str) -> str:
     return str(value)
 
 
+_LABELS: dict[str, Label] = {
+    **dict.fromkeys(("yes", "true", "1"), "yes"),
+    **dict.fromkeys(("no", "false", "0"), "no"),
+}
+
+
 def yes_or_no(value: str, key: str = "label") -> Label:
     """The label in any case. Raises RecordError."""
-    bare = value.strip().lower()
-    if bare not in ("yes", "no"):
+    found = _LABELS.get(value.strip().lower())
+    if found is None:
         raise RecordError(f"{shown(key)} is {shown(value)}: yes or no is expected")
-    return "yes" if bare == "yes" else "no"
+    return found
+
+
+def label_under(record: Record, key: str) -> Label:
+    """The label under a key: yes or no, true or false, 1 or 0. Raises RecordError."""
+    value = record.get(key)
+    return yes_or_no(str(value) if isinstance(value, bool) else field(record, key), key)
 
 
 def words_under(record: Record, key: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,10 +89,28 @@ def read_items(
             if len(items) == limit:
                 break
     if not items:
-        raise EvaluationError(
-            f"{task.name} has no items to ask about ({len(bad)} broken ones); check its files"
-        )
+        broken = f" ({first_reason(bad)})" if bad else ""
+        raise EvaluationError(f"{task.name} has no items to ask about{broken}; check its files")
     return Read(tuple(items.values()), tuple(bad))
+
+
+def first_reason(bad: Sequence[BadItem]) -> str:
+    """How many there are, why the first is broken, and how many are so for the same reason.
+
+    9,000 broken: the first, pope.json:1: image 'a.jpg' is not in the image folder; 8,999 more alike
+    """
+    first = bad[0]
+    text = f"{len(bad):,} broken: the first, {first.where}: {first.problem}"
+    alike = sum(_kind(other.problem) == _kind(first.problem) for other in bad) - 1
+    return f"{text}; {alike:,} more alike" if alike else text
+
+
+_NAMED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
+
+
+def _kind(problem: str) -> str:
+    """A reason without the names and numbers in it."""
+    return _NAMED.sub("…", problem)
 
 
 def groups(items: Iterable[Item]) -> list[Group]:

@@ -98,6 +98,23 @@ def task_identity(task: Task) -> dict[str, Any]:
     return {"name": task.name, "class": f"{cls.__module__}.{cls.__qualname__}", "options": options}
 
 
+def places(task: Task) -> frozenset[str]:
+    """Names of a task's settings that say where its files are, not what is in them."""
+    if not is_dataclass(task):
+        return frozenset()
+    return frozenset(f.name for f in fields(task) if f.init and "Path" in str(f.type))
+
+
+def grown(before: Mapping[str, Any], told: Mapping[str, Any], moved: frozenset[str]) -> Any:
+    """A run's manifest with what may change between two starts of it taken from `told`: methods
+    that it has not had, and where the task's files are (settings `moved`)."""
+    task = dict(before.get("task") or {})
+    new, old = told["task"]["options"] or {}, task.get("options") or {}
+    options = {**old, **{name: new[name] for name in moved if name in new}}
+    methods = {**told["methods"], **(before.get("methods") or {})}
+    return {**before, "task": {**task, "options": options or None}, "methods": methods}
+
+
 def task_from(identity: Mapping[str, Any]) -> Task:
     """The task that `task_identity` describes.
 

@@ -29,7 +29,7 @@ from cmg_gguf.evaluation.relatives import Icd, M3id, NoImage, Vcd
 from cmg_gguf.evaluation.task import Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.request import Request
+from cmg_gguf.request import Request, check_guidance
 from cmg_gguf.sampling import Sampling
 
 
@@ -123,11 +123,12 @@ def _drawn(question: Question) -> Sampling:
 def chosen(names: Sequence[str], guidance: Guidance) -> tuple[Method, ...]:
     """The methods of these names, in order. guidance: for `cmg`; its beta is that of all cuts.
 
-    Raises EvaluationError for a name that is unknown.
+    Raises EvaluationError for a name that is unknown, GuidanceError for guidance that is none.
     """
     for name in names:
         if name not in METHODS:
             raise EvaluationError(f"method {name!r} is unknown: one of {', '.join(METHODS)}")
+    check_guidance(guidance)
     return tuple(METHODS[name](guidance) for name in names)
 
 

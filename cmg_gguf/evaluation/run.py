@@ -26,7 +26,15 @@ from cmg_gguf.errors import EvaluationError, shown
 from cmg_gguf.evaluation.answering import Job, Work
 from cmg_gguf.evaluation.executors import Executor, in_process
 from cmg_gguf.evaluation.items import WHOLE, Group, Read, Shard, groups, item_hash, read_items
-from cmg_gguf.evaluation.manifest import FORMAT, ModelFiles, counted, manifest, task_from
+from cmg_gguf.evaluation.manifest import (
+    FORMAT,
+    ModelFiles,
+    counted,
+    grown,
+    manifest,
+    places,
+    task_from,
+)
 from cmg_gguf.evaluation.method import Method
 from cmg_gguf.evaluation.methods import check_methods
 from cmg_gguf.evaluation.records import (
@@ -92,7 +100,8 @@ def evaluate(
     executor: Executor = in_process,
     progress: Progress | None = None,
 ) -> Run:
-    """Answers every item of the task by every method, or what is left of that in `folder`.
+    """Answers every item of the task by every method, or what is left of that in `folder`: a run
+    may go on with further methods, and with its files in other places.
 
     seed: of all draws, together with each item's id. limit: so many items, from the first on.
     leave_out: hashes of items to pass over. tuned_on: hashes of items that settings were tuned on;
@@ -115,7 +124,7 @@ def evaluate(
     told = manifest(task, model, methods, read.items, seed=seed, limit=limit)
     told = {**told, "shard": {"part": str(shard), **counted(own.items)}}
     folder = Path(folder)
-    _claim(folder, told)
+    _claim(folder, told, places(task))
     # A copy, without what the task has read and keeps: a job travels.
     lean = replace(task) if is_dataclass(task) and not isinstance(task, type) else task
     job = Job(lean, model, tuple(methods), seed)
@@ -211,17 +220,24 @@ def _finish(
     return Run(folder, task, told, read.items, read.bad, ordered)
 
 
-def _claim(folder: Path, told: dict[str, Any]) -> None:
-    """Makes the folder this run's. Raises EvaluationError if it holds another one."""
+def _claim(folder: Path, told: dict[str, Any], moved: frozenset[str] = frozenset()) -> None:
+    """Makes the folder this run's. Raises EvaluationError if it holds another one.
+
+    moved: settings of the task that may be others than before, for the items tell their content.
+    """
     path = folder / MANIFEST
     if path.exists():
         before = read_object(path)
-        if found := first_difference(before, told):
+        if found := first_difference(grown(before, told, moved), told):
             name, old, new = found
             raise EvaluationError(
                 f"{folder} holds a run with {name}={shown(old)}, and {shown(new)} is asked for; go "
                 "on with the same settings, or name another folder"
             )
+        if before != told:
+            # What has been answered is in the journal; without results the run is not finished.
+            (folder / RESULTS).unlink(missing_ok=True)
+            write_whole(path, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -55,8 +55,12 @@ class Projector:
         n_threads: int = 0,
         cache_bytes: int = 0,
         encoder: Encoder = "mended",
+        image_min_tokens: int | None = None,
+        image_max_tokens: int | None = None,
     ) -> None:
-        """Raises ProjectorError for a missing, damaged, swapped or unfitting file."""
+        """image_min_tokens, image_max_tokens: see `cmg_gguf.llama.resolution`; None = the model's.
+
+        Raises ProjectorError for a missing, damaged, swapped or unfitting file."""
         path = Path(path)
         try:
             architecture = read_architecture(path, "mmproj")
@@ -73,6 +77,8 @@ class Projector:
         self._mend = _core.EncoderMend() if encoder == "mended" else None
         self._is_legacy = self._mend is not None and lacks_layer(path)
         params = self._params(use_gpu, n_threads)
+        params.image_min_tokens = -1 if image_min_tokens is None else image_min_tokens
+        params.image_max_tokens = -1 if image_max_tokens is None else image_max_tokens
         with (
             repaired(path) if self._is_legacy else nullcontext(path) as file,
             captured_errors() as errors,

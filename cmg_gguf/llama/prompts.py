@@ -26,6 +26,7 @@ def tokenized(
     variables: Mapping[str, Any] | None = None,
     template: ChatTemplate,
     projector: Projector,
+    max_pixels: int | None = None,
 ) -> Prompt:
     """The prompt in tokens; its images are read, but not encoded.
 
@@ -34,7 +35,8 @@ def tokenized(
     neither "<__media__>" nor the spelling of a special token means anything in it. raw: the prompt
     is the full text for the model, in which special tokens are special and each "<__media__>"
     stands for one of `images`. salt: what is kept of it is found by prompts of the same salt alone.
-    variables: of the template, see `ChatTemplate.render`. Raises PromptError, ImageError.
+    variables: of the template, see `ChatTemplate.render`. max_pixels: see `load_image`. Raises
+    PromptError, ImageError.
     """
     model, marker = projector.model, projector.marker
     if raw:
@@ -46,7 +48,7 @@ def tokenized(
         rendered = render_messages(
             messages, template, marker=marker, specials=model.specials, variables=variables
         )
-    pixels = [load_image(source) for source in rendered.images]
+    pixels = [load_image(source, max_pixels=max_pixels) for source in rendered.images]
     tokens = projector.tokenize(
         rendered.text,
         pixels,

@@ -24,11 +24,9 @@ from PIL import ExifTags, Image, TiffImagePlugin
 
 from cmg_gguf.errors import ImageError
 from cmg_gguf.prompt.formats import identified
+from cmg_gguf.prompt.limits import MAX_PIXELS, check_size, checked_max_pixels
 from cmg_gguf.prompt.sources import ImageSource as ImageSource
 from cmg_gguf.prompt.sources import opened
-
-MAX_PIXELS = 64_000_000
-"""Default limit of width * height."""
 
 KEPT_PIXELS = 4096 * 4096
 """Larger images are scaled down to this or less. No image encoder in use sees as many pixels, and
@@ -49,15 +47,17 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _BAND_PIXELS = 1 << 20
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def load_image(source: ImageSource, *, max_pixels: int | None = None) -> NDArray[np.uint8]:
     """Return the pixels of `source` as a new C-contiguous (H, W, 3) uint8 RGB array.
 
     Args:
         source: what `cmg_gguf.prompt.sources.opened` takes, a PIL image, or a uint8 array: (H, W)
             or (H, W, 1) grey, (H, W, 3) RGB, (H, W, 4) RGBA. It is never changed; a PIL image whose
             file is still open gets loaded, and gives the frame it stands on.
-        max_pixels: largest width * height, >= 1, checked before anything is decoded. Pillow's own
-            limit (`PIL.Image.MAX_IMAGE_PIXELS`) holds as well for files.
+        max_pixels: largest width * height, >= 1, checked before anything is decoded. Of a JPEG
+            file that is scaled while it is decoded, a quarter counts: 256 megapixels by default.
+            None = `MAX_PIXELS`, and for files Pillow's own limit as well
+            (`PIL.Image.MAX_IMAGE_PIXELS`).
 
     An image above `KEPT_PIXELS` is scaled down by the least whole factor that brings it to this or
     below: each pixel is the mean of a square, within one level of 255. A JPEG file is scaled by 2,
@@ -76,16 +76,14 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
             large, has no pixels, has grey values outside these ranges, or gives a warning that the
             caller's filters make an error.
     """
-    if max_pixels < 1:
-        raise ImageError(f"max_pixels={max_pixels} is out of range: it must be at least 1")
-    limits = {"max_pixels": max_pixels}
+    limits = {"max_pixels": checked_max_pixels(max_pixels) or MAX_PIXELS}
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
     if isinstance(source, Image.Image):
         name = f"PIL image of mode {source.mode}"
         with _pillow(name):
             return _pixels(source, name, limits)
-    if Image.MAX_IMAGE_PIXELS is not None:
+    if max_pixels is None and Image.MAX_IMAGE_PIXELS is not None:
         limits["PIL.Image.MAX_IMAGE_PIXELS"] = Image.MAX_IMAGE_PIXELS
     stream, name = opened(source)
     with stream, _pillow(name):
@@ -94,9 +92,11 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
         stream.seek(0)
         with identified(stream, name) as image:
             width, height = image.size
-            _check_size(width, height, name, limits)
             factor = _factor(width, height)
             image.draft(None, (max(1, width // factor), max(1, height // factor)))
+            # Nothing is decoded yet. A progressive file's coefficients are kept all the same.
+            share = 1 if image.size == (width, height) else 4
+            check_size(width, height, name, limits, share)
             return _pixels(image, name, limits)
 
 
@@ -125,7 +125,7 @@ def _from_array(array: NDArray[Any], limits: dict[str, int]) -> NDArray[np.uint8
             "(H, W) for grey, (H, W, 4) for RGBA"
         )
     height, width = array.shape[:2]
-    _check_size(width, height, "array", limits)
+    check_size(width, height, "array", limits)
     if array.ndim == 3 and array.shape[2] == 3 and _factor(width, height) == 1:
         return np.array(array, dtype=np.uint8, order="C")
 
@@ -140,16 +140,6 @@ def _array_name(array: NDArray[Any]) -> str:
     return f"array of shape {array.shape} and dtype {array.dtype}"
 
 
-def _check_size(width: int, height: int, name: str, limits: dict[str, int]) -> None:
-    """Raise if there are no pixels, or more than one of `limits`, which has a setting's name."""
-    if width < 1 or height < 1:
-        raise ImageError(f"{name} has no pixels ({width} x {height}): each side must be at least 1")
-    for setting, limit in limits.items():
-        if width * height > limit:
-            raise ImageError(
-                f"{name} has {width} x {height} = {width * height} pixels and the limit is "
-                f"{limit}: scale it down or raise {setting}"
-            )
 
 
 @contextmanager
@@ -185,10 +175,10 @@ def _factor(width: int, height: int) -> int:
 
 
 def _pixels(image: Image.Image, name: str, limits: dict[str, int]) -> NDArray[np.uint8]:
-    _check_size(*image.size, name, limits)
+    check_size(*image.size, name, limits)
     image.load()
     # An ICO or TIFF can turn out otherwise than its header said.
-    _check_size(*image.size, name, limits)
+    check_size(*image.size, name, limits)
     to_rgb = _conversion(image, name)
     return _joined(image.size, lambda *band: to_rgb(_rows(image, *band)), _orientation(image))
 

@@ -121,8 +121,14 @@ def watched(err: Screen, work: Callable[[Progress], Run]) -> Run:
 
 
 def tell_skipped(err: Screen, run: Run) -> None:
-    """Notes what could not be asked or answered."""
+    """Notes what could not be asked or answered, with the first reason."""
+    from cmg_gguf.evaluation.items import first_reason
+    from cmg_gguf.evaluation.task import BadItem
+
     if n := len(run.bad) + len({record.item for record in run.problems}):
+        problems = {record.item: record.problem or "" for record in run.problems}
+        why = first_reason([*run.bad, *(BadItem(item, said) for item, said in problems.items())])
         err.note(
-            f"{count(n, 'item')} could not be answered; {run.folder / 'skipped.jsonl'} says why"
+            f"{count(n, 'item')} could not be answered; {run.folder / 'skipped.jsonl'} says why "
+            f"({why})"
         )

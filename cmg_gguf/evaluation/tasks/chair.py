@@ -7,7 +7,7 @@ Files: `instances_*.json` and, better, `captions_*.json` of a COCO release, for 
      "categories": [{"id": 51, "name": "bowl"}]}
 
 What is there: the categories of the image's instances, and the objects that its reference captions
-name. Figures: see `mentions`.
+name. An id may be a text in one file and a number in the other. Figures: see `mentions`.
 
 What differs from the official scorer (Maxlinn/CHAIR-metric-standalone, LisaAnne/Hallucination): the
 words for a category are our own table (`coco_words`); instead of singulars of all words of a
@@ -18,7 +18,7 @@ compare figures between methods of one run, and not with published ones to the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,12 +70,16 @@ class Chair:
             records = [records[i] for i in sorted(drawn)]
 
         def item(record: files.Record) -> Item:
-            image = files.field(record, "file_name")
+            image, id_ = files.field(record, "file_name"), files.field(record, "id")
+            if id_ not in present and self.captions is not None:
+                raise files.RecordError(
+                    f"image {shown(image)} of id {shown(id_)} has neither instances nor captions"
+                )
             return Item(
-                id=files.field(record, "id"),
+                id=id_,
                 image=files.image_in(images, image),
                 prompt=self.prompt,
-                truth={"objects": sorted(present.get(record["id"], ()))},
+                truth={"objects": sorted(present.get(id_, ()))},
                 cluster=image,
                 max_tokens=self.max_tokens,
             )
@@ -97,32 +101,54 @@ class Chair:
         return _annotations(Path(self.instances))
 
     @cached_property
-    def _categories(self) -> dict[Any, str]:
+    def _categories(self) -> dict[str, str]:
         rows = _list(self._annotations, "categories", Path(self.instances))
-        return {_get(row, "id", self.instances): _get(row, "name", self.instances) for row in rows}
+        return {
+            str(_get(row, "id", self.instances)): _get(row, "name", self.instances) for row in rows
+        }
 
     @cached_property
     def _lexicon(self) -> Lexicon:
         return lexicon(name for name in self._categories.values() if name not in CATEGORIES)
 
-    def _present(self) -> dict[Any, set[str]]:
-        """The objects of each image by its id."""
+    def _present(self) -> dict[str, set[str]]:
+        """The objects of each image by its id. Raises EvaluationError also for files that are about
+        no image of these."""
         source = Path(self.instances)
-        found: dict[Any, set[str]] = {}
+        found: dict[str, set[str]] = {}
         for row in _list(self._annotations, "annotations", source):
-            category = self._categories.get(_get(row, "category_id", source))
+            category = self._categories.get(str(_get(row, "category_id", source)))
             if category is None:
                 raise EvaluationError(
                     f"{shown(str(source))} has category_id {shown(row['category_id'])}, which is "
                     "not among its categories: download it anew"
                 )
-            found.setdefault(_get(row, "image_id", source), set()).add(category)
+            found.setdefault(str(_get(row, "image_id", source)), set()).add(category)
+        self._check_about(found, source)
         if self.captions is not None:
-            source = Path(self.captions)
+            source, named = Path(self.captions), dict[str, set[str]]()
             for row in _list(_annotations(source), "annotations", source):
                 objects = self._lexicon.find(str(_get(row, "caption", source)))
-                found.setdefault(_get(row, "image_id", source), set()).update(objects)
+                named.setdefault(str(_get(row, "image_id", source)), set()).update(objects)
+            self._check_about(named, source)
+            for id_, objects_of in named.items():
+                found.setdefault(id_, set()).update(objects_of)
         return found
+
+    def _check_about(self, found: Mapping[str, object], source: Path) -> None:
+        """Raises EvaluationError where none of what a file says is about one of the images."""
+        records = _list(self._annotations, "images", Path(self.instances))
+        ids = {
+            str(record["id"]) for record in records if isinstance(record, dict) and "id" in record
+        }
+        if not ids or ids & set(found):
+            return
+        about = f"image_id {shown(next(iter(found)))}, ..." if found else "none at all"
+        raise EvaluationError(
+            f"{shown(str(source))} is not about these images: it has annotations of {about} and "
+            f"{shown(str(self.instances))} lists id {shown(min(ids))}, ...; give files of one "
+            "release"
+        )
 
 
 def _annotations(path: Path) -> dict[str, Any]:

@@ -6,6 +6,9 @@ RUCAIBox/POPE, JSON lines:
     {"question_id": 1, "image": "COCO_val2014_000000016631.jpg",
      "text": "Is there a person in the image?", "label": "yes"}
 
+A list of such records in one JSON file is read as well; a label may be true or false, 1 or 0, an
+image may lack its suffix, and without a question_id image and question tell records apart.
+
 Absent objects are drawn at random, from the most frequent ones ("popular"), or from those that
 often come with what is there ("adversarial"). Figures: see `confusion`; the positive class is yes.
 """
@@ -28,8 +31,8 @@ from cmg_gguf.evaluation.files import (
     folder,
     image_in,
     items_of,
-    json_lines,
-    yes_or_no,
+    json_lines_or_records,
+    label_under,
 )
 from cmg_gguf.evaluation.statistics import Floats
 from cmg_gguf.evaluation.task import BadItem, Item, Sums
@@ -63,16 +66,17 @@ class Pope:
             )
         images = folder(self.images, "image folder")
         for path in paths:
-            yield from items_of(json_lines(path), partial(self._item, path, images))
+            yield from items_of(json_lines_or_records(path), partial(self._item, path, images))
 
     def _item(self, path: Path, images: Path, record: Record) -> Item:
-        image = field(record, "image")
+        image, text = field(record, "image"), field(record, "text")
+        number = field(record, "question_id") if "question_id" in record else f"{image}: {text}"
         part = _PART.search(path.stem.lower())
         return Item(
-            id=f"{path.stem}/{field(record, 'question_id')}",
+            id=f"{path.stem}/{number}",
             image=image_in(images, image),
-            prompt=field(record, "text") + self.suffix,
-            truth={"label": yes_or_no(field(record, "label"))},
+            prompt=text + self.suffix,
+            truth={"label": label_under(record, "label")},
             part=part[0] if part else path.stem,
             cluster=image,
         )
