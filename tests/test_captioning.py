@@ -20,13 +20,12 @@ from captioned import (
 
 import cmg_gguf
 from cmg_gguf.captioning import Captioned, Captions, caption, planned
-from cmg_gguf.captioning.pictures import find_pictures
+from cmg_gguf.captioning.pictures import find_pictures, image_suffixes
 from cmg_gguf.captioning.texts import appended, caption_of, cut, dressed
 from cmg_gguf.errors import CaptionError, CMGError, EvaluationError
 from cmg_gguf.evaluation.executors import Processes
 from cmg_gguf.evaluation.items import Shard
 from cmg_gguf.evaluation.manifest import ModelFiles
-from cmg_gguf.prompt.images import image_suffixes
 from cmg_gguf.tiny.pair import embedded_guidance
 from cmg_gguf.vlm import GuidedVLM
 

@@ -115,12 +115,6 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
             return _pixels(image, name, limits)
 
 
-def image_suffixes() -> frozenset[str]:
-    """Return the suffixes, in lower case and with their dot, of files that `load_image` opens."""
-    formats = _formats()
-    return frozenset(s for s, kind in Image.registered_extensions().items() if kind in formats)
-
-
 def image_id(rgb: NDArray[np.uint8]) -> str:
     """Return the SHA-256 (64 hex digits) of the shape and pixels of an (H, W, 3) uint8 array.
 
