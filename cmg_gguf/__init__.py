@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmg_gguf.errors import (
         BackendError,
+        CaptionError,
         CMGError,
         ContextLengthError,
         EvaluationError,
@@ -53,6 +54,7 @@ __all__ = [
     "BackendError",
     "CMGChatHandler",
     "CMGError",
+    "CaptionError",
     "ContextLengthError",
     "Contrast",
     "CumulativeMass",
@@ -83,6 +85,7 @@ __all__ = [
     "TopRatio",
     "UnsupportedError",
     "__version__",
+    "caption",
 ]
 
 # What is imported on first use, llama.cpp with it: `cmg-gguf --help` needs none. Light ones first.
@@ -96,6 +99,7 @@ _MODULES = (
     "many",
     "vlm",
     "handler",
+    "captioning",
 )
 
 

@@ -6,6 +6,7 @@
     │   ├── SamplingError        (also ValueError)
     │   ├── ImageError           (also ValueError)
     │   ├── EvaluationError      (also ValueError)
+    │   ├── CaptionError         (also ValueError)
     │   └── PromptError          (also ValueError)
     │       └── ContextLengthError
     └── the world's
@@ -47,6 +48,10 @@ class ImageError(CMGError, ValueError):
 
 class EvaluationError(CMGError, ValueError):
     """A benchmark's files or settings are missing or wrong, or results do not belong together."""
+
+
+class CaptionError(CMGError, ValueError):
+    """A folder to caption, its files or the settings for that are not as they must be."""
 
 
 class PromptError(CMGError, ValueError):

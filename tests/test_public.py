@@ -16,6 +16,7 @@ PUBLIC = [
     "BackendError",
     "CMGChatHandler",
     "CMGError",
+    "CaptionError",
     "ContextLengthError",
     "Contrast",
     "CumulativeMass",
@@ -46,6 +47,7 @@ PUBLIC = [
     "TopRatio",
     "UnsupportedError",
     "__version__",
+    "caption",
 ]
 
 
@@ -61,10 +63,11 @@ def test_every_public_name_can_be_imported_and_is_documented() -> None:
 
 def test_every_error_is_a_cmg_error() -> None:
     errors = [getattr(cmg_gguf, name) for name in PUBLIC if name.endswith("Error")]
-    assert len(errors) == 14
+    assert len(errors) == 15
     assert all(issubclass(error, cmg_gguf.CMGError) for error in errors)
     for error in (
         cmg_gguf.EvaluationError,
+        cmg_gguf.CaptionError,
         cmg_gguf.GuidanceError,
         cmg_gguf.HubNameError,
         cmg_gguf.SamplingError,

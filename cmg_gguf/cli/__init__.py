@@ -1,4 +1,4 @@
-"""The command line: `cmg-gguf run`, `chat`, `info` and `eval`.
+"""The command line: `cmg-gguf run`, `chat`, `caption`, `info` and `eval`.
 
 The answer goes to standard output and everything else to standard error. How a command ends is
 said in `cmg_gguf.cli.exits`.

@@ -173,7 +173,7 @@ class ModelFlags:
             "than one is plausible, whichever is cheaper by the clock; exact = at every token, so "
             "that the same request gives the same bits; approximate = where more than one token is "
             "plausible and never for those before (cheaper, other tokens). Default: auto, but in "
-            "eval exact.",
+            "eval and caption exact.",
         ),
     ] = None
     stock_encoder: Annotated[

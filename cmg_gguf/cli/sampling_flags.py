@@ -19,8 +19,8 @@ _flag = partial(typer.Option, rich_help_panel="Sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
-    """llama.cpp's samplers."""
+class DrawFlags:
+    """llama.cpp's samplers but for grammars: how a token is drawn."""
 
     temp: Annotated[
         float,
@@ -144,35 +144,6 @@ class SamplingFlags:
             help="Mirostat's target entropy, tau.",
         ),
     ] = 5.0
-    grammar: Annotated[
-        str | None,
-        _flag(
-            "--grammar",
-            metavar="GBNF",
-            show_default=False,
-            help="A grammar that the answer keeps to, its first rule named root.",
-        ),
-    ] = None
-    grammar_file: Annotated[
-        Path | None,
-        _flag(
-            "--grammar-file",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            help="The same, from a file.",
-        ),
-    ] = None
-    json_schema: Annotated[
-        str | None,
-        _flag(
-            "--json-schema",
-            "-j",
-            metavar="SCHEMA",
-            help="A JSON schema that the answer keeps to; {} = any JSON object.",
-        ),
-    ] = None
 
     def sampling(self) -> Sampling:
         """The same as the library takes it. Raises SamplingError, BadParameter."""
@@ -205,6 +176,44 @@ class SamplingFlags:
             for field in fields(self)
             if field.name in drawing and getattr(self, field.name) != field.default
         ]
+
+    def _constraints(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(DrawFlags):
+    """llama.cpp's samplers."""
+
+    grammar: Annotated[
+        str | None,
+        _flag(
+            "--grammar",
+            metavar="GBNF",
+            show_default=False,
+            help="A grammar that the answer keeps to, its first rule named root.",
+        ),
+    ] = None
+    grammar_file: Annotated[
+        Path | None,
+        _flag(
+            "--grammar-file",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="The same, from a file.",
+        ),
+    ] = None
+    json_schema: Annotated[
+        str | None,
+        _flag(
+            "--json-schema",
+            "-j",
+            metavar="SCHEMA",
+            help="A JSON schema that the answer keeps to; {} = any JSON object.",
+        ),
+    ] = None
 
     def _constraints(self) -> dict[str, Any]:
         given = [x for x in (self.grammar, self.grammar_file, self.json_schema) if x is not None]
