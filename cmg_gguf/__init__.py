@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cmg_gguf.guidance import (
         AttentionMass,
         CumulativeMass,
+        Disagreement,
         Guidance,
         LayerRange,
         LayerSet,
@@ -53,6 +54,7 @@ __all__ = [
     "ContextLengthError",
     "Contrast",
     "CumulativeMass",
+    "Disagreement",
     "EvaluationError",
     "Guidance",
     "GuidanceError",

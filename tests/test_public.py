@@ -19,6 +19,7 @@ PUBLIC = [
     "ContextLengthError",
     "Contrast",
     "CumulativeMass",
+    "Disagreement",
     "EvaluationError",
     "Guidance",
     "GuidanceError",
