@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cmg_gguf.guidance import (
         AttentionMass,
         CumulativeMass,
+        Disagreement,
         Guidance,
         LayerRange,
         LayerSet,
@@ -58,6 +59,7 @@ __all__ = [
     "ContextLengthError",
     "Contrast",
     "CumulativeMass",
+    "Disagreement",
     "EvaluationError",
     "Guidance",
     "GuidanceError",

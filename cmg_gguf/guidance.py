@@ -6,27 +6,23 @@ Values only: frozen, validated once, compared by value. Nothing here touches a m
     Guidance(alpha=2.0, layers=LayerRange(0.5, 1.0))  # stronger, upper half only
     Guidance(tokens=CumulativeMass(0.8), layers=[10, 11, 12])
     Guidance(alpha=0.0, beta=0.0)                     # plain decoding
-    save_settings("llava.json", Settings(Guidance(alpha=2.0)))
-    load_settings("llava.json").guidance              # as a small JSON file
+    Guidance(alpha=2.0, gate=Disagreement())          # only as far as the branches disagree
 
-The file is meant to be read and changed by hand: what it leaves out is a default, and what it says
-is checked by `Guidance` itself.
+`cmg_gguf.settings` keeps them in files.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from cmg_gguf.errors import GuidanceError, shown
+from cmg_gguf.errors import GuidanceError
 
 Scope = Literal["decode", "question", "text", "all"]
 Refresh = Literal["prompt", "step"]
@@ -145,6 +141,23 @@ class LowestCosine:
         _check_range("share", self.share, 1e-9, 1.0, "a share of the layers")
 
 
+@dataclass(frozen=True)
+class Disagreement:
+    """Guidance as strong as the branches disagree: alpha * min(1, factor * JSD(p_o, p_d) / ln 2).
+
+    JSD is the Jensen-Shannon divergence in nats of the branches' distributions over the whole
+    vocabulary, 0 to ln 2. A token for which the image hardly matters is then drawn as without
+    guidance; from JSD = ln 2 / factor on, alpha counts in full.
+
+    factor: above 0, to 1000; larger steps back less.
+    """
+
+    factor: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check_range("factor", self.factor, 1e-9, 1000.0, "a slope")
+
+
 TokenPolicy = TopRatio | MeanStd | CumulativeMass
 LayerPolicy = LayerSet | LayerRange | AttentionMass | LowestCosine
 
@@ -182,6 +195,7 @@ class Guidance:
     layers: LayerPolicy | Iterable[int] = field(default_factory=LayerRange)
     scope: Scope = "text"
     refresh: Refresh = "step"
+    gate: Disagreement | None = None
 
     def __post_init__(self) -> None:
         _check_range("alpha", self.alpha, 0.0, MAX_ALPHA, "a strength")
@@ -193,6 +207,8 @@ class Guidance:
             )
         if not isinstance(self.layers, LayerPolicy):
             object.__setattr__(self, "layers", _layer_set(self.layers))
+        if not isinstance(self.gate, Disagreement | None):
+            raise GuidanceError(f"gate={self.gate!r} is no gate: use Disagreement, or None")
         for name, allowed in (("scope", get_args(Scope)), ("refresh", get_args(Refresh))):
             if getattr(self, name) not in allowed:
                 raise GuidanceError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
@@ -276,123 +292,3 @@ def layers_by_cosine(
     count = max(1, math.floor(share * len(layers) + 0.5))
     order = np.argsort(cosines[layers], kind="stable")
     return tuple(sorted(layers[order[:count]].tolist()))
-
-
-_RULES: dict[str, dict[str, type[Any]]] = {
-    "tokens": {"top_ratio": TopRatio, "mean_std": MeanStd, "cumulative_mass": CumulativeMass},
-    "layers": {
-        "layer_set": LayerSet,
-        "layer_range": LayerRange,
-        "attention_mass": AttentionMass,
-        "lowest_cosine": LowestCosine,
-    },
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """guidance: how to decode. tuned: how it was found, JSON-ready; {} = by hand.
-
-    Of `tuned`, "items" holds the hashes of the items it was tuned on: see `tuned_on`.
-    """
-
-    guidance: Guidance
-    tuned: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def tuned_on(self) -> frozenset[str]:
-        """Hashes (`cmg_gguf.evaluation.items.item_hash`) of the items it was tuned on."""
-        return frozenset(self.tuned.get("items", ()))
-
-
-def guidance_to_json(guidance: Guidance) -> dict[str, Any]:
-    """JSON-ready; `guidance_from_json` gives an equal `Guidance` back."""
-    assert isinstance(guidance.layers, LayerPolicy)
-    return {
-        **{f.name: getattr(guidance, f.name) for f in fields(guidance)},
-        "tokens": _policy_to_json("tokens", guidance.tokens),
-        "layers": _policy_to_json("layers", guidance.layers),
-    }
-
-
-def guidance_from_json(value: object) -> Guidance:
-    """What `guidance_to_json` wrote. What is left out is a default.
-
-    Raises GuidanceError for anything that `Guidance` refuses, and for names it does not have.
-    """
-    given = dict(_object(value, "guidance"))
-    _check_names(given, {f.name for f in fields(Guidance)}, "guidance")
-    for name in _RULES:
-        if name in given:
-            given[name] = _policy_from_json(name, given[name])
-    return Guidance(**given)
-
-
-def save_settings(path: str | Path, settings: Settings) -> None:
-    """Writes the file. Raises GuidanceError if that cannot be done."""
-    content = {"guidance": guidance_to_json(settings.guidance)}
-    if settings.tuned:
-        content["tuned"] = dict(settings.tuned)
-    try:
-        Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    except OSError as exc:
-        raise GuidanceError(
-            f"settings file {path} cannot be written ({exc.strerror}); name another"
-        ) from exc
-
-
-def load_settings(path: str | Path) -> Settings:
-    """What the file says. Raises GuidanceError if it cannot be read or says something wrong."""
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except OSError as exc:
-        raise GuidanceError(
-            f"settings file {path} cannot be read ({exc.strerror}); name a file that is there"
-        ) from exc
-    except ValueError as exc:
-        raise GuidanceError(f"settings file {path} is no JSON: {exc}") from exc
-    try:
-        given = _object(content, "the file")
-        _check_names(given, {"guidance", "tuned"}, "the file")
-        guidance = guidance_from_json(given.get("guidance", {}))
-        tuned = _object(given.get("tuned", {}), "tuned")
-        items = tuned.get("items", [])
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise GuidanceError(f"items={shown(items)} is no list of hashes")
-    except GuidanceError as exc:
-        raise GuidanceError(f"settings file {path}: {exc}") from exc
-    return Settings(guidance, tuned)
-
-
-def _policy_to_json(kind: str, policy: TokenPolicy | LayerPolicy) -> dict[str, Any]:
-    rule = next(name for name, cls in _RULES[kind].items() if type(policy) is cls)
-    values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(policy).items()}
-    return {"rule": rule, **values}
-
-
-def _policy_from_json(kind: str, value: object) -> TokenPolicy | LayerPolicy:
-    given = dict(_object(value, kind))
-    rule = given.pop("rule", None)
-    if not isinstance(rule, str) or rule not in _RULES[kind]:
-        raise GuidanceError(
-            f"{kind}: rule={shown(rule)} is unknown: one of {', '.join(_RULES[kind])}"
-        )
-    cls = _RULES[kind][rule]
-    _check_names(given, {f.name for f in fields(cls)}, f"{kind} of rule {rule}")
-    if cls is LayerSet and not isinstance(given.setdefault("layers", []), list):
-        raise GuidanceError(f"layers={shown(given['layers'])} is no list of layer numbers")
-    policy: TokenPolicy | LayerPolicy = cls(**given)
-    return policy
-
-
-def _object(value: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise GuidanceError(f"{what} is {shown(value)}: it must be an object of names and values")
-    return value
-
-
-def _check_names(given: Mapping[str, Any], known: set[str], what: str) -> None:
-    if unknown := sorted(set(given) - known):
-        raise GuidanceError(
-            f"{what} has no setting {', '.join(unknown)}: it has {', '.join(sorted(known))}"
-        )

@@ -13,10 +13,11 @@ from numbers import Integral
 from typing import Any
 
 from cmg_gguf.errors import CMGError, GuidanceError, PromptError, SamplingError, shown
-from cmg_gguf.guidance import Guidance, Settings
+from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.images import ImageSource
 from cmg_gguf.prompt.templates import checked_variables
 from cmg_gguf.sampling import LogitsProcessor, Sampling
+from cmg_gguf.settings import Settings
 
 Messages = Sequence[Mapping[str, Any]]
 """Chat messages as in OpenAI's API."""

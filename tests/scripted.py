@@ -67,6 +67,7 @@ class Script:
         self.given: list[tuple[FloatArray, FloatArray, FloatArray | None]] = []
         self.rows: list[FloatArray] = []
         self.accepted: list[int] = []
+        self.alphas: list[float] = []
         self.alpha = 1.0
 
     def prepare(self, logits: FloatArray) -> bool:
@@ -75,6 +76,7 @@ class Script:
 
     def draw(self, original: FloatArray, degraded: FloatArray | None) -> tuple[int, int]:
         self.given.append((self._logits, original, degraded))
+        self.alphas.append(self.alpha)
         self.rows.append(self._logits.copy())
         i = len(self.rows) - 1
         return self._draws[i] if i < len(self._draws) else (END, END)

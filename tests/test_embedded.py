@@ -16,7 +16,7 @@ from PIL import Image
 from cmg_gguf import Guidance, GuidedVLM, ModelError
 from cmg_gguf.cli.demo import PROMPT, _marked, _named, _truth
 from cmg_gguf.cli.heat import overlay
-from cmg_gguf.guidance import Settings, save_settings
+from cmg_gguf.settings import Settings, save_settings
 from cmg_gguf.tiny import pair as embedded
 from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair
 from cmg_gguf.tiny.scenes import draw, make_scene

@@ -19,7 +19,7 @@ from cmg_gguf.cli.evaluate.task_flags import TASKS
 from cmg_gguf.evaluation.report import make_report
 from cmg_gguf.evaluation.report_text import markdown
 from cmg_gguf.evaluation.run import read_run
-from cmg_gguf.guidance import load_settings
+from cmg_gguf.settings import load_settings
 
 SCENES = ("--pictures", "2", "--methods", "greedy,cmg", "--parallel", "1")
 

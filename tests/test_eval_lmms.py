@@ -22,7 +22,7 @@ from tiny_llava import TinyPair
 from cmg_gguf import Guidance
 from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.evaluation import lmms as plugin
-from cmg_gguf.guidance import Settings, save_settings
+from cmg_gguf.settings import Settings, save_settings
 
 
 @dataclass(frozen=True)

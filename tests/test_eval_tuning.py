@@ -17,7 +17,8 @@ from cmg_gguf.evaluation.items import in_part, item_hash, read_items
 from cmg_gguf.evaluation.run import evaluate
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.tuning import Goal, better, drawn, grid, tune
-from cmg_gguf.guidance import Guidance, LayerRange, MeanStd, TopRatio, load_settings, save_settings
+from cmg_gguf.guidance import Guidance, LayerRange, MeanStd, TopRatio
+from cmg_gguf.settings import load_settings, save_settings
 
 
 class Lettered(Squares):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import pairwise
 from typing import Any, cast
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from scripted import N_VOCAB, FakeEngine, Run, asking, told
 
-from cmg_gguf.answer.logits import combine, log_softmax
+from cmg_gguf.answer.logits import combine, divergence, log_softmax
 from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import SamplingError
+from cmg_gguf.guidance import Disagreement, Guidance
 from cmg_gguf.reply import Token
+from cmg_gguf.request import Contrast
 
 # --- what ends an answer -----------------------------------------------------------------------
 
@@ -281,3 +284,19 @@ def test_limits_that_cannot_be_are_refused_when_they_are_made(
     with pytest.raises(SamplingError) as info:
         asking(**setting)
     assert all(part in str(info.value) for part in says)
+
+
+def test_a_gate_scales_alpha_by_what_the_branches_say_at_each_token() -> None:
+    gate = Disagreement(0.5)
+    run = told("a", "b", "c", guidance=Guidance(alpha=2.0, gate=gate), engine=FakeEngine())
+    shares = [divergence(l_o, l_d) for _, l_o, l_d in run.script.given if l_d is not None]
+    assert run.script.alphas == [2.0 * min(1.0, 0.5 * x / math.log(2)) for x in shares]
+    assert 0 < min(run.script.alphas) < max(run.script.alphas) < 2.0
+
+
+def test_a_strength_of_the_callers_is_gated_as_alpha_is() -> None:
+    gate = Guidance(gate=Disagreement(0.5))
+    whole = told("a", "b", "c", guidance=gate)
+    double = told("a", "b", "c", guidance=gate, contrast=Contrast("", strength=lambda n: 2.0 + n))
+    expected = [alpha * (2.0 + n) for n, alpha in enumerate(whole.script.alphas)]
+    assert double.script.alphas == pytest.approx(expected)

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from cmg_gguf.answer.logits import combine, log_softmax
+from cmg_gguf.answer.logits import combine, divergence, gated, log_softmax
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import GuidanceError
+from cmg_gguf.guidance import Disagreement
 
 ALPHAS = (0.0, 0.5, 1.0, 7.0, 100.0)
 BETAS = (0.0, 1e-9, 0.1, 0.5, 1.0)
@@ -94,3 +95,49 @@ def test_probabilities_sum_to_one_and_forbidden_tokens_have_none() -> None:
     assert np.exp(logprobs).sum() == pytest.approx(1.0, abs=1e-6)
     assert logprobs[2] == -np.inf
     np.testing.assert_allclose(logprobs[:2], np.log([1 / (1 + 1 / math.e), 1 / (1 + math.e)]), 1e-6)
+
+
+# --- the gate ----------------------------------------------------------------------------------
+
+
+def exact_divergence(first: FloatArray, second: FloatArray) -> float:
+    """By the definition, in float64: H((p + q) / 2) - (H(p) + H(q)) / 2."""
+
+    def entropy(p: FloatArray) -> float:
+        return -float(sum(x * math.log(x) for x in p.tolist() if x > 0))
+
+    p, q = ((e := np.exp(row.astype(np.float64) - row.max())) / e.sum() for row in (first, second))
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("scale", [0.01, 1.0, 5.0])
+def test_the_divergence_is_jensen_and_shannons(seed: int, scale: float) -> None:
+    original, degraded = rows(seed)
+    first, second = original * np.float32(scale), degraded * np.float32(scale)
+    assert divergence(first, second) == pytest.approx(exact_divergence(first, second), abs=2e-6)
+    assert divergence(first, second) == pytest.approx(divergence(second, first), abs=1e-7)
+
+
+def test_equal_rows_do_not_diverge_and_disjoint_ones_by_ln_2() -> None:
+    original, _ = rows()
+    assert divergence(original, original + np.float32(3)) == pytest.approx(0, abs=1e-6)
+    apart = np.full((2, 4), -np.inf, np.float32)
+    apart[0, 1] = apart[1, 2] = 5.0
+    assert divergence(apart[0], apart[1]) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 3.0, 1000.0])
+def test_the_gate_is_alpha_times_the_share_of_disagreement_and_never_more(factor: float) -> None:
+    original, degraded = rows()
+    near = original + np.float32(0.1) * degraded
+    for row in (degraded, near, original):
+        share = min(1.0, factor * exact_divergence(original, row) / math.log(2))
+        strength = gated(2.0, Disagreement(factor), original, row)
+        assert strength == pytest.approx(2 * share, rel=1e-3, abs=2e-5 * factor)
+
+
+def test_without_a_gate_alpha_is_constant_and_without_a_degraded_row_a_gate_is_closed() -> None:
+    original, degraded = rows()
+    assert gated(1.5, None, original, degraded) == 1.5
+    assert gated(1.5, Disagreement(), original, None) == 0.0

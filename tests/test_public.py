@@ -20,6 +20,7 @@ PUBLIC = [
     "ContextLengthError",
     "Contrast",
     "CumulativeMass",
+    "Disagreement",
     "EvaluationError",
     "Guidance",
     "GuidanceError",

@@ -15,7 +15,7 @@ import cmg_gguf
 from cmg_gguf import CMGChatHandler, Contrast, Guidance, LayerSet, Request, Sampling
 from cmg_gguf.chat.completion import request_of
 from cmg_gguf.errors import CMGError, GuidanceError, PromptError, SamplingError
-from cmg_gguf.guidance import Settings
+from cmg_gguf.settings import Settings
 
 QUESTION = "What is there?"
 TURN = {"role": "user", "content": QUESTION}

@@ -12,13 +12,16 @@ from cmg_gguf.errors import GuidanceError
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
+    Disagreement,
     Guidance,
     LayerRange,
     LayerSet,
     LowestCosine,
     MeanStd,
-    Settings,
     TopRatio,
+)
+from cmg_gguf.settings import (
+    Settings,
     guidance_from_json,
     guidance_to_json,
     load_settings,
@@ -32,6 +35,7 @@ GUIDANCES = [
     Guidance(tokens=TopRatio(1 / 3), layers=AttentionMass(0.4), refresh="prompt"),
     Guidance(layers=LowestCosine(0.25), scope="decode"),
     Guidance(layers=[]),
+    Guidance(gate=Disagreement(1.5)),
 ]
 
 
@@ -87,3 +91,21 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_settings(tmp_path / "none.json")
     with pytest.raises(GuidanceError, match="cannot be written"):
         save_settings(tmp_path / "no" / "folder.json", Settings(Guidance()))
+
+
+def test_a_file_without_a_gate_says_nothing_of_it_and_null_is_none() -> None:
+    assert "gate" not in guidance_to_json(Guidance())
+    assert guidance_from_json({"gate": None}) == Guidance()
+    assert guidance_from_json({"gate": {"rule": "disagreement"}}).gate == Disagreement(3.0)
+
+
+@pytest.mark.parametrize("gate", [True, 3.0, "disagreement"])
+def test_what_is_no_gate_is_refused(gate: Any) -> None:
+    with pytest.raises(GuidanceError, match="is no gate: use Disagreement"):
+        Guidance(gate=gate)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 1001.0, float("nan")])
+def test_a_gates_factor_has_a_range(factor: float) -> None:
+    with pytest.raises(GuidanceError, match=r"factor=.* is out of range"):
+        Disagreement(factor)

@@ -29,6 +29,7 @@ from cmg_gguf.engine.session import Session
 from cmg_gguf.engine.steps import AUTO, EAGER, Strategy
 from cmg_gguf.guidance import (
     AttentionMass,
+    Disagreement,
     Guidance,
     LayerPolicy,
     LayerSet,
@@ -648,6 +649,8 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "prompt": {"guidance": Guidance(refresh="prompt", beta=0.3)},
     "all rows": {"guidance": Guidance(scope="all", beta=0.5)},
     "dynamic": {"guidance": Guidance(layers=AttentionMass(0.4), beta=0.3)},
+    "gated": {"guidance": Guidance(alpha=3.0, beta=0.3, gate=Disagreement(30.0))},
+    "gated logprobs": {"guidance": Guidance(gate=Disagreement(30.0)), "top_logprobs": 3},
     "sampled": {"sampling": Sampling(temperature=0.8, seed=3), "guidance": Guidance(beta=0.3)},
     "hot": {"sampling": Sampling(temperature=2.0, seed=4, top_k=0, top_p=1.0)},
     "mirostat": {"sampling": Sampling(temperature=1.0, seed=5, mirostat_mode=2)},

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from cmg_gguf.answer.logits import combine, log_softmax
+from cmg_gguf.answer.logits import combine, gated, log_softmax
 from cmg_gguf.answer.reasoning import Reasoning
 from cmg_gguf.answer.text import StopStrings, Utf8Stream
 from cmg_gguf.arrays import FloatArray
@@ -169,8 +169,9 @@ class Generation:
     def _drawn(self, session: Session) -> Generator[Any, Any, Token]:
         """Draws the token behind those that were said."""
         request, drawer, n = self._request, self._drawer, self.n_said
+        alpha = request.guidance.alpha
         if request.strength is not None:
-            drawer.alpha = request.strength(n)
+            alpha = request.strength(n)
             self._check()
         logits = original = session.l_o
         if request.logits_processors:
@@ -180,6 +181,8 @@ class Generation:
         matters = drawer.prepare(logits)
         if matters or is_scored or request.top_logprobs is not None:
             yield from session.catch_up()
+            alpha = gated(alpha, request.guidance.gate, original, session.l_d)
+        drawer.alpha = alpha
         token, plain = drawer.draw(original, session.l_d if matters else None)
         if is_scored:
             self.answer.scores.append(self._score(session, logits))

@@ -8,6 +8,7 @@ import numpy as np
 
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import GuidanceError
+from cmg_gguf.guidance import Disagreement
 
 
 def combine(
@@ -33,7 +34,44 @@ def combine(
     return score
 
 
+def gated(
+    alpha: float, gate: Disagreement | None, original: FloatArray, degraded: FloatArray | None
+) -> float:
+    """The strength at one token: alpha * min(1, factor * JSD(p_o, p_d) / ln 2); alpha without gate.
+
+    original, degraded: l_o and l_d (n_vocab,) float32; None = as if equal, which a gate makes 0.
+    """
+    if gate is None or alpha == 0:
+        return alpha
+    jsd = 0.0 if degraded is None else divergence(original, degraded)
+    return alpha * min(1.0, gate.factor * jsd / math.log(2))
+
+
+def divergence(first: FloatArray, second: FloatArray) -> float:
+    """Jensen-Shannon divergence in nats, 0 to ln 2, of two rows' distributions (n_vocab,) float32.
+
+        JSD = H(m) - (H(p) + H(q)) / 2,   m = (p + q) / 2
+            = (sum p log(p/m) + sum q log(q/m)) / 2
+
+    (Lin 1991.) The second form: terms in float32, summed in float64.
+    """
+    p, q = _softmax(first), _softmax(second)
+    both = p + q
+    total = 0.0
+    for own in (p, q):
+        ratio = np.divide(2 * own, both, where=own > 0, out=np.ones_like(own))
+        total += float((own * np.log(ratio)).sum(dtype=np.float64))
+    return min(max(total / 2, 0.0), math.log(2))
+
+
 def log_softmax(logits: FloatArray) -> FloatArray:
     """Log-probabilities (n_vocab,) float32, computed in float64; -inf stays -inf."""
     shifted = logits.astype(np.float64) - float(logits.max())
     return (shifted - math.log(float(np.exp(shifted).sum()))).astype(np.float32)
+
+
+def _softmax(logits: FloatArray) -> FloatArray:
+    powers = np.exp(logits - logits.max())
+    total = np.float32(powers.sum(dtype=np.float64))
+    probabilities: FloatArray = powers / total
+    return probabilities

@@ -168,10 +168,12 @@ def chunks_of(answer: Pieces, model: str, token_bytes: TokenBytes) -> Iterator[d
 
 def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
     """What guidance did, JSON-ready; `changed`: the tokens that plain decoding would not draw."""
+    gate = reply.guidance.gate
     return {
         "guided": bool(reply.layers),
         "alpha": reply.guidance.alpha,
         "beta": reply.guidance.beta,
+        "gate": None if gate is None else {"rule": "disagreement", "factor": gate.factor},
         "scope": reply.guidance.scope,
         "refresh": reply.guidance.refresh,
         "layers": list(reply.layers),

@@ -10,17 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from cmg_gguf.cli.options import format_layers, format_tokens, parse_layers, parse_tokens
-from cmg_gguf.errors import GuidanceError
-from cmg_gguf.guidance import (
-    MAX_ALPHA,
-    Guidance,
-    LayerRange,
-    Refresh,
-    Scope,
-    Settings,
-    load_settings,
+from cmg_gguf.cli.options import (
+    format_layers,
+    format_tokens,
+    parse_gate,
+    parse_layers,
+    parse_tokens,
 )
+from cmg_gguf.errors import GuidanceError
+from cmg_gguf.guidance import MAX_ALPHA, Guidance, LayerRange, Refresh, Scope
+from cmg_gguf.settings import Settings, load_settings
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 
@@ -121,6 +120,18 @@ class GuidanceFlags:
             "prompt's last row.",
         ),
     ] = None
+    gate: Annotated[
+        str | None,
+        _flag(
+            "--gate",
+            metavar="GATE",
+            callback=_valid(parse_gate),
+            show_default="none",
+            help="Holds guidance back where the image hardly matters: disagreement[:K] scales "
+            "alpha by min(1, K JSD / ln 2), JSD being the divergence of what the model says with "
+            "and without the masked image tokens (K: 3); none = constant.",
+        ),
+    ] = None
     no_guidance: Annotated[
         bool, _flag("--no-guidance", help="Plain decoding: alpha 0 and beta 0.")
     ] = False
@@ -143,7 +154,7 @@ class GuidanceFlags:
                     param_hint="'--settings'",
                 )
             return PLAIN
-        return replace(self.file(own).guidance, **self._given())
+        return replace(self.file(own).guidance, **self._changes())
 
     def file(self, own: Path | None = None) -> Settings:
         """What the settings file says, or `own`; the defaults without any. Raises GuidanceError."""
@@ -160,7 +171,7 @@ class GuidanceFlags:
         if blind:
             return ""
         base = "chosen for it" if self.settings is None else f"of {self.settings}"
-        flags = ", ".join(f"--{name}" for name in self._given())
+        flags = ", ".join(f"--{name}" for name in self._changes())
         return f"with the guidance {base}{f', but for {flags}' if flags else ''}"
 
     def _given(self) -> dict[str, Any]:
@@ -170,3 +181,8 @@ class GuidanceFlags:
         if self.layers is not None:
             given["layers"] = parse_layers(self.layers)
         return {name: value for name, value in given.items() if value is not None}
+
+    def _changes(self) -> dict[str, Any]:
+        """`_given`, and the gate, for which None is a value too."""
+        given = self._given()
+        return given if self.gate is None else {**given, "gate": parse_gate(self.gate)}

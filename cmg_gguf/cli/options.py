@@ -4,6 +4,7 @@ parse_tokens("top:0.5")        # TopRatio(0.5)
 parse_layers("1/3-")           # LayerRange(1/3, 1): a fraction has a point or a slash in it
 parse_layers("10-20")          # LayerSet((10, ..., 20)): whole numbers are layers, both ends in
 format_layers(LayerRange())    # "1/3-"
+parse_gate("disagreement:3")   # Disagreement(3.0)
 split_images(["a.png,b.png"])  # ["a.png", "b.png"]
 """
 
@@ -21,6 +22,7 @@ from cmg_gguf.errors import GuidanceError, ImageError, shown
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
+    Disagreement,
     LayerPolicy,
     LayerRange,
     LayerSet,
@@ -32,6 +34,7 @@ from cmg_gguf.guidance import (
 
 TOKENS_HINT = "top:0.5, std:1 or mass:0.8"
 LAYERS_HINT = "10-20, 3,5,7, 1/3-, 0.5-1, all, none, mass:0.5 or cosine:0.5"
+GATE_HINT = "none, disagreement or disagreement:3"
 MAX_LAYER = 9999
 """Largest layer number that is read: a range is spelled out before the model is known."""
 
@@ -94,6 +97,21 @@ def format_layers(policy: LayerPolicy) -> str:
         return f"{_short(policy.start)}-{stop}"
     name = next(name for name, kind in _LAYERS.items() if type(policy) is kind)
     return f"{name}:{_decimal(policy.share)}"
+
+
+def parse_gate(text: str) -> Disagreement | None:
+    """The gate of "none", "disagreement" or "disagreement:3". Raises GuidanceError."""
+    name, colon, number = text.strip().partition(":")
+    if name == "none" and not colon:
+        return None
+    if name != "disagreement":
+        raise GuidanceError(f"{shown(text)} is no gate: write {GATE_HINT}")
+    return Disagreement(_number(number, text)) if colon else Disagreement()
+
+
+def format_gate(gate: Disagreement | None) -> str:
+    """What `parse_gate` reads as `gate`."""
+    return "none" if gate is None else f"disagreement:{_decimal(gate.factor)}"
 
 
 def format_numbers(layers: Sequence[int]) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cmg_gguf.errors import UnsupportedError
-from cmg_gguf.guidance import Guidance, load_settings
+from cmg_gguf.guidance import Guidance
 from cmg_gguf.sampling import Sampling
+from cmg_gguf.settings import load_settings
 
 MODEL_ID = "cmg_gguf"
 DEFAULT_MAX_TOKENS = 1024

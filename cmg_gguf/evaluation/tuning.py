@@ -27,7 +27,8 @@ from cmg_gguf.evaluation.methods import Cmg, Greedy
 from cmg_gguf.evaluation.report import Report, Row, make_report
 from cmg_gguf.evaluation.run import Progress, evaluate
 from cmg_gguf.evaluation.task import Task
-from cmg_gguf.guidance import Guidance, LayerPolicy, Settings, TokenPolicy
+from cmg_gguf.guidance import Disagreement, Guidance, LayerPolicy, TokenPolicy
+from cmg_gguf.settings import Settings
 
 FIGURES = ("accuracy", "score", "amber_score", "a_acc")
 """What is maximised if nothing is named: the first of these that a task has."""
@@ -71,9 +72,10 @@ def grid(
     beta: Sequence[float] = (),
     layers: Sequence[LayerPolicy] = (),
     tokens: Sequence[TokenPolicy] = (),
+    gate: Sequence[Disagreement | None] = (),
 ) -> list[Guidance]:
     """Every combination of the choices; what has none is as in `base`."""
-    choices = {"alpha": alpha, "beta": beta, "layers": layers, "tokens": tokens}
+    choices = {"alpha": alpha, "beta": beta, "layers": layers, "tokens": tokens, "gate": gate}
     lists = {name: values or (getattr(base, name),) for name, values in choices.items()}
     return [
         replace(base, **dict(zip(lists, values, strict=True)))

@@ -13,7 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cmg_gguf.errors import ModelError
-from cmg_gguf.guidance import Guidance, load_settings
+from cmg_gguf.guidance import Guidance
+from cmg_gguf.settings import load_settings
 
 FOLDER = Path(__file__).parent / "models"
 NAME = "tiny-llava"

@@ -33,7 +33,7 @@ from cmg_gguf.evaluation.statistics import Floats, bootstrap_auc, sums, table
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.tasks.scenes import SceneCaptions, ScenePope
 from cmg_gguf.evaluation.yes_no import YesNoTokens
-from cmg_gguf.guidance import Settings, guidance_to_json, save_settings
+from cmg_gguf.settings import Settings, guidance_to_json, save_settings
 from cmg_gguf.tiny.scenes import SceneKind
 
 TYPICAL_SLACK = 2.0

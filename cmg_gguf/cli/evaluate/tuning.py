@@ -18,7 +18,14 @@ from cmg_gguf.cli.evaluate.task_flags import ScenesFlags, TaskFlags
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
 from cmg_gguf.cli.model_flags import ModelFlags
-from cmg_gguf.cli.options import format_layers, format_tokens, parse_layers, parse_tokens
+from cmg_gguf.cli.options import (
+    format_gate,
+    format_layers,
+    format_tokens,
+    parse_gate,
+    parse_layers,
+    parse_tokens,
+)
 from cmg_gguf.cli.output import write_rendered
 from cmg_gguf.cli.screen import Screen
 from cmg_gguf.errors import GuidanceError
@@ -84,6 +91,10 @@ class SearchFlags:
             show_default="top:0.25, top:0.5, or --tokens",
             help="A choice of image tokens to try.",
         ),
+    ] = None
+    try_gate: Annotated[
+        list[str] | None,
+        _flag("--try-gate", metavar="GATE", show_default="--gate", help="A gate to try."),
     ] = None
     trials: Annotated[
         int | None,
@@ -157,6 +168,7 @@ class SearchFlags:
                 beta=self.try_beta or (),
                 layers=[parse_layers(text) for text in layers],
                 tokens=[parse_tokens(text) for text in tokens],
+                gate=[parse_gate(text) for text in self.try_gate or ()],
             )
         except GuidanceError as exc:
             raise typer.BadParameter(str(exc), param_hint="'--try-...'") from exc
@@ -193,7 +205,7 @@ def tune_task(
 ) -> None:
     """Runs a search, shows what it tried, and writes the best settings."""
     from cmg_gguf.evaluation.tuning import Goal, better, tune
-    from cmg_gguf.guidance import save_settings
+    from cmg_gguf.settings import save_settings
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     # Scenes have a split of their own to choose settings on.
@@ -238,22 +250,23 @@ def _table(tuned: Tuned) -> Table:
     """Every candidate with its settings and figures, the best one marked."""
     names = [name for name in tuned.greedy.figures if name != tuned.figure]
     table = Table(pad_edge=False)
-    for name in ("", "alpha", "beta", "layers", "tokens", tuned.figure, *names):
+    for name in ("", "alpha", "beta", "layers", "tokens", "gate", tuned.figure, *names):
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in tuned.report.parts[0].rows:
         guidance = tuned.candidates.get(row.method)
-        settings = ("greedy", "", "", "") if guidance is None else _settings(guidance)
+        settings = ("greedy", "", "", "", "") if guidance is None else _settings(guidance)
         figures = [f"{row.figures[name].own.value:.2f}" for name in (tuned.figure, *names)]
         best = row.method == tuned.best.method
         table.add_row("*" if best else "", *settings, *figures, style="bold" if best else None)
     return table
 
 
-def _settings(guidance: Guidance) -> tuple[str, str, str, str]:
+def _settings(guidance: Guidance) -> tuple[str, str, str, str, str]:
     assert isinstance(guidance.layers, LayerPolicy)
     return (
         f"{guidance.alpha:g}",
         f"{guidance.beta:g}",
         format_layers(guidance.layers),
         format_tokens(guidance.tokens),
+        format_gate(guidance.gate),
     )
