@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from judge_suite.families import internvl, llama4, llava, pixtral, qwen2_vl, smolvlm
+from judge_suite.families import (
+    internvl,
+    llama4,
+    llava,
+    pixtral,
+    qwen2_5_vl,
+    qwen2_vl,
+    smolvlm,
+)
 from judge_suite.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for module in (llava, internvl, llama4, pixtral, qwen2_vl, smolvlm)
+    for module in (
+        llava,
+        internvl,
+        llama4,
+        pixtral,
+        qwen2_vl,
+        qwen2_5_vl,
+        smolvlm,
+    )
     for family in module.FAMILIES
 }
 FAST = ("llava", "qwen2_vl", "pixtral")

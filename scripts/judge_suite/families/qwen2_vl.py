@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ SPECIAL = [
     "<|video_pad|>",
 ]
 TEMPLATE = chatml_template("<|vision_start|><|image_pad|><|vision_end|>")
+PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+}
 
 
 def build(folder: Path) -> Any:
@@ -56,34 +67,38 @@ def build(folder: Path) -> Any:
             "in_channels": 3,
         },
         tie_word_embeddings=False,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **picture_tokens(ids),
     )
     model = Qwen2VLForConditionalGeneration(config)
     randomize(model)
-    preprocessor = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-        "patch_size": 14,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-    }
-    save(model, folder, preprocessor)
+    save(model, folder, PREPROCESSOR)
     return model
 
 
-def patches(model: Any, images: list[Pixels]) -> dict[str, Any]:
+def picture_tokens(ids: Mapping[str, int]) -> dict[str, int]:
+    """What the whole model's config says of the vocabulary."""
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+
+
+def patches(mean: Sequence[float], std: Sequence[float]) -> Callable[..., dict[str, Any]]:
+    """A family's `inputs`, of pictures normalized so."""
+    return lambda model, images: _patches(model, images, mean, std)
+
+
+def _patches(
+    model: Any, images: list[Pixels], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
     """Patches in the encoder's order: those of one token together, the picture twice in time."""
     vision = model.config.vision_config
     p, merge, n_times = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     rows, grids = [], []
     for image in images:
-        x = np.stack([normalized(image, CLIP_MEAN, CLIP_STD)] * n_times)
+        x = np.stack([normalized(image, mean, std)] * n_times)
         h, w = x.shape[2] // p, x.shape[3] // p
         x = x.reshape(n_times, 3, h // merge, merge, p, w // merge, merge, p)
         x = x.transpose(2, 5, 3, 6, 1, 0, 4, 7)
@@ -97,7 +112,7 @@ FAMILIES = (
     Family(
         name="qwen2_vl",
         build=build,
-        inputs=patches,
+        inputs=patches(CLIP_MEAN, CLIP_STD),
         sizes=((140, 168), (112, 140)),
         **CHATML,
     ),
