@@ -35,7 +35,8 @@ std::string names_of(const std::vector<char> & layers) {
 GraphPatch::GraphPatch(int32_t n_layer, int32_t n_threads)
     : n_layer_(n_layer), ledger_(n_layer), fork_(plan_, n_layer), observation_(ledger_, n_threads),
       masking_(ledger_), stream_(n_layer), written_(static_cast<size_t>(n_layer), 0),
-      attended_(written_), written_layer_(n_layer), ever_attended_(written_) {}
+      attended_(written_), written_layer_(n_layer), ever_attended_(written_),
+      ever_written_(written_) {}
 
 void GraphPatch::begin(Plan plan) {
     tell_parked_error();
@@ -137,6 +138,10 @@ bool GraphPatch::ask(ggml_tensor * node) {
     if (enters || (active_ && stream_.reads(node))) {
         return true;
     }
+    const int32_t sharing = active_ ? sharing_layer(node) : -1;
+    if (sharing >= 0) {
+        return observation_.wants(batch_, sharing);
+    }
     AttentionNode attention = find_attention(node);
     if (!attention.found() || attention.cache_il >= n_layer_) {
         return false;
@@ -151,6 +156,7 @@ bool GraphPatch::ask(ggml_tensor * node) {
     attended_[static_cast<size_t>(attention.il)] = 1;
     ever_attended_[static_cast<size_t>(attention.il)] = 1;
     if (active_) {
+        check_layer(attention);
         observation_.observe(attention, batch_);
         masking_.mask(node, attention, batch_);
     }
@@ -167,6 +173,8 @@ void GraphPatch::computed(ggml_tensor * node) {
         observation_.reached_keys(layer_in_name(root(node), "cache_k_l"));
     } else if (stream_.reads(node)) {
         stream_.read(node);
+    } else if (const int32_t il = sharing_layer(node); il >= 0) {
+        observation_.reached_keys(il);
     }
 }
 
@@ -181,6 +189,24 @@ bool GraphPatch::ask_set_rows(ggml_tensor * node) {
     enter_layer(il, node->src[1]->ne[0]);
     record_cells(node, il);
     return active_ && observation_.wants(batch_, il);
+}
+
+// The layer whose q this node is, if the layer writes no K: the one that it reads was written in a
+// layer below, so that both stand before this node's boundary. Else -1. A layer of whose writes
+// nothing is known yet may pass for one; its boundary at its own write then comes behind this one.
+int32_t GraphPatch::sharing_layer(const ggml_tensor * node) const {
+    const int32_t il = layer_in_name(node, "Qcur_pos-");
+    const bool above = il > written_layer_ && il < n_layer_;
+    return above && ever_written_[static_cast<size_t>(il)] == 0 ? il : -1;
+}
+
+// Which layer shares a cache is known by its place in the graph; a name must not speak against it.
+void GraphPatch::check_layer(const AttentionNode & attention) const {
+    const int32_t named = layer_in_name(root(attention.q), "Qcur_pos-");
+    if (named >= 0 && named != attention.il) {
+        throw layer_error(attention.il, "its attention reads q of layer " + std::to_string(named) +
+                                            "; this model's graph is not understood");
+    }
 }
 
 // Layers are written in ascending order; a layer not above the last one opens a micro-batch.
@@ -198,6 +224,7 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
     }
     written_layer_ = il;
     written_[static_cast<size_t>(il)] = 1;
+    ever_written_[static_cast<size_t>(il)] = 1;
 }
 
 // A layer without attention, or whose attention is not recognised, must not pass for masked.

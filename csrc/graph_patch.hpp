@@ -16,6 +16,9 @@
 //     FLASH_ATTN_EXT, SOFT_MAX      observes rows (observation.hpp: influence -> token policy ->
 //                                   slot), then builds the layer's one mask from the slots of all
 //                                   its rows and swaps it in (masking.hpp)
+//     Qcur_pos-<il>                 asks for that boundary where layer il writes no cache of its
+//     own
+//                                   and reads an earlier layer's (Gemma 3n, Gemma 4 E2B and E4B)
 //     l_out-<il>                    reads a row of the residual stream for each part that asks for
 //                                   it (residual_stream.hpp)
 //     all nodes, in a fork          see fork.hpp
@@ -71,6 +74,8 @@ class GraphPatch {
     bool ask(ggml_tensor * node);
     void computed(ggml_tensor * node);
     bool ask_set_rows(ggml_tensor * node);
+    int32_t sharing_layer(const ggml_tensor * node) const;
+    void check_layer(const AttentionNode & attention) const;
     void enter_layer(int32_t il, int64_t n_rows);
     void check_layers_attended() const;
     void record_cells(const ggml_tensor * node, int32_t il);
@@ -95,6 +100,7 @@ class GraphPatch {
     int32_t attention_layer_ = -1; // layer whose attention was asked last
 
     std::vector<char> ever_attended_; // [n_layer] attention was asked in any decode
+    std::vector<char> ever_written_;  // [n_layer] K was written in any decode
 };
 
 } // namespace cmg

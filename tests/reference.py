@@ -34,6 +34,7 @@ class Hyper:
 
     `windows` (L,): positions that a layer sees, own included; 0 for all. `rope_bases` (L,).
     `attending` (L,): whether a layer attends; else it has a short convolution.
+    `n_sharing`: the last layers, which read K and V of the two layers below them.
     """
 
     arch: str
@@ -44,6 +45,7 @@ class Hyper:
     windows: tuple[int, ...]
     rope_bases: tuple[float, ...]
     attending: tuple[bool, ...]
+    n_sharing: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Reference:
-    """A "llama", "gemma3" or "lfm2" language model in float64.
+    """A "llama", "gemma3", "gemma4" or "lfm2" language model in float64.
 
     Attributes:
         weights: the file's tensors by name, float64, matrices as (n_out, n_in).
@@ -85,7 +87,7 @@ class Reference:
     def embed(self, tokens: Sequence[int]) -> F64:
         """(T, E) rows for token ids. "gemma3" scales them by sqrt(E), but not image embeddings."""
         rows = self.weights["token_embd.weight"][np.asarray(tokens, np.int64)]
-        return rows * np.sqrt(rows.shape[1]) if self.hyper.arch == "gemma3" else rows
+        return rows * np.sqrt(rows.shape[1]) if self.hyper.arch.startswith("gemma") else rows
 
     def visible(self, n_rows: int) -> Mask:
         """(L, T, T) bool: does this query (axis 1) attend to this key in this layer?"""
@@ -105,7 +107,7 @@ class Reference:
             raise ValueError("a row has all of its keys blocked")
         hidden, attention = [np.asarray(x, np.float64)], []
         for il in range(len(self.hyper.windows)):
-            rows, weights = self._layer(il, hidden[-1], seen[il])
+            rows, weights = self._layer(il, hidden, seen[il])
             hidden.append(rows)
             attention.append(weights)
         return Forward(self._logits(hidden[-1]), np.stack(attention), np.stack(hidden))
@@ -115,27 +117,43 @@ class Reference:
         name = "token_embd_norm" if self.hyper.arch == "lfm2" else "output_norm"
         return np.asarray(self._norm(x, name) @ w.T)
 
-    def _layer(self, il: int, x: F64, seen: Mask) -> tuple[F64, F64]:
+    def _layer(self, il: int, hidden: list[F64], seen: Mask) -> tuple[F64, F64]:
         """The residual stream after layer `il`, (T, E), and its attention, (T, T)."""
-        gemma = self.hyper.arch == "gemma3"
-        mix = self._attend if self.hyper.attending[il] else self._convolve
-        update, attention = mix(il, self._norm(x, f"blk.{il}.attn_norm"), seen)
+        gemma = self.hyper.arch.startswith("gemma")
+        x, source = hidden[-1], self._source(il)
+        normed = self._norm(x, f"blk.{il}.attn_norm")
+        if self.hyper.attending[il]:
+            read = self._norm(hidden[source], f"blk.{source}.attn_norm")
+            update, attention = self._attend(il, normed, read, seen)
+        else:
+            update, attention = self._convolve(il, normed, seen)
         x = x + (self._norm(update, f"blk.{il}.post_attention_norm") if gemma else update)
         update = self._feed_forward(il, self._norm(x, f"blk.{il}.ffn_norm"))
         x = x + (self._norm(update, f"blk.{il}.post_ffw_norm") if gemma else update)
         return x, attention
 
-    def _attend(self, il: int, x: F64, seen: Mask) -> tuple[F64, F64]:
-        hyper, w = self.hyper, self.weights
+    def _source(self, il: int) -> int:
+        """The layer whose K and V layer `il` reads: its own or, of two, the one windowed alike."""
+        windows, first = self.hyper.windows, len(self.hyper.windows) - self.hyper.n_sharing
+        return il if il < first else first - 2 if windows[il] else first - 1
+
+    def _attend(self, il: int, x: F64, read: F64, seen: Mask) -> tuple[F64, F64]:
+        hyper, w, source = self.hyper, self.weights, self._source(il)
         q = self._heads(x @ w[f"blk.{il}.attn_q.weight"].T, hyper.n_head)
-        k = self._heads(x @ w[f"blk.{il}.attn_k.weight"].T, hyper.n_head_kv)
-        v = self._heads(x @ w[f"blk.{il}.attn_v.weight"].T, hyper.n_head_kv)
+        k = self._heads(read @ w[f"blk.{source}.attn_k.weight"].T, hyper.n_head_kv)
+        v = self._heads(read @ w[f"blk.{source}.attn_v.weight"].T, hyper.n_head_kv)
         if hyper.arch != "llama":
-            q, k = self._norm(q, f"blk.{il}.attn_q_norm"), self._norm(k, f"blk.{il}.attn_k_norm")
+            q, k = (
+                self._norm(q, f"blk.{il}.attn_q_norm"),
+                self._norm(k, f"blk.{source}.attn_k_norm"),
+            )
+        scale = 1.0 if hyper.arch == "gemma4" else hyper.head_dim**-0.5
+        if hyper.arch == "gemma4":
+            v = v / np.sqrt(np.mean(v * v, axis=-1, keepdims=True) + hyper.norm_eps)
         rotate = partial(rope, base=hyper.rope_bases[il], interleaved=hyper.arch == "llama")
         share = hyper.n_head // hyper.n_head_kv  # query heads h*share.. read key head h
         k, v = np.repeat(rotate(k), share, axis=0), np.repeat(v, share, axis=0)
-        scores = rotate(q) @ k.transpose(0, 2, 1) / np.sqrt(hyper.head_dim)
+        scores = rotate(q) @ k.transpose(0, 2, 1) * scale
         weights = softmax(np.where(seen, scores, -np.inf))
         mixed = (weights @ v).transpose(1, 0, 2).reshape(len(x), -1)
         return mixed @ w[f"blk.{il}.attn_output.weight"].T, weights.mean(axis=0)
@@ -156,7 +174,7 @@ class Reference:
     def _feed_forward(self, il: int, x: F64) -> F64:
         gate = x @ self.weights[f"blk.{il}.ffn_gate.weight"].T
         up = x @ self.weights[f"blk.{il}.ffn_up.weight"].T
-        active = gelu(gate) if self.hyper.arch == "gemma3" else silu(gate)
+        active = gelu(gate) if self.hyper.arch.startswith("gemma") else silu(gate)
         return np.asarray((active * up) @ self.weights[f"blk.{il}.ffn_down.weight"].T)
 
     def _norm(self, x: F64, name: str) -> F64:
@@ -197,11 +215,15 @@ def gelu(x: F64) -> F64:
 
 def _hyper(fields: dict[str, Any], weights: dict[str, F64]) -> Hyper:
     arch = str(fields["general.architecture"])
-    if arch not in ("llama", "gemma3", "lfm2"):
-        raise ValueError(f"architecture {arch!r} is not known here: llama, gemma3, lfm2")
+    if arch not in ("llama", "gemma3", "gemma4", "lfm2"):
+        raise ValueError(f"architecture {arch!r} is not known here: llama, gemma3, gemma4, lfm2")
     own = {k.removeprefix(f"{arch}."): v for k, v in fields.items() if k.startswith(f"{arch}.")}
-    strange = [k for k in own if "scaling" in k or "softcapping" in k or "expert" in k]
-    strange += [k for k in weights if k.startswith("rope_") or k.endswith(".bias")]
+    strange = [k for k in own if "scaling" in k or ("softcapping" in k and own[k]) or "expert" in k]
+    strange += [
+        k
+        for k in weights
+        if (k.startswith("rope_") and np.any(weights[k] != 1)) or k.endswith(".bias")
+    ]
     n_head = int(own["attention.head_count"])
     head_dim = int(own.get("attention.key_length", own["embedding_length"] // n_head))
     if own.get("rope.dimension_count", head_dim) != head_dim:
@@ -221,6 +243,7 @@ def _hyper(fields: dict[str, Any], weights: dict[str, F64]) -> Hyper:
         windows=windows,
         rope_bases=tuple(window_base if window else base for window in windows),
         attending=tuple(bool(n) for n in counts),
+        n_sharing=int(own.get("attention.shared_kv_layers", 0)),
     )
 
 

@@ -54,7 +54,7 @@ class TinyConfig:
             of its own accord 8 to 1024 tokens a picture.
     """
 
-    arch: Literal["llama", "gemma3", "lfm2"] = "llama"
+    arch: Literal["llama", "gemma3", "gemma4", "lfm2"] = "llama"
     n_layer: int = 6
     n_embd: int = 64
     n_head: int = 4
@@ -162,6 +162,8 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
         writer.add_rope_freq_base_swa(1e4)
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(config.swa_pattern)
+    if config.arch == "gemma4":
+        _add_gemma4_shape(writer, config)
     if config.arch == "lfm2":
         writer.add_shortconv_l_cache(CONVOLVED)
     if config.tokenizer == "gpt2":
@@ -171,13 +173,29 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
     weights = _Weights(config.seed)
     _add_embeddings(writer, weights, config)
     for il in range(config.n_layer):
-        if config.arch == "gemma3":
+        if config.arch.startswith("gemma"):
             _add_gemma3_layer(writer, weights, config, il)
         elif config.arch == "lfm2":
             _add_lfm2_layer(writer, weights, config, il)
         else:
             _add_llama_layer(writer, weights, config, il)
     _finish(writer)
+
+
+def _add_gemma4_shape(writer: gguf.GGUFWriter, config: TinyConfig) -> None:
+    """The last two layers read the caches of the two below them: windowed, global."""
+    windowed = [(il + 1) % 2 == 1 for il in range(config.n_layer)]
+    writer.add_rope_freq_base(1e6)
+    writer.add_rope_freq_base_swa(1e4)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_array("gemma4.attention.sliding_window_pattern", windowed)
+    writer.add_final_logit_softcapping(0.0)  # else llama.cpp takes 30
+    writer.add_uint32("gemma4.attention.shared_kv_layers", 2)
+    writer.add_uint32("gemma4.embedding_length_per_layer_input", 0)
+    writer.add_uint32("gemma4.attention.key_length_swa", config.head_dim)
+    writer.add_uint32("gemma4.attention.value_length_swa", config.head_dim)
+    writer.add_uint32("gemma4.rope.dimension_count_swa", config.head_dim)
+    writer.add_tensor("rope_freqs.weight", np.ones(config.head_dim // 2, np.float32))
 
 
 def _head_counts(config: TinyConfig) -> int | list[int]:
@@ -202,8 +220,8 @@ def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConf
     tokens = weights.normal((n_vocab, n_embd), 1.0)
     output = weights.matrix(n_vocab, n_embd, gain=2.4) - tokens * np.float32(1.8 / n_embd**0.5)
     output[: N_SPECIAL + N_BYTES] *= 0.1
-    # gemma3 multiplies token embeddings by sqrt(n_embd), but not image embeddings.
-    scale = np.float32(n_embd**-0.5 if config.arch == "gemma3" else 1.0)
+    # Gemma multiplies token embeddings by sqrt(n_embd), but not image embeddings.
+    scale = np.float32(n_embd**-0.5 if config.arch.startswith("gemma") else 1.0)
     writer.add_tensor("token_embd.weight", tokens * scale)
     norm = "token_embd_norm" if config.arch == "lfm2" else "output_norm"
     writer.add_tensor(f"{norm}.weight", weights.norm(n_embd))
@@ -225,8 +243,10 @@ def _add_gemma3_layer(
     # The CPU looks GELU up in an F16 table below 10: with gates far above that, what tests
     # compare does not drown in rounding. A norm follows, so the size itself is of no effect.
     _add_projections(writer, weights, config, il=il, gate_gain=1000.0)
+    # gemma4 does not divide scores by sqrt(head_dim): its norms do.
+    gain = 1.25 * (config.head_dim**-0.25 if config.arch == "gemma4" else 1.0)
     for name in ("attn_q_norm", "attn_k_norm"):
-        writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.head_dim, gain=1.25))
+        writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.head_dim, gain=gain))
     gains = {"attn_norm": 1.0, "post_attention_norm": 0.8, "ffn_norm": 1.0, "post_ffw_norm": 0.5}
     for name, gain in gains.items():
         writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.n_embd, gain=gain))
