@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from cmg_gguf.errors import CaptionError, shown
-from cmg_gguf.prompt.images import FORMATS
+from cmg_gguf.prompt.formats import FORMATS
 
 SUFFIX = ".txt"
 

@@ -155,7 +155,7 @@ def caption(
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     settings = _settings(captions, guidance, sampling, model)
-    files = spread.files(model)
+    files = spread.files(model, err)
     if captions.dry_run:
         _show(err, planned(folder, files, **settings), folder)
         return

@@ -140,8 +140,6 @@ def _array_name(array: NDArray[Any]) -> str:
     return f"array of shape {array.shape} and dtype {array.dtype}"
 
 
-
-
 @contextmanager
 def _pillow(name: str) -> Iterator[None]:
     """Turn all that Pillow raises within into an ImageError."""
