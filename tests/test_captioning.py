@@ -20,12 +20,13 @@ from captioned import (
 
 import cmg_gguf
 from cmg_gguf.captioning import Captioned, Captions, caption, planned
-from cmg_gguf.captioning.pictures import find_pictures, image_suffixes
+from cmg_gguf.captioning.pictures import find_pictures
 from cmg_gguf.captioning.texts import appended, caption_of, cut, dressed
 from cmg_gguf.errors import CaptionError, CMGError, EvaluationError
 from cmg_gguf.evaluation.executors import Processes
 from cmg_gguf.evaluation.items import Shard
 from cmg_gguf.evaluation.manifest import ModelFiles
+from cmg_gguf.prompt.formats import image_suffixes
 from cmg_gguf.tiny.pair import embedded_guidance
 from cmg_gguf.vlm import GuidedVLM
 
@@ -71,7 +72,7 @@ def test_every_suffix_that_is_read_is_looked_for(tmp_path: Path) -> None:
     put_pictures(tmp_path, *names, "a.txt", "b.jpg.part", "c.pdf", ".d.jpg")
     found = [picture.name for picture in find_pictures(tmp_path, recursive=False)]
     assert sorted(found) == sorted(names)
-    assert {".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ppm", ".ico"} <= image_suffixes()
+    assert {".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ppm", ".heic"} <= image_suffixes()
 
 
 def test_folders_in_it_are_looked_into_only_if_that_is_wanted(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from cmg_gguf.errors import CaptionError, shown
-from cmg_gguf.prompt.formats import FORMATS
+from cmg_gguf.prompt.formats import image_suffixes
 
 SUFFIX = ".txt"
 
@@ -65,13 +63,6 @@ def find_pictures(folder: Path, *, recursive: bool) -> list[Picture]:
             f"{', '.join(sorted(suffixes))} files{remedy}"
         )
     return sorted(found, key=lambda picture: picture.name.split("/"))
-
-
-def image_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case and with their dot, of files that `load_image` opens."""
-    Image.init()
-    kinds = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in kinds if kind in FORMATS and kind in Image.OPEN)
 
 
 def _directories(folder: Path, *, recursive: bool) -> Iterator[tuple[Path, list[str]]]:

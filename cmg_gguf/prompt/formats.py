@@ -23,6 +23,18 @@ N_PREFIX = 16
 """Bytes of a file's start that tell its format."""
 
 _HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+_HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
+
+
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in lower case and with their dot, of files that have these formats.
+
+    Those of HEIC are among them also where it cannot be opened: so that it is told, not missed.
+    """
+    Image.init()
+    kinds = Image.registered_extensions().items()
+    opened = {suffix for suffix, kind in kinds if kind in FORMATS and kind in Image.OPEN}
+    return frozenset(opened | _HEIF_SUFFIXES)
 
 
 def is_image(prefix: bytes) -> bool:
