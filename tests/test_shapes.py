@@ -69,7 +69,7 @@ def test_too_few_rows_that_are_asked_for_are_refused_by_name(unified: TinyPair) 
 
 def test_a_context_shorter_than_the_picture_is_what_is_named(unified: TinyPair) -> None:
     with (
-        open_vlm(unified, n_ctx=512, n_ubatch=None) as short,
+        open_vlm(unified, n_ctx=512, n_ubatch=None, image_max_tokens=2048) as short,
         pytest.raises(ContextLengthError, match="raise n_ctx"),
     ):
         short.generate(QUESTION, [blank(400, 300)], max_tokens=2)
