@@ -34,8 +34,10 @@ from cmg_gguf.cli.info import layer_bar
 from cmg_gguf.cli.model_flags import CacheType, ModelFlags
 from cmg_gguf.cli.model_flags import Strategy as ModelStrategy
 from cmg_gguf.cli.options import (
+    format_gate,
     format_layers,
     format_tokens,
+    parse_gate,
     parse_layers,
     parse_tokens,
     split_images,
@@ -45,6 +47,7 @@ from cmg_gguf.errors import GuidanceError, ImageError
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
+    Disagreement,
     Guidance,
     LayerPolicy,
     LayerRange,
@@ -57,6 +60,7 @@ from cmg_gguf.guidance import (
 from cmg_gguf.llama.context import CACHE_TYPES
 from cmg_gguf.opening import Strategy
 from cmg_gguf.sampling import Sampling
+from cmg_gguf.settings import Settings, save_settings
 from cmg_gguf.vlm import GuidedVLM
 
 QUESTION = "What is there?"
@@ -130,6 +134,34 @@ def test_token_policies_are_read_and_written_alike(text: str, policy: TokenPolic
 def test_layer_policies_are_read_and_written_alike(text: str, policy: LayerPolicy) -> None:
     assert parse_layers(text) == policy
     assert format_layers(policy) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("none", None),
+        ("disagreement:3", Disagreement(3.0)),
+        ("disagreement:0.5", Disagreement(0.5)),
+    ],
+)
+def test_gates_are_read_and_written_alike(text: str, gate: Disagreement | None) -> None:
+    assert parse_gate(text) == gate
+    assert format_gate(gate) == text
+    assert parse_gate("disagreement") == Disagreement()
+
+
+@pytest.mark.parametrize("text", ["", "3", "none:1", "disagreement:", "disagreement:0", "entropy"])
+def test_no_gate(text: str) -> None:
+    with pytest.raises(GuidanceError):
+        parse_gate(text)
+
+
+def test_a_gate_flag_wins_over_the_files_and_none_takes_it_away(tmp_path: Path) -> None:
+    save_settings(tmp_path / "s.json", Settings(Guidance(alpha=2.0, gate=Disagreement(7.0))))
+    for flag, gate in ((None, Disagreement(7.0)), ("none", None), ("disagreement", Disagreement())):
+        flags = GuidanceFlags(settings=tmp_path / "s.json", gate=flag)
+        assert flags.guidance() == Guidance(alpha=2.0, gate=gate)
+    assert GuidanceFlags(gate="none").told().endswith("but for --gate")
 
 
 def test_any_range_of_fractions_survives_the_way_through_text() -> None:

@@ -20,6 +20,7 @@ from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Piece, Reply, Token
 from cmg_gguf.request import Messages, Request
 from cmg_gguf.sampling import LogitsProcessor, Sampling
+from cmg_gguf.settings import guidance_to_json
 
 TokenBytes = Callable[[int], bytes]
 """The bytes of a token, possibly part of a character."""
@@ -168,12 +169,11 @@ def chunks_of(answer: Pieces, model: str, token_bytes: TokenBytes) -> Iterator[d
 
 def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
     """What guidance did, JSON-ready; `changed`: the tokens that plain decoding would not draw."""
-    gate = reply.guidance.gate
     return {
         "guided": bool(reply.layers),
         "alpha": reply.guidance.alpha,
         "beta": reply.guidance.beta,
-        "gate": None if gate is None else {"rule": "disagreement", "factor": gate.factor},
+        "gate": guidance_to_json(reply.guidance).get("gate"),
         "scope": reply.guidance.scope,
         "refresh": reply.guidance.refresh,
         "layers": list(reply.layers),

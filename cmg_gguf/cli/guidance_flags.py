@@ -154,7 +154,7 @@ class GuidanceFlags:
                     param_hint="'--settings'",
                 )
             return PLAIN
-        return replace(self.file(own).guidance, **self._changes())
+        return replace(self.file(own).guidance, **self._given())
 
     def file(self, own: Path | None = None) -> Settings:
         """What the settings file says, or `own`; the defaults without any. Raises GuidanceError."""
@@ -171,18 +171,15 @@ class GuidanceFlags:
         if blind:
             return ""
         base = "chosen for it" if self.settings is None else f"of {self.settings}"
-        flags = ", ".join(f"--{name}" for name in self._changes())
+        flags = ", ".join(f"--{name}" for name in self._given())
         return f"with the guidance {base}{f', but for {flags}' if flags else ''}"
 
     def _given(self) -> dict[str, Any]:
-        given = {name: getattr(self, name) for name in ("alpha", "beta", "scope", "refresh")}
-        if self.tokens is not None:
-            given["tokens"] = parse_tokens(self.tokens)
-        if self.layers is not None:
-            given["layers"] = parse_layers(self.layers)
-        return {name: value for name, value in given.items() if value is not None}
-
-    def _changes(self) -> dict[str, Any]:
-        """`_given`, and the gate, for which None is a value too."""
-        given = self._given()
-        return given if self.gate is None else {**given, "gate": parse_gate(self.gate)}
+        """Settings that a flag is given for, by name."""
+        as_text = {"tokens": parse_tokens, "layers": parse_layers, "gate": parse_gate}
+        plain = {name: getattr(self, name) for name in ("alpha", "beta", "scope", "refresh")}
+        given = {name: value for name, value in plain.items() if value is not None}
+        for name, parse in as_text.items():
+            if (text := getattr(self, name)) is not None:
+                given[name] = parse(text)
+        return given
