@@ -61,7 +61,7 @@ class PairOptions:
 
     def __post_init__(self) -> None:
         checked_max_pixels(self.max_pixels)
-        ImageTokens(fewest=self.image_min_tokens, most=self.image_max_tokens)
+        self.image_tokens()
         if self.n_parallel is not None and not 1 <= self.n_parallel <= MAX_PARALLEL:
             raise UnsupportedError(
                 f"n_parallel={self.n_parallel} is out of range: 1 to {MAX_PARALLEL}, or None for "
@@ -76,7 +76,6 @@ class PairOptions:
                 f"strategy={self.strategy!r} is unknown: one of {', '.join(STEPS)}"
             )
 
-    @property
     def image_tokens(self) -> ImageTokens:
         """Limits of a picture's tokens. Raises UnsupportedError for limits that cannot be."""
         return ImageTokens(fewest=self.image_min_tokens, most=self.image_max_tokens)
@@ -153,7 +152,7 @@ def _projector(
         )
 
     n_ctx = context.n_ctx or model.n_ctx_train
-    return limited(make, options.image_tokens, round(IMAGE_SHARE * n_ctx))
+    return limited(make, options.image_tokens(), round(IMAGE_SHARE * n_ctx))
 
 
 def fitting_n_ubatch(projector: Projector) -> int:

@@ -122,10 +122,9 @@ class GuidedVLM:
             type_v=type_v,
             offload_kqv=offload_kqv,
         )
-        loading: dict[str, Any] = {"main_gpu": main_gpu, "use_mmap": use_mmap}
+        load = partial(open_files, n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, use_mmap=use_mmap)
         told = progress and partial(progress, "load")
-        loading |= {"n_gpu_layers": n_gpu_layers, "progress": told}
-        self._set_up(open_files(model_path, mmproj_path, context, options, **loading))
+        self._set_up(load(model_path, mmproj_path, context, options, progress=told))
 
     @classmethod
     def from_pretrained(

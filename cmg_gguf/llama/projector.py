@@ -150,17 +150,19 @@ class Projector:
                 segments.append(TextSegment(chunk, inside_picture=_is_inside(chunks, i)))
         return Prompt(tuple(segments), salt)
 
+    def pieces_of(self, width: int, height: int) -> list[ImageSegment]:
+        """What a picture of this size becomes, in order; several where it is cut into tiles.
+        Nothing is computed."""
+        pixels: Pixels = np.broadcast_to(np.uint8(0), (height, width, 3))
+        segments = self.tokenize(self.marker, [pixels], add_bos=False).segments
+        return [segment for segment in segments if isinstance(segment, ImageSegment)]
+
     def rows_at_once(self) -> int:
         """Rows that the model's pictures need in one decode, as a multiple of 64, for any shape up
         to 64 to 1; 1 where a picture may be decoded in parts. Nothing is computed."""
         most = 1
         for width, height in SHAPES:
-            pixels: Pixels = np.broadcast_to(np.uint8(0), (height, width, 3))
-            images = [
-                segment
-                for segment in self.tokenize(self.marker, [pixels], add_bos=False).segments
-                if isinstance(segment, ImageSegment)
-            ]
+            images = self.pieces_of(width, height)
             most = max([most, *(image.needs_ubatch for image in images)])
             if not any(image.non_causal for image in images):
                 break

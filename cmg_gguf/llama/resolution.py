@@ -12,11 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
 
-import numpy as np
-
 from cmg_gguf.errors import UnsupportedError, shown
 from cmg_gguf.llama.projector import SHAPES, Projector
-from cmg_gguf.prompt.segments import ImageSegment
 
 SMALL = (32, 32)
 LARGE = SHAPES[::32]
@@ -64,7 +61,9 @@ class Measured:
 
 def measured(projector: Projector) -> Measured:
     """What pictures take with this projector as it was opened. Nothing is computed."""
-    small, *large = (_pieces(projector, *shape) for shape in (SMALL, *LARGE))
+    small, *large = (
+        [piece.n_tokens for piece in projector.pieces_of(*shape)] for shape in (SMALL, *LARGE)
+    )
     most = max(max(pieces) for pieces in large)
     return Measured(max(small), most, any(len(pieces) > 1 for pieces in large))
 
@@ -101,10 +100,3 @@ def _check_heeded(asked: ImageTokens, found: Measured) -> None:
             f"image_min_tokens={asked.fewest} has no effect: a picture takes {found.fewest} tokens "
             "with this model; leave it out"
         )
-
-
-def _pieces(projector: Projector, width: int, height: int) -> list[int]:
-    """Tokens of each piece of a picture of this size."""
-    pixels = np.broadcast_to(np.uint8(0), (height, width, 3))
-    prompt = projector.tokenize(projector.marker, [pixels], add_bos=False)
-    return [piece.n_tokens for piece in prompt.segments if isinstance(piece, ImageSegment)]
