@@ -14,7 +14,7 @@ from cmg_gguf.cli.asker import note_built_in
 from cmg_gguf.cli.evaluate.run_flags import SpreadFlags
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
-from cmg_gguf.cli.interrupt import Interrupt
+from cmg_gguf.cli.interrupt import counted
 from cmg_gguf.cli.model_flags import ModelFlags
 from cmg_gguf.cli.output import write
 from cmg_gguf.cli.sampling_flags import DrawFlags
@@ -188,17 +188,8 @@ def _captioned(
     from cmg_gguf.captioning import caption
 
     executor, started = spread.executor(), time.perf_counter()
-    with Interrupt() as interrupt, err.counting("pictures") as counting:
-
-        def progress(done: int, total: int) -> None:
-            counting(done, total)
-            interrupt.check()
-
-        try:
-            made = caption(folder, files, executor=executor, progress=progress, **settings)
-        except KeyboardInterrupt:
-            err.note("stopped; the same command goes on from here")
-            raise
+    with counted(err, "pictures") as progress:
+        made = caption(folder, files, executor=executor, progress=progress, **settings)
     seconds = time.perf_counter() - started
     before = f", {made.n_resumed} made before" if made.n_resumed else ""
     left = f", {made.n_skipped} left alone that had one" if made.n_skipped else ""

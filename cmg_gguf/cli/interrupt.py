@@ -9,8 +9,12 @@ with Interrupt() as interrupt:
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from cmg_gguf.cli.screen import Screen
 
 
 class Interrupt:
@@ -36,3 +40,22 @@ class Interrupt:
         if self._wanted:
             raise KeyboardInterrupt
         self._wanted = True
+
+
+@contextmanager
+def counted(err: Screen, what: str) -> Iterator[Callable[[int, int], None]]:
+    """progress(done, total) of work that goes on where it is stopped; what: its things, in plural.
+
+    Ctrl-C ends it between two of them, which is noted.
+    """
+    with Interrupt() as interrupt, err.counting(what) as counting:
+
+        def progress(done: int, total: int) -> None:
+            counting(done, total)
+            interrupt.check()
+
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            err.note("stopped; the same command goes on from here")
+            raise

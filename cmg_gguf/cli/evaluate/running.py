@@ -11,7 +11,7 @@ from cmg_gguf.cli.evaluate.run_flags import RunFlags, SpreadFlags
 from cmg_gguf.cli.evaluate.task_flags import TaskFlags
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
-from cmg_gguf.cli.interrupt import Interrupt
+from cmg_gguf.cli.interrupt import counted
 from cmg_gguf.cli.model_flags import ModelFlags
 from cmg_gguf.cli.output import write_rendered
 from cmg_gguf.cli.screen import Screen, count
@@ -102,18 +102,13 @@ def evaluate_task(
 def watched(err: Screen, work: Callable[[Progress], Run]) -> Run:
     """The run that `work` does, with progress; Ctrl-C ends it between two answers."""
     started, told = time.perf_counter(), list[int]()
-    with Interrupt() as interrupt, err.counting("answers") as counting:
+    with counted(err, "answers") as counting:
 
         def progress(done: int, total: int) -> None:
-            counting(done, total)
             told.append(done)
-            interrupt.check()
+            counting(done, total)
 
-        try:
-            run = work(progress)
-        except KeyboardInterrupt:
-            err.note("stopped; the same command goes on from here")
-            raise
+        run = work(progress)
     seconds = time.perf_counter() - started
     n = told[-1] - told[0]
     err.aside(f"{count(n, 'new answer')} in {seconds:.1f} s, in {run.folder}")
