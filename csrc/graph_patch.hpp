@@ -16,9 +16,8 @@
 //     FLASH_ATTN_EXT, SOFT_MAX      observes rows (observation.hpp: influence -> token policy ->
 //                                   slot), then builds the layer's one mask from the slots of all
 //                                   its rows and swaps it in (masking.hpp)
-//     Qcur_pos-<il>                 asks for that boundary where layer il writes no cache of its
-//     own
-//                                   and reads an earlier layer's (Gemma 3n, Gemma 4 E2B and E4B)
+//     Qcur_pos-<il>                 asks for that boundary where layer il writes no K, but reads an
+//                                   earlier layer's (Gemma 3n, Gemma 4 E2B and E4B)
 //     l_out-<il>                    reads a row of the residual stream for each part that asks for
 //                                   it (residual_stream.hpp)
 //     all nodes, in a fork          see fork.hpp

@@ -47,8 +47,16 @@ PREPROCESSOR = {
 def build(folder: Path) -> Any:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+    vision = {"depth": 3, "embed_dim": 64, "hidden_size": 128, "mlp_ratio": 4, "in_channels": 3}
+    return checkpoint(folder, Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision)
+
+
+def checkpoint(
+    folder: Path, config_class: Any, model_class: Any, vision: Mapping[str, object]
+) -> Any:
+    """A saved random model of the Qwen2-VL kind. vision: what its encoder's config has besides."""
     ids = write_tokenizer(folder, SPECIAL, bos=None, eos="<|im_end|>", template=TEMPLATE)
-    config = Qwen2VLConfig(
+    config = config_class(
         text_config=text_config(
             ids,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
@@ -56,20 +64,16 @@ def build(folder: Path) -> Any:
             eos_token_id=ids["<|im_end|>"],
         ),
         vision_config={
-            "depth": 3,
-            "embed_dim": 64,
-            "hidden_size": 128,
             "num_heads": 2,
-            "mlp_ratio": 4,
             "patch_size": 14,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "in_channels": 3,
+            **vision,
         },
         tie_word_embeddings=False,
         **picture_tokens(ids),
     )
-    model = Qwen2VLForConditionalGeneration(config)
+    model = model_class(config)
     randomize(model)
     save(model, folder, PREPROCESSOR)
     return model
