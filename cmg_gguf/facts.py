@@ -14,6 +14,7 @@ from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
+from cmg_gguf.llama.repacking import REMEDY, is_safe
 from cmg_gguf.llama.resolution import measured
 from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch
 
@@ -22,12 +23,13 @@ SIZE_IF_UNKNOWN = 336
 
 
 def system_facts() -> dict[str, Any]:
-    """Versions and devices."""
+    """Versions and devices; repacking_remedy: None where weights may be repacked."""
     return {
         "llama_cpp_python": llama_cpp.__version__,
         "python": platform.python_version(),
         "devices": [vars(device) for device in devices()],
         "features": features(),
+        "repacking_remedy": None if is_safe() else REMEDY,
     }
 
 

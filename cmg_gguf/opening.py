@@ -14,11 +14,12 @@ from cmg_gguf.engine.engine import Engine
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, EXACT
 from cmg_gguf.engine.steps import Strategy as Steps
-from cmg_gguf.errors import UnsupportedError
+from cmg_gguf.errors import BackendError, UnsupportedError
 from cmg_gguf.llama.context import DEFAULT_N_UBATCH, ContextOptions, LlamaContext
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Encoder as Encoder
 from cmg_gguf.llama.projector import Projector
+from cmg_gguf.llama.repacking import REMEDY, is_safe
 from cmg_gguf.llama.resolution import ImageTokens, limited
 from cmg_gguf.prompt.limits import checked_max_pixels
 from cmg_gguf.prompt.templates import ChatTemplate
@@ -179,7 +180,8 @@ def open_files(
 def open_on_llama(llama: llama_cpp.Llama, mmproj_path: str | Path, options: PairOptions) -> Pair:
     """A pair on the weights of a `llama_cpp.Llama`, in contexts of its own with its settings.
 
-    Raises what `open_pair` raises; UnsupportedError where `llama` has a LoRA adapter.
+    Raises what `open_pair` raises; UnsupportedError where `llama` has a LoRA adapter; BackendError
+    where its weights are repacked and llama.cpp would crash on them.
     """
     if getattr(llama, "_lora_adapter", None) is not None:
         raise UnsupportedError(
@@ -187,8 +189,20 @@ def open_on_llama(llama: llama_cpp.Llama, mmproj_path: str | Path, options: Pair
             "(llama-export-lora)"
         )
     model = Model(llama.model, path=Path(llama.model_path), owner=llama)
+    if llama.model_params.use_extra_bufts and _computes_on_cpu(llama, model) and not is_safe():
+        raise BackendError(
+            "the weights of this Llama are repacked for AMX, and this build of llama.cpp crashes "
+            f"on them, with or without guidance. Build it without: {REMEDY}; or open the files "
+            "with GuidedVLM, which loads them as they are"
+        )
     context = ContextOptions.from_params(llama.context_params)
     return open_pair(model, mmproj_path, context, options)
+
+
+def _computes_on_cpu(llama: llama_cpp.Llama, model: Model) -> bool:
+    """Whether any layer's weights lie in the CPU's memory."""
+    n: int = llama.model_params.n_gpu_layers
+    return not llama_cpp.llama_supports_gpu_offload() or 0 <= n <= model.n_layer
 
 
 def _is_paired(options: PairOptions, model: Model) -> bool:

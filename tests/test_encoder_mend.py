@@ -13,6 +13,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from benchmarks.plain_llama import open_llama
 from encoder_reference import embeddings
 from graphs import I32, Graph, ggml_function
 from guided import open_vlm
@@ -362,7 +363,7 @@ def test_every_way_in_takes_the_setting(pair: TinyPair, tmp_path: Path) -> None:
     for encoder in ("mended", "stock"):
         with open_vlm(TinyPair(pair.llm, mmproj), encoder=encoder) as vlm:
             found[encoder] = encoded(vlm.projector, picture(2))
-        llama = llama_cpp.Llama(str(pair.llm), n_ctx=256, verbose=False)
+        llama = open_llama(pair.llm, n_ctx=256, verbose=False)
         handler = CMGChatHandler(mmproj, encoder=encoder, use_gpu=False)
         through_llama = encoded(handler.vlm(llama).projector, picture(2))
         np.testing.assert_array_equal(through_llama, found[encoder])

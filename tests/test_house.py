@@ -27,13 +27,14 @@ HOUSE = {
     "settings": "errors guidance",
     "sampling": "errors arrays",
     "reply": "errors arrays guidance",
+    "tiny": VALUES,
     # --- prompts, and requests made of all that -------------------------------------------------
     "prompt": "errors arrays",
     "request": f"{VALUES} prompt",
     # --- two branches, llama.cpp, an answer: none knows another ---------------------------------
     "_core": "",
     "engine": f"{VALUES} prompt.segments _core",
-    "llama": f"{VALUES} prompt engine.context _core llama_cpp",
+    "llama": f"{VALUES} prompt engine.context tiny.pair _core llama_cpp",
     "answer": f"{ASKING} prompt.reasoning",
     "chat": ASKING,
     # --- where they are put together ------------------------------------------------------------
@@ -46,7 +47,6 @@ HOUSE = {
     "facts": f"{VALUES} llama llama_cpp opening",
     "__init__": f"{ASKING} stream many vlm handler",
     # --- what is built on them ------------------------------------------------------------------
-    "tiny": VALUES,
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
     "captioning": f"{ASKING} prompt vlm evaluation",
     "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation captioning __init__",

@@ -115,6 +115,11 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
         ("llama-cpp-python", f"{facts['llama_cpp_python']}, Python {facts['python']}"),
     ]
     lines += [("device", _device(device)) for device in facts["devices"]]
+    if remedy := facts["repacking_remedy"]:
+        lines += [
+            ("weights", "not repacked: this build's AMX kernels crash. To be faster:"),
+            ("", remedy),
+        ]
     return [*lines, ("compiled with", facts["features"])]
 
 

@@ -20,6 +20,7 @@ from cmg_gguf.errors import ModelError
 from cmg_gguf.llama.header import read_architecture
 from cmg_gguf.llama.layers import attending_layers
 from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.llama.repacking import is_safe
 from cmg_gguf.prompt.reasoning import MARKS
 from cmg_gguf.prompt.specials import Specials
 
@@ -74,6 +75,7 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.main_gpu = main_gpu
+        params.use_extra_bufts = is_safe()
         params.load_mode = (
             llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         )
