@@ -257,6 +257,7 @@ class GuidedVLM:
         images: Sequence[ImageSource] = (),
         *,
         raw: bool = False,
+        salt: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The prompt for `engine`, as `Request` has it; its images are read, but not encoded: see
@@ -265,6 +266,7 @@ class GuidedVLM:
             prompt,
             images,
             raw=raw,
+            salt=salt,
             variables=chat_template_kwargs,
             template=self.template,
             projector=self.projector,
