@@ -256,6 +256,11 @@ class Run:
                 except StopIteration:
                     return
 
+    def _mended(self) -> tuple[str, ...]:
+        mended_in = self._pair.projector.mended_in
+        prompts = [prompt for prompt in (self._prompt, self._contrasted) if prompt is not None]
+        return tuple(sorted(set[str]().union(*map(mended_in, prompts))))
+
     def _finished(self, session: AnySession) -> Reply:
         answer = self._generation.answer
         return Reply(
@@ -271,6 +276,7 @@ class Run:
             layers=session.layers,
             seed=self._seed,
             seconds=replace(self._seconds, decode=answer.seconds),
+            mended=self._mended(),
             scores=tuple(answer.scores),
         )
 

@@ -48,8 +48,10 @@ HOUSE = {
     "__init__": f"{ASKING} stream many vlm handler",
     # --- what is built on them ------------------------------------------------------------------
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
+    "doctor": f"{VALUES} prompt engine llama opening vlm facts tiny __init__",
     "captioning": f"{ASKING} prompt vlm evaluation",
-    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation captioning __init__",
+    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation doctor captioning "
+    "__init__",
 }
 """`__init__` is the package's own. A room named with a module ("prompt.segments") is known by
 that module alone."""

@@ -178,6 +178,7 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
         "refresh": reply.guidance.refresh,
         "layers": list(reply.layers),
         "n_image_tokens": reply.n_image_tokens,
+        "mended": list(reply.mended),
         "n_changed": reply.n_changed,
         "changed": [
             {
