@@ -50,7 +50,9 @@ HOUSE = {
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
     "doctor": f"{VALUES} prompt engine llama opening vlm facts tiny __init__",
     "captioning": f"{ASKING} prompt vlm evaluation",
+    "server": f"{ASKING} prompt chat stream vlm __init__",
     "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation doctor captioning "
+    "server "
     "__init__",
 }
 """`__init__` is the package's own. A room named with a module ("prompt.segments") is known by
