@@ -36,6 +36,8 @@ MAX_PARALLEL = 64
 """Each takes two of llama.cpp's 256 sequences."""
 MAX_PREFIXES = 8
 """Most prompts whose KV cells are kept: each takes two of llama.cpp's sequences."""
+STATES_BYTES = 256 * 2**20
+"""Memory for what recurrent layers hold of kept prompts, where two need no more."""
 IMAGE_SHARE = 0.5
 """Of the context, what one picture takes at most, where its size decides."""
 IMAGE_CACHE_BYTES = 64 * 2**20
@@ -114,9 +116,8 @@ def open_pair(
     projector = _projector(mmproj_path, model, context, options)
     if context.n_ubatch is None:
         context = replace(context, n_ubatch=fitting_n_ubatch(projector))
-    # A recurrent state cannot be cut back to where two prompts part.
-    keeps = options.prefix_cells != 0 and not model.has_recurrent_layers
-    n_parallel, n_slots = _n_parallel(options, model), MAX_PREFIXES if keeps else 0
+    n_parallel = _n_parallel(options, model)
+    n_slots = 0 if options.prefix_cells == 0 else _n_slots(model, paired=paired)
     n_seqs = n_parallel + n_slots
     contexts: tuple[LlamaContext, ...]
     if paired:
@@ -206,12 +207,19 @@ def _computes_on_cpu(llama: llama_cpp.Llama, model: Model) -> bool:
 
 
 def _is_paired(options: PairOptions, model: Model) -> bool:
-    if options.pairing == "pair" and model.has_recurrent_layers:
+    # What a window let go of a sequence is not known where the sequence has a state.
+    hidden = model.has_recurrent_layers and model.has_windows
+    if options.pairing == "pair" and hidden:
         raise UnsupportedError(
-            "this model has recurrent layers, whose state two sequences cannot share; "
-            'use pairing="contexts"'
+            "this model has recurrent layers beside a sliding window, of which two sequences "
+            'cannot share the cells; use pairing="contexts"'
         )
-    paired = options.pairing != "contexts" and not model.has_recurrent_layers
+    paired = options.pairing != "contexts" and not hidden
+    if options.strategy == "approximate" and model.has_recurrent_layers:
+        raise UnsupportedError(
+            'strategy="approximate" leaves rows out that a recurrent layer of this model would '
+            'miss; use "exact"'
+        )
     if options.strategy == "approximate" and not paired:
         raise UnsupportedError(
             'strategy="approximate" shares KV cells and two contexts have none in common; '
@@ -220,11 +228,19 @@ def _is_paired(options: PairOptions, model: Model) -> bool:
     return paired
 
 
+def _n_slots(model: Model, *, paired: bool) -> int:
+    """Prompts that may be kept. One that ends in a picture and one behind it each have a state."""
+    if not model.has_recurrent_layers:
+        return MAX_PREFIXES
+    fitting = STATES_BYTES // (2 * max(1, model.state_bytes))
+    return min(max(2, fitting), MAX_PREFIXES) if paired else 0
+
+
 def _n_parallel(options: PairOptions, model: Model) -> int:
     if options.n_parallel is not None:
         return options.n_parallel
     if model.has_recurrent_layers:
-        return 1  # their rows never share a decode
+        return 1  # each takes two states, and prompts never share a decode
     on_device = options.use_gpu and llama_cpp.llama_supports_gpu_offload()
     return PARALLEL_ON_DEVICE if on_device else PARALLEL_ON_CPU
 
