@@ -69,6 +69,16 @@ class Residuals:
 
     def __init__(self) -> None: ...
 
+class Recording:
+    """Of one session: the attention of rows on image tokens, by slot, in some layers."""
+
+    def __init__(self, layers: list[int], n_image_tokens: int) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def layers(self) -> _Ints: ...
+    def weights(self) -> _Floats:
+        """(n_slots, n_layers, n_image_tokens); NaN where nothing is known."""
+
 class Part:
     """What the rows of one session in a batch share."""
 
@@ -83,6 +93,8 @@ class Part:
         residuals: Residuals | None = None,
         keep_influence: bool = False,
         read_residual: bool = False,
+        recording: Recording | None = None,
+        record: int = -1,
     ) -> None: ...
 
 class ForkPlan:
@@ -126,6 +138,17 @@ class EncoderMend:
     def mended(self) -> set[str]: ...
     def begin(self) -> None: ...
     def end(self) -> None: ...
+
+class EncoderProbe:
+    def __init__(self, mend: EncoderMend | None) -> None: ...
+    @property
+    def callback(self) -> int: ...
+    @property
+    def user_data(self) -> int: ...
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def pixels(self) -> _Floats:
+        """(n, n_channels, height, width) of the graph probed last."""
 
 class GuidanceState:
     alpha: float

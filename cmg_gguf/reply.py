@@ -7,6 +7,7 @@ from typing import Literal
 
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.guidance import Guidance
+from cmg_gguf.heat.maps import Heat
 
 FinishReason = Literal["stop", "length"]
 
@@ -81,7 +82,8 @@ class Reply:
     prompt tokens whose KV cells were there from an earlier prompt that began alike. mended: what
     was put right in the image encoder for its pictures, names of `MENDS`, sorted. scores: of the
     first `Request.n_scores` draws, the end token's included: (n_vocab,) float32, the logits under
-    guidance before the plausibility cut and all samplers.
+    guidance before the plausibility cut and all samplers. heat: what each token attended to in the
+    pictures, where asked for.
     """
 
     text: str
@@ -98,6 +100,7 @@ class Reply:
     n_reasoning_tokens: int = 0
     mended: tuple[str, ...] = ()
     scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
+    heat: Heat | None = field(default=None, repr=False, compare=False)
 
     @property
     def n_changed(self) -> int:

@@ -68,6 +68,8 @@ class Request:
     whole vocabulary. salt: kept prompts and images are found by requests of the same salt alone.
     chat_template_kwargs: what the chat template sees besides the messages, as {"enable_thinking":
     False}, in place of the model's own; a name that the template does not read changes nothing.
+    heat: the reply has what each token attended to in the pictures; changes no token, and costs the
+    attention of one row a layer again.
 
     Raises PromptError, GuidanceError or SamplingError for what cannot be.
     """
@@ -86,6 +88,7 @@ class Request:
     n_scores: int = 0
     salt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    heat: bool = False
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, self.images)
@@ -220,6 +223,15 @@ def _check_settings(request: Request) -> None:
         )
     if not isinstance(request.raw, bool):
         raise PromptError(f"raw={shown(request.raw)} is neither True nor False; write one of them")
+    if not isinstance(request.heat, bool):
+        raise PromptError(
+            f"heat={shown(request.heat)} is neither True nor False; write one of them"
+        )
+    if request.heat and request.contrast is not None:
+        raise PromptError(
+            "heat=True shows what one prompt's images got, and contrast= has two prompts; leave "
+            "one of them out"
+        )
     processors = request.logits_processors
     if not isinstance(processors, Sequence):
         remedy = "write [process]" if callable(processors) else "write [] for none"

@@ -18,7 +18,9 @@ from cmg_gguf.answer.work import Admission, Encoding, Steps
 from cmg_gguf.engine.contrast import ContrastSession
 from cmg_gguf.engine.engine import AnySession
 from cmg_gguf.engine.session import Session
-from cmg_gguf.errors import BackendError
+from cmg_gguf.errors import BackendError, PromptError
+from cmg_gguf.heat.maps import Heat
+from cmg_gguf.llama.geometry import pictures_of
 from cmg_gguf.llama.projector import PromptEncoding
 from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.llama.sampler import Sampler
@@ -38,6 +40,8 @@ ANSWER_SHARE = 0.5
 """Share of `max_tokens` for which there must be room where an answer begins beside others."""
 MOST_COUNTED = 256
 """What counts as `max_tokens` there, where a request sets none or more: few answers get so far."""
+HEAT_BYTES = 2**30
+"""Memory that the heat of one answer may take."""
 
 
 class Stream(Iterator[Piece]):
@@ -134,6 +138,9 @@ class Run:
         self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive, heard)
         with scheduler.held_open():
             self._prompt, self._contrasted = _prompts(pair, request)
+            if request.heat:
+                _check_heat(pair, request, self._prompt)
+                self._pictures = pictures_of(pair.projector, self._prompt)
             sampler = Sampler(
                 pair.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
             )
@@ -253,7 +260,10 @@ class Run:
 
     def _opened(self) -> Session:
         guidance, n_cells = self._request.guidance, self._n_cells()
-        return self._pair.engine.open(self._prompt, guidance, n_reserved=n_cells)
+        session = self._pair.engine.open(self._prompt, guidance, n_reserved=n_cells)
+        if self._request.heat:
+            session.record()
+        return session
 
     def _opened_contrast(self, original: Prompt, degraded: Prompt) -> ContrastSession:
         n_cells = self._n_cells()
@@ -304,7 +314,16 @@ class Run:
             seconds=replace(self._seconds, decode=answer.seconds),
             mended=self._mended(),
             scores=tuple(answer.scores),
+            heat=self._heat(session),
         )
+
+    def _heat(self, session: AnySession) -> Heat | None:
+        recording = session.recording
+        if recording is None:
+            return None
+        weights = recording.weights()[: self._generation.n_said]
+        layers = tuple(recording.layers.tolist())
+        return Heat(weights, layers, session.layers, self._pictures)
 
 
 def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
@@ -325,3 +344,19 @@ def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
     degraded = tokens_of(contrast.prompt, contrast.images)
     pair.engine.check_contrast(prompt, degraded)
     return prompt, degraded
+
+
+def _check_heat(pair: Pair, request: Request, prompt: Prompt) -> None:
+    """Raises PromptError where there is nothing to look at, or too much to keep."""
+    context, n_images = pair.contexts[0], prompt.n_image_tokens
+    if n_images == 0:
+        raise PromptError("heat=True shows where an answer looks, and there is no image; give one")
+    n_layers = len(context.attention_layers)
+    n_tokens = context.n_ctx - prompt.n_tokens + 1
+    n_tokens = min(request.max_tokens or n_tokens, n_tokens)
+    most = HEAT_BYTES // (4 * n_layers * n_images)
+    if n_tokens > most:
+        raise PromptError(
+            f"heat=True of {n_tokens} tokens, {n_layers} layers and {n_images} image tokens takes "
+            f"more than {HEAT_BYTES // 2**20} MiB; set max_tokens to {most} or less"
+        )

@@ -231,7 +231,7 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
 void GraphPatch::check_layers_attended() const {
     for (int32_t il = 0; il < n_layer_; il++) {
         const bool needed = std::any_of(plan_.parts.begin(), plan_.parts.end(), [il](auto & part) {
-            return part.observes(il) || part.masks(il);
+            return part.observes(il) || part.masks(il) || part.records(il);
         });
         if (needed && attended_[static_cast<size_t>(il)] == 0) {
             const bool writes = written_[static_cast<size_t>(il)] != 0;

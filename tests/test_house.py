@@ -16,7 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "cmg_gguf"
 
-VALUES = "errors arrays guidance settings sampling reply"
+VALUES = "errors arrays guidance settings sampling heat reply"
 ASKING = f"{VALUES} request"
 HOUSE = {
     # A room: what it may know. Lower rooms come first, so no arrow leads up.
@@ -26,7 +26,8 @@ HOUSE = {
     "guidance": "errors arrays",
     "settings": "errors guidance",
     "sampling": "errors arrays",
-    "reply": "errors arrays guidance",
+    "heat": "errors arrays",
+    "reply": "errors arrays guidance heat",
     "tiny": VALUES,
     # --- prompts, and requests made of all that -------------------------------------------------
     "prompt": "errors arrays",

@@ -30,7 +30,8 @@ class TinyEncoder:
     its model reads one at once. width: of the language model. n_layer: layers whose output
     counts; of "clip" it is known by `layout`: "whole" holds one layer more, which is not run;
     "legacy" is the same without that layer, as llama.cpp's retired converter wrote it;
-    "feature_layer" names the layer.
+    "feature_layer" names the layer. pinpoints: widths and heights that a larger picture is scaled
+    to before it is cut into tiles, as LLaVA-1.6 does it.
     """
 
     kind: Kind = "clip"
@@ -43,6 +44,7 @@ class TinyEncoder:
     patch_size: int = 14
     layout: Layout = "whole"
     seed: int = 0
+    pinpoints: tuple[int, ...] = ()
 
     @property
     def n_side(self) -> int:
@@ -129,6 +131,8 @@ def write_encoder(path: Path, encoder: TinyEncoder) -> Path:
     file.add_float32("clip.vision.attention.layer_norm_epsilon", EPS[encoder.kind])
     if encoder.kind == "clip" and encoder.layout == "feature_layer":
         file.add_array("clip.vision.feature_layer", [encoder.n_layer])
+    if encoder.pinpoints:
+        file.add_array("clip.vision.image_grid_pinpoints", list(encoder.pinpoints))
     file.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
     file.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
     for name, tensor in weights_of(encoder).items():

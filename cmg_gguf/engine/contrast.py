@@ -31,6 +31,7 @@ class ContrastSession:
     is_whole = False
     n_reused = first_row = 0
     layers: tuple[int, ...] = ()
+    recording = None
 
     def __init__(self, branches: Branches, original: Prompt, degraded: Prompt) -> None:
         """original, degraded: the two prompts, their images encoded."""

@@ -208,17 +208,20 @@ class PromptRows:
         first_own: int,
         *,
         note_images: bool = False,
+        recording: _core.Recording | None = None,
     ) -> PlanOf:
         """The original branch notes where images lie and observes the masked rows' attention.
 
         first_own: first row that the degraded branch decodes itself. note_images: note them without
-        guidance too.
+        guidance too. recording: where the last row's attention is recorded, in slot 0.
         """
 
         def plan(part: slice) -> RowPlan | None:
-            if not self.masked.any() and not (note_images and self.is_image[part].any()):
-                return None
             is_last = part.stop == self.n
+            notes = note_images and self.is_image[part].any()
+            records = is_last and recording is not None
+            if not (self.masked.any() or notes or records):
+                return None
             shared = _core.Part(
                 selections=selections,
                 residuals=residuals,
@@ -227,6 +230,8 @@ class PromptRows:
                 n_image_tokens=self.n_image_tokens,
                 keep_influence=is_last and isinstance(self._layer_policy, AttentionMass),
                 read_residual=is_last and isinstance(self._layer_policy, LowestCosine),
+                recording=recording if records else None,
+                record=0 if records else NONE,
             )
             table = self._table(part, observed=self.observed)
             return self._forked(RowPlan(shared, table), part, first_own, entering=False)

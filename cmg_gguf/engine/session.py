@@ -37,7 +37,8 @@ class Session:
     rows that wait, and of a step or a prompt under way. n_reserved: cells set aside for it. layers:
     masked ones, known once the prompt is decoded. is_whole: the original branch has decoded every
     row of its items in every layer, so that they may be kept. selections: what rows of the original
-    branch chose to hide.
+    branch chose to hide. recording: what the rows that tokens are drawn from attend to among the
+    image tokens, a slot each; None = it is not recorded, see `record`.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Session:
         self.l_d: FloatArray | None = None
         self.selections, self._residuals = _core.Selections(context.n_layer), _core.Residuals()
         self._strategy, self._pace = strategy, pace
+        self.recording: _core.Recording | None = None
         self._prefixes = prefixes
         self._has_state = context.has_state
+        self._n_drawn = 0  # tokens behind the prompt
         self._observed = guidance.refresh == "step"
         self._may_wait = self.guided and strategy.may_wait(guidance)
         self._forking = Forking(context, ())
@@ -116,6 +119,13 @@ class Session:
         """The image tokens masked for the newest row, by layer of `layers`; (n,) int32 each."""
         return tuple(self.selections.tokens(self._newest, il) for il in self.layers)
 
+    def record(self) -> None:
+        """Lets the attention of the row that each token is drawn from be recorded, in all layers
+        that attend. Before `prefill`."""
+        layers = list(self.branches.original.context.attention_layers)
+        self.recording = _core.Recording(layers, self.rows.n_image_tokens)
+        self._note_images = True
+
     def prefill(self) -> Decodes:
         """The prompt's rows, its images encoded from `first_row` on. Where degraded rows may wait,
         those of the prompt do."""
@@ -126,7 +136,11 @@ class Session:
         if shares and start.original > 0:
             self._share_prefix(min(start.original, own))
         plan = rows.original_plan(
-            selections, self._residuals, own, note_images=self._prefixes is not None
+            selections,
+            self._residuals,
+            own,
+            note_images=self._prefixes is not None,
+            recording=self.recording,
         )
         picture_end = rows.picture_end
         cuts = (own, picture_end) if self._has_state else ()
@@ -139,7 +153,8 @@ class Session:
         self.l_o = decoded.logits[-1]
         if self.guided:
             self.layers = rows.chosen_layers(selections)
-            self._prepare_steps()
+        self._prepare_steps()
+        if self.guided:
             self._newest = rows.n_slots - 1
             if not self._may_wait:
                 yield from self._decode_prompt_degraded()
@@ -157,7 +172,10 @@ class Session:
         self.n_cells += self.cells_a_step
         try:
             if not self.guided:
-                decoded = yield text_batch(self.branches.original, [token], [self.n_past], None)
+                plan = None
+                if self.recording is not None:
+                    plan = self._masking.plan([(NONE, NONE, NONE)], record=self._slot_recorded)
+                decoded = yield text_batch(self.branches.original, [token], [self.n_past], plan)
                 self.l_o = decoded.logits[0]
             elif self._takes_together():
                 if self._waiting:
@@ -172,6 +190,7 @@ class Session:
             raise
         self._asked = False
         self.n_past += 1
+        self._n_drawn += 1
         self.lease.items.append(token)
         self.is_whole = was_whole
 
@@ -187,6 +206,11 @@ class Session:
         if self._waiting:
             yield from self._decode_waiting()
 
+    @property
+    def _slot_recorded(self) -> int:
+        """Where the row that is decoded next is recorded: the prompt's last row has slot 0."""
+        return self._n_drawn + 1
+
     def _prepare_steps(self) -> None:
         context, rows = self.branches.original.context, self.rows
         if self._strategy.fork and self.branches.paired:
@@ -198,6 +222,7 @@ class Session:
             policy=rows.policy,
             n_image_tokens=rows.n_image_tokens,
             observed=self._observed,
+            recording=self.recording,
         )
         if self._may_wait:
             self._prompt_waits = True
@@ -251,12 +276,14 @@ class Session:
         if self.branches.paired:
             watch, hide = (observe, NONE, 0), (NONE, 0, 0)
             layer = self._forking.layer if self._forking.pairs else 0
-            plan = self._masking.plan([watch, hide], fork_layer=layer, n_below=1)
+            plan = self._masking.plan(
+                [watch, hide], fork_layer=layer, n_below=1, record=self._slot_recorded
+            )
             decoded = yield copied_row((original, degraded), token, (self.n_past,) * 2, plan)
             l_o, l_d = decoded.logits
             self._pace.together_took(decoded.seconds)
         else:
-            plan = self._masking.plan([(observe, NONE, NONE)])
+            plan = self._masking.plan([(observe, NONE, NONE)], record=self._slot_recorded)
             decoded = yield text_batch(original, [token], [self.n_past], plan)
             (l_o,) = decoded.logits
             plan = self._masking.plan([(NONE, 0, NONE)])
@@ -272,7 +299,9 @@ class Session:
             yield from self.catch_up()
         slot = self._slot(len(self._waiting))
         watch = slot if self._observed else NONE, NONE, slot
-        plan = self._masking.plan([watch], fork_layer=self._forking.layer, n_below=1)
+        plan = self._masking.plan(
+            [watch], fork_layer=self._forking.layer, n_below=1, record=self._slot_recorded
+        )
         decoded = yield text_batch(original, [token], [self.n_past], plan)
         self._pace.alone_took(decoded.seconds)
         self.l_o, self.l_d = decoded.logits[0], None
