@@ -32,8 +32,8 @@ def look() -> Iterator[Finding]:
         yield Finding(
             "weights",
             "ok",
-            "not repacked, for the AMX kernels of this llama.cpp crash; one without them is faster: "
-            f"{remedy}",
+            "not repacked, for the AMX kernels of this llama.cpp crash; one without them is "
+            f"faster: {remedy}",
         )
 
 
