@@ -30,6 +30,8 @@ ENCODERS = {
     "internvl": TinyEncoder("internvl"),
     "pixtral": TinyEncoder("pixtral"),
     "gemma4uv": TinyEncoder("gemma4uv"),
+    "gemma3": TinyEncoder("gemma3", image_size=112),
+    "qwen2vl": TinyEncoder("qwen2vl"),
 }
 PAIRS = {
     "square": TinyConfig(),
