@@ -29,9 +29,10 @@ class TinyEncoder:
     """kind: "clip" is LLaVA's, with a class token; "internvl" has one too; "pixtral" has none, and
     a break behind each row of patches; "gemma4uv" has no layers, takes a picture of any shape, and
     its model reads one at once; "gemma3" and "qwen2vl" make one token of four patches, of a square
-    and of any shape. width: of the language model. n_layer: layers whose output counts; of "clip" it is known by `layout`: "whole" holds one layer more, which is not run;
-    "legacy" is the same without that layer, as llama.cpp's retired converter wrote it;
-    "feature_layer" names the layer. pinpoints: widths and heights that a larger picture is scaled
+    and of any shape. width: of the language model. n_layer: layers whose output counts; of "clip"
+    it is known by `layout`: "whole" holds one layer more, which is not run; "legacy" is the same
+    without that layer, as llama.cpp's retired converter wrote it; "feature_layer" names the layer.
+    pinpoints: widths and heights that a larger picture is scaled
     to before it is cut into tiles, as LLaVA-1.6 does it.
     """
 
