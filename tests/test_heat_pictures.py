@@ -151,6 +151,23 @@ def test_a_sheet_has_the_pictures_and_a_panel_for_each_word(sizes: list[tuple[in
         assert (corner == 255).all()
 
 
+def test_attention_that_is_not_known_is_refused() -> None:
+    rows = np.full((2, 4), 0.1)
+    rows[0, 1] = np.nan
+    with pytest.raises(ImageError, match="is not known: llama"):
+        overlay(PICTURE, heat_of(rows, BOXES, (64, 16)), 0, [0])
+
+
+def test_a_tile_of_padding_is_passed_over() -> None:
+    rows = np.full((2, 8), 0.1)
+    rows[0, 0] = 0.4
+    tiles = Tile(0, 4, BOXES), Tile(4, 4, np.full((4, 4), np.nan))
+    alone = heat_of(rows[:, :4], BOXES, (64, 16))
+    beside = Heat(rows[:, None].astype(np.float32), (0,), (), (Picture(64, 16, tiles),))
+    first, second = (np.asarray(overlay(PICTURE, heat, 0, [0])) for heat in (alone, beside))
+    np.testing.assert_array_equal(first, second)
+
+
 def test_a_sheet_of_a_picture_whose_geometry_is_not_known_is_refused() -> None:
     heat = Heat(np.ones((1, 1, 4), np.float32), (0,), (), (Picture(8, 8, (Tile(0, 4),), "no"),))
     with pytest.raises(ImageError, match=r"is not known \(no\)"):

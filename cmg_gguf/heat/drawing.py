@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from cmg_gguf.errors import ImageError
 from cmg_gguf.heat.colours import colours
 from cmg_gguf.heat.geometry import Boxes, Picture
 from cmg_gguf.heat.maps import Heat, Layers, Values, ratio, spread
@@ -73,12 +74,18 @@ def overlay(
     pixels.
 
     rgb: (height, width, 3) uint8, the picture numbered `image`. relative: colours as `RELATIVE`
-    says, else as `ABSOLUTE`. Raises what `Heat.map` raises.
+    says, else as `ABSOLUTE`. Raises what `Heat.map` raises, and ImageError for attention that is
+    not known.
     """
     heat.boxes(image)  # raises where they are not known
     size, picture = fitted(rgb, edge), heat.picture(image)
     scale = np.tile([size[0] / rgb.shape[1], size[1] / rgb.shape[0]], 2)
     values = _smooth(heat.of(tokens, layer=layer, relative=False), picture, scale, size)
+    if np.isnan(values).any():
+        raise ImageError(
+            f"the attention on some tokens of image {image} is not known: llama.cpp has given "
+            "their cells away; name a layer that has them with layer="
+        )
     if relative:
         usual = heat.of(range(heat.n_tokens), layer=layer, relative=False)
         shares = RELATIVE.shares(ratio(values, _smooth(usual, picture, scale, size)))
@@ -118,6 +125,8 @@ def _smooth(values: Values, picture: Picture, scale: Values, size: tuple[int, in
     for tile in picture.tiles:
         assert tile.boxes is not None
         boxes = tile.boxes * scale
+        if np.isnan(boxes).all():
+            continue  # a tile of padding
         edges = np.nanmedian(boxes[:, 2:] - boxes[:, :2], axis=0)
         density = spread(values[tile.first : tile.first + tile.n_tokens], boxes, found.shape)
         across, down = (_blur(n, SMOOTH * edge) for n, edge in zip(size, edges, strict=True))
