@@ -8,12 +8,14 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import PIL
 
-from cmg_gguf.llama.about import devices, features
+from cmg_gguf.llama.about import devices, features, library
 from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
+from cmg_gguf.llama.repacking import REMEDY, is_safe
 from cmg_gguf.llama.resolution import measured
 from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch
 
@@ -22,12 +24,17 @@ SIZE_IF_UNKNOWN = 336
 
 
 def system_facts() -> dict[str, Any]:
-    """Versions and devices."""
+    """Versions, the libllama that is loaded, devices. repacking_remedy: None where weights may be
+    repacked."""
     return {
         "llama_cpp_python": llama_cpp.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
         "python": platform.python_version(),
+        "library": str(library()),
         "devices": [vars(device) for device in devices()],
         "features": features(),
+        "repacking_remedy": None if is_safe() else REMEDY,
     }
 
 

@@ -11,6 +11,17 @@ from cmg_gguf.heat.maps import Heat
 
 FinishReason = Literal["stop", "length"]
 
+MENDS = {
+    "activation": "its gated networks have GELU, which its file does not name",
+    "class token": "its class token stands before the patches (llama.cpp issue 25814)",
+    "cleared": "what stands behind a row of patches does not depend on what memory held",
+    "layer": "the last layer of its file is run (llama.cpp issue 25817)",
+    "places": "each patch has the place that was learned for it",
+    "rows": "image tokens come row by row",
+}
+"""What can be put right in an image encoder, by name, and what it then does otherwise than
+llama.cpp's."""
+
 
 @dataclass(frozen=True)
 class Token:
@@ -68,7 +79,8 @@ class Reply:
     reasoning, its marks included.
     finish_reason: "stop" (end token or stop string), "length" (max_tokens, or the context is full).
     layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
-    prompt tokens whose KV cells were there from an earlier prompt that began alike. scores: of the
+    prompt tokens whose KV cells were there from an earlier prompt that began alike. mended: what
+    was put right in the image encoder for its pictures, names of `MENDS`, sorted. scores: of the
     first `Request.n_scores` draws, the end token's included: (n_vocab,) float32, the logits under
     guidance before the plausibility cut and all samplers. heat: what each token attended to in the
     pictures, where asked for.
@@ -86,6 +98,7 @@ class Reply:
     n_reused_tokens: int = 0
     reasoning: str = ""
     n_reasoning_tokens: int = 0
+    mended: tuple[str, ...] = ()
     scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
     heat: Heat | None = field(default=None, repr=False, compare=False)
 

@@ -77,6 +77,17 @@ class Stream(Iterator[Piece]):
         self._finalizer()
         self._run.settle()
 
+    def ready(self) -> list[Piece] | None:
+        """The pieces that are there, without waiting; None once there will be no more. For event
+        loops, see `heard` of `GuidedVLM.stream`. Raises what ended the answer."""
+        pieces = self._run.ready()
+        self._text += "".join(p.text for p in pieces or () if not p.reasoning)
+        return pieces
+
+    def cancel(self) -> None:
+        """Ends the answer before its next token, without waiting for that."""
+        self._finalizer()
+
     @property
     def text(self) -> str:
         """What has been read so far of the answer, without its reasoning."""
@@ -110,8 +121,10 @@ class Run:
         request: Request,
         progress: Progress | None = None,
         at_end: Callable[[], None] = lambda: None,
+        heard: Callable[[bool], None] = lambda over: None,
     ) -> None:
-        """at_end: called once nothing of it will come any more.
+        """at_end: called once nothing of it will come any more. heard: called where there is
+        something to read; see `GuidedVLM.stream`.
 
         Raises what is wrong with the request: PromptError, ImageError, ContextLengthError,
         GuidanceError, SamplingError; ModelError if the model is closed.
@@ -122,7 +135,7 @@ class Run:
         self._progress, self._at_end = progress, at_end
         sampling, guidance = request.sampling, request.guidance
         self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
-        self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive)
+        self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive, heard)
         with scheduler.held_open():
             self._prompt, self._contrasted = _prompts(pair, request)
             if request.heat:
@@ -172,6 +185,19 @@ class Run:
                 self.cancel()
                 self.settle()
                 raise
+
+    def ready(self) -> list[Piece] | None:
+        """The pieces that are there, without waiting; None behind the last. Raises what ended the
+        answer."""
+        pieces = []
+        for event in self._outbox.take():
+            if isinstance(event, End):
+                if event.error is not None:
+                    raise event.error
+                return None
+            if isinstance(event, Piece):
+                pieces.append(event)
+        return pieces
 
     def settle(self) -> None:
         """Waits until nothing of it will come any more, and passes over what does; not where it
@@ -266,6 +292,11 @@ class Run:
                 except StopIteration:
                     return
 
+    def _mended(self) -> tuple[str, ...]:
+        mended_in = self._pair.projector.mended_in
+        prompts = [prompt for prompt in (self._prompt, self._contrasted) if prompt is not None]
+        return tuple(sorted(set[str]().union(*map(mended_in, prompts))))
+
     def _finished(self, session: AnySession) -> Reply:
         answer = self._generation.answer
         return Reply(
@@ -281,6 +312,7 @@ class Run:
             layers=session.layers,
             seed=self._seed,
             seconds=replace(self._seconds, decode=answer.seconds),
+            mended=self._mended(),
             scores=tuple(answer.scores),
             heat=self._heat(session),
         )

@@ -12,7 +12,6 @@ import ctypes
 import functools
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -47,17 +46,24 @@ ALL_TOKENS = _core.TokenPolicy(_core.TokenRule.top_ratio, 1.0)
 
 
 class Tiny:
-    """A tiny pair, opened: model, projector, and the judge's reading of the same file.
+    """A tiny pair, opened: model, projector, and the judge's reading of the same file, if it can.
 
     prompt: see `_prompt`. verdict: see `judge`, for this pair. Both remember what they gave.
     """
 
     def __init__(self, pair: TinyPair) -> None:
-        self.ref = Reference.load(pair.llm)
+        self._path = pair.llm
         self.model = Model.load(pair.llm, n_gpu_layers=N_GPU_LAYERS)
         self.projector = Projector(pair.mmproj, self.model, use_gpu=False, n_threads=1)
         self.prompt = functools.cache(self._prompt)
-        self.verdict = functools.cache(partial(judge, self.ref))
+        self.verdict = functools.cache(self._verdict)
+
+    @functools.cached_property
+    def ref(self) -> Reference:
+        return Reference.load(self._path)
+
+    def _verdict(self, *asked: Any, **settings: Any) -> Verdict:
+        return judge(self.ref, *asked, **settings)
 
     def _prompt(self, text: str, *image_seeds: int) -> Prompt:
         """An encoded prompt; "<__media__>" in `text` stands for one picture each."""

@@ -28,13 +28,14 @@ HOUSE = {
     "sampling": "errors arrays",
     "heat": "errors arrays",
     "reply": "errors arrays guidance heat",
+    "tiny": VALUES,
     # --- prompts, and requests made of all that -------------------------------------------------
     "prompt": "errors arrays",
     "request": f"{VALUES} prompt",
     # --- two branches, llama.cpp, an answer: none knows another ---------------------------------
     "_core": "",
     "engine": f"{VALUES} prompt.segments _core",
-    "llama": f"{VALUES} prompt engine.context _core llama_cpp",
+    "llama": f"{VALUES} prompt engine.context tiny.pair _core llama_cpp",
     "answer": f"{ASKING} prompt.reasoning",
     "chat": ASKING,
     # --- where they are put together ------------------------------------------------------------
@@ -47,10 +48,13 @@ HOUSE = {
     "facts": f"{VALUES} llama llama_cpp opening",
     "__init__": f"{ASKING} stream many vlm handler",
     # --- what is built on them ------------------------------------------------------------------
-    "tiny": VALUES,
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
+    "doctor": f"{VALUES} prompt engine llama opening vlm facts tiny __init__",
     "captioning": f"{ASKING} prompt vlm evaluation",
-    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation captioning __init__",
+    "server": f"{ASKING} prompt chat stream vlm __init__",
+    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation doctor captioning "
+    "server "
+    "__init__",
 }
 """`__init__` is the package's own. A room named with a module ("prompt.segments") is known by
 that module alone."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from commands import invoke
 from prompts import ONE_IMAGE, PICTURE
-from support import TOLERANCE, Rig, Tiny
+from support import TOLERANCE, Pairing, Rig, Tiny
 from tiny_llava import TinyConfig, TinyPair
 
 from cmg_gguf.errors import GuidanceError
@@ -29,15 +29,18 @@ def test_the_layers_that_attend_are_found_in_the_graph(hybrid: Tiny, llama: Tiny
     assert llama.model.attention_layers == tuple(range(llama.model.n_layer))
 
 
+@pytest.mark.parametrize("pairing", ["pair", "contexts"])
 @pytest.mark.parametrize(
     "layers",
     [LayerRange(), LayerRange(0, 1), AttentionMass(0.5), LowestCosine(0.5), LowestCosine(1.0)],
     ids=str,
 )
-def test_both_branches_of_a_hybrid_are_the_judges(hybrid: Tiny, layers: LayerPolicy) -> None:
+def test_both_branches_of_a_hybrid_are_the_judges(
+    hybrid: Tiny, layers: LayerPolicy, pairing: Pairing
+) -> None:
     prompt, guidance = hybrid.prompt(ONE_IMAGE, PICTURE), Guidance(layers=layers)
     verdict = hybrid.verdict(prompt, guidance)
-    errors = Rig(hybrid, pairing="contexts").follow(prompt, guidance, verdict)
+    errors = Rig(hybrid, pairing=pairing).follow(prompt, guidance, verdict)
     assert errors.max() <= TOLERANCE
     assert verdict.gaps.min() > 100 * TOLERANCE
     assert set(verdict.layers) <= set(ATTENDING)
@@ -49,7 +52,7 @@ def test_any_choice_of_layers_changes_the_logits_or_is_an_error(hybrid: Tiny, se
     layers = rng.permutation(CONFIG.n_layer)[: rng.integers(1, 4)].tolist()
     if seed % 2:
         layers = rng.permutation(ATTENDING)[: rng.integers(1, 4)].tolist()
-    rig, prompt = Rig(hybrid, pairing="contexts"), hybrid.prompt(ONE_IMAGE, PICTURE)
+    rig, prompt = Rig(hybrid), hybrid.prompt(ONE_IMAGE, PICTURE)
     guidance = Guidance(layers=layers)
     if not set(layers) <= set(ATTENDING):
         with pytest.raises(GuidanceError, match=r"do not attend.*those that do are 1, 3, 4$"):
@@ -63,7 +66,7 @@ def test_any_choice_of_layers_changes_the_logits_or_is_an_error(hybrid: Tiny, se
 
 
 def test_a_range_without_a_layer_that_attends_is_an_error(hybrid: Tiny) -> None:
-    rig, prompt = Rig(hybrid, pairing="contexts"), hybrid.prompt(ONE_IMAGE, PICTURE)
+    rig, prompt = Rig(hybrid), hybrid.prompt(ONE_IMAGE, PICTURE)
     with pytest.raises(GuidanceError, match=r"hold none that attends.*those that do are 1, 3, 4;"):
         rig.engine.prefill(prompt, Guidance(layers=LayerRange(0.0, 1 / 6)))
     rig.engine.prefill(prompt, Guidance(alpha=0.0, layers=LayerRange(0.0, 1 / 6)))

@@ -17,6 +17,7 @@ from cmg_gguf.cli.options import format_numbers, parse_layers
 from cmg_gguf.cli.output import write_json, write_rendered
 from cmg_gguf.cli.screen import Screen, size
 from cmg_gguf.guidance import LayerRange, LayerSet, static_layers
+from cmg_gguf.reply import MENDS
 
 EXAMPLES = """\
 Examples:
@@ -29,16 +30,6 @@ Examples:
 
   cmg-gguf info -m llava.gguf --layers 10-20   which layers that means
 """
-
-MENDS = {
-    "activation": "its gated networks have GELU, which its file does not name",
-    "class token": "its class token stands before the patches (llama.cpp issue 25814)",
-    "cleared": "what stands behind a row of patches does not depend on what memory held",
-    "layer": "the last layer of its file is run (llama.cpp issue 25817)",
-    "places": "each patch has the place that was learned for it",
-    "rows": "image tokens come row by row",
-}
-"""What is said of a mend of the image encoder."""
 
 
 @manners()
@@ -112,9 +103,15 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
         lines.append(("masked layers", _masked(facts["guidance"], model["layers"])))
     lines += [
         ("cmg-gguf", facts["cmg_gguf"]),
-        ("llama-cpp-python", f"{facts['llama_cpp_python']}, Python {facts['python']}"),
+        ("llama-cpp-python", facts["llama_cpp_python"]),
+        ("Python", f"{facts['python']}, NumPy {facts['numpy']}, Pillow {facts['pillow']}"),
     ]
     lines += [("device", _device(device)) for device in facts["devices"]]
+    if remedy := facts["repacking_remedy"]:
+        lines += [
+            ("weights", "not repacked: this build's AMX kernels crash. To be faster:"),
+            ("", remedy),
+        ]
     return [*lines, ("compiled with", facts["features"])]
 
 

@@ -26,7 +26,7 @@ from cmg_gguf.errors import ContextLengthError
 if TYPE_CHECKING:
     from cmg_gguf.reply import Reply
 
-Phase = Literal["download", "load", "encode", "prefill", "decode"]
+Phase = Literal["download", "load", "encode", "prefill", "decode", "examine"]
 
 _DOING: dict[Phase, str] = {
     "download": "downloading the model",
@@ -34,6 +34,7 @@ _DOING: dict[Phase, str] = {
     "encode": "encoding the images",
     "prefill": "reading the prompt",
     "decode": "answering",
+    "examine": "examining",
 }
 
 
@@ -213,6 +214,8 @@ def summary(reply: Reply, *, load: float | None = None, max_tokens: int | None =
             if value is not None
         )
     )
+    if reply.mended:
+        parts.append(f"encoder mended: {', '.join(reply.mended)}")
     return " · ".join([*parts, _masked(reply)])
 
 

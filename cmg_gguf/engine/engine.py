@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
 from cmg_gguf.arrays import FloatArray
@@ -67,7 +68,8 @@ class Engine:
         self.lanes = tuple(lanes)
         self._contexts = lanes[0].original.context, lanes[0].degraded.context
         self.prefixes = prefixes or PrefixCache(self._contexts)
-        self.strategy = strategy
+        # What a fork leaves out, a state would miss.
+        self.strategy = replace(strategy, fork=strategy.fork and not self._contexts[0].has_state)
         self.sessions: tuple[AnySession, ...] = ()
         self._context = self._contexts[0]
         self._pace = pace or Pace()
@@ -286,7 +288,7 @@ class Engine:
             self.prefixes.lease(prompt, rows, branches),
             strategy=self.strategy,
             pace=self._pace,
-            note_images=self.prefixes.keeps,
+            prefixes=self.prefixes if self.prefixes.keeps else None,
         )
 
     def _opened(

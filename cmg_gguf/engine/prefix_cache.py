@@ -14,6 +14,10 @@ An answer's rows in the degraded branch are not kept: they may not have been dec
 neither may the prompt's (`cmg_gguf.engine.steps`). Rows that were left out below a fork are of use
 to those that are left out there too (`cmg_gguf.engine.fork`).
 
+Where layers have a state, it is kept as it stood, with the rows before it: such a prefix is reused
+as a whole or not at all. So a prompt leaves several, one where each state may be of use: behind its
+picture, behind both branches' prompt, and, where nothing is masked, behind its answer.
+
 Kept prefixes give way: the one that was not used for longest first, when the cells that may be kept
 are full, or when an answer needs room. Of those whose images a new prompt begins with, the new one
 takes the place.
@@ -107,6 +111,7 @@ class PrefixCache:
     ) -> None:
         self._contexts = contexts
         self._paired = contexts[0] is contexts[1]
+        self._has_state = contexts[0].has_state
         self._slots = tuple(slots)
         self._max_cells = max_cells
         self._store = PrefixStore(len(self._slots))
@@ -178,15 +183,16 @@ class PrefixCache:
             self._let_go(oldest)
         return True
 
-    def keep(self, lease: Lease) -> None:
+    def keep(self, lease: Lease, n: int | None = None) -> None:
         """Keeps what an answer has decoded. The original branch must be whole: every row of every
-        layer. It may go on; then its cells are known by the names that the prefix has."""
+        layer. It may go on; then its cells are known by the names that the prefix has. n: rows of
+        it that are kept; None = all."""
         if not self.keeps or not self._is_whole(lease):
             return
-        items, original, degraded = self._fitting(lease)
+        items, original, degraded = self._fitting(lease, n)
         if not items:
             return
-        for prefix in self._store.superseded(items):
+        for prefix in self._store.superseded(items, whole=self._has_state):
             self._let_go(prefix)
         cells = np.union1d(original, degraded)
         while (slot := self._store.free_slot) is None or (
@@ -235,11 +241,15 @@ class PrefixCache:
     def _start_from(self, prefix: Prefix, items: tuple[Item, ...], rows: PromptRows) -> Start:
         common = n_rows(items[: n_common(items, prefix.items)])
         common = min(common, rows.n - 1)
+        if self._has_state and common < n_rows(prefix.items):
+            return Start()
         variant = self._variant(rows)
         same = variant is not None and variant == prefix.variant and len(prefix.degraded)
         both = min(common, len(prefix.degraded))
         if same and both > rows.first_masked:
             return Start(both, both)
+        if self._has_state:
+            return Start(common if common <= min(rows.first_observed, rows.first_masked) else 0)
         return Start(min(common, rows.first_observed))
 
     def _variant(self, rows: PromptRows) -> Hashable:
@@ -275,12 +285,12 @@ class PrefixCache:
         context.share(source, target, n_positions(items))
         context.patch.copy_image_tokens(source, target, n_image_rows(items))
 
-    def _fitting(self, lease: Lease) -> tuple[tuple[Item, ...], Cells, Cells]:
-        """As much of an answer as may be kept: (items, original, degraded)."""
-        items = tuple(lease.items)
+    def _fitting(self, lease: Lease, n: int | None) -> tuple[tuple[Item, ...], Cells, Cells]:
+        """As much of an answer's first n rows as may be kept: (items, original, degraded)."""
+        items = tuple(lease.items) if n is None else head(lease.items, n)
         original = self._named(lease.original, n_rows(items))
         degraded = NO_CELLS
-        if lease.n_degraded > 0:
+        if lease.n_degraded > 0 and (not self._has_state or lease.n_degraded == len(original)):
             known = lease.degraded
             if not len(known):
                 known = original[: lease.first_own]
@@ -289,6 +299,8 @@ class PrefixCache:
                 degraded = NO_CELLS
         if not len(degraded):
             items = head(items, self._max_cells)
+            if self._has_state and not _is_of_use(lease, len(original), n_rows(items)):
+                items = ()
         return items, original[: n_rows(items)], degraded
 
     def _named(self, known: Cells, n: int) -> Cells:
@@ -309,3 +321,10 @@ class PrefixCache:
             context.truncate(seq, 0)
             context.patch.truncate_image_tokens(seq, 0)
         self._unsettled.discard(slot)
+
+
+def _is_of_use(lease: Lease, n: int, n_fitting: int) -> bool:
+    """Whether the original branch's state behind n rows is of use without the degraded one's: where
+    nothing before it is masked, in a prompt like this one."""
+    masks_newest_alone = lease.first_own >= lease.n_prompt - 1
+    return n == n_fitting and (n <= lease.first_own or masks_newest_alone)

@@ -132,6 +132,15 @@ class PromptRows:
         they depend on more, such as which row is the prompt's last."""
         return None if self._variant is None else (self._variant, self.fork_layer)
 
+    @property
+    def picture_end(self) -> int:
+        """Row behind the last picture up to which no row is masked or observed; 0 = there is none.
+        As far as that both branches are alike, whatever is asked next."""
+        in_picture = np.append(self.prompt.in_picture, False)
+        ends = np.flatnonzero(in_picture[:-1] & ~in_picture[1:]) + 1
+        before = ends[ends <= min(self.first_masked, self.first_observed, self.n - 1)]
+        return int(before[-1]) if len(before) else 0
+
     def fork_at(self, layer: int) -> None:
         """Lets the degraded branch's rows enter at this layer; 0 = at none. Images never do: where
         one is among these rows, none does."""
@@ -170,16 +179,16 @@ class PromptRows:
         return self.first_masked if paired else 0
 
     def batches(
-        self, branch: Branch, first: int, plan: PlanOf
+        self, branch: Branch, first: int, plan: PlanOf, *, cuts: Sequence[int] = ()
     ) -> Iterator[tuple[slice, Batch | ImageBatch]]:
         """The rows from `first` on, in batches of up to the context's n_ubatch rows. The logits of
-        the last row are wanted. plan: what the patch does with some rows."""
+        the last row are wanted. plan: what the patch does with some rows. cuts: rows that a batch
+        begins with."""
         n_ubatch = branch.context.n_ubatch
         row = position = 0
         for segment in self.prompt.segments:
             n = segment.n_tokens
-            for start in range(max(0, first - row), n, n_ubatch):
-                stop = min(start + n_ubatch, n)
+            for start, stop in _spans(max(0, first - row), n, n_ubatch, [c - row for c in cuts]):
                 part = slice(row + start, row + stop)
                 if isinstance(segment, ImageSegment):
                     image = ImageBatch(branch, segment, start, stop - start, position, plan(part))
@@ -270,6 +279,15 @@ class PromptRows:
             if slots is not None:
                 table[:, column] = slots[part]
         return table
+
+
+def _spans(first: int, n: int, most: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """`first` to n in pieces of at most `most`, none across a cut."""
+    start = first
+    while start < n:
+        stop = min([start + most, n, *(cut for cut in cuts if cut > start)])
+        yield start, stop
+        start = stop
 
 
 def _numbered(flags: npt.NDArray[np.bool_]) -> IntArray:

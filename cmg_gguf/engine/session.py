@@ -22,7 +22,7 @@ from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.engine.batch import NONE, Decodes, copied_row, text_batch
 from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.fork import Forking
-from cmg_gguf.engine.prefix_cache import Lease
+from cmg_gguf.engine.prefix_cache import Lease, PrefixCache
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.engine.steps import Masking, Pace, Strategy
 from cmg_gguf.errors import BackendError
@@ -50,9 +50,9 @@ class Session:
         *,
         strategy: Strategy,
         pace: Pace,
-        note_images: bool = False,
+        prefixes: PrefixCache | None = None,
     ) -> None:
-        """note_images: of plain prompts too, for who goes on from them."""
+        """prefixes: where what is decoded may be kept, for prompts that go on from it."""
         context = branches.original.context
         self.branches, self.rows, self.lease = branches, rows, lease
         self.guided = rows.guided
@@ -66,7 +66,8 @@ class Session:
         self.selections, self._residuals = _core.Selections(context.n_layer), _core.Residuals()
         self._strategy, self._pace = strategy, pace
         self.recording: _core.Recording | None = None
-        self._note_images = note_images
+        self._prefixes = prefixes
+        self._has_state = context.has_state
         self._n_drawn = 0  # tokens behind the prompt
         self._observed = guidance.refresh == "step"
         self._may_wait = self.guided and strategy.may_wait(guidance)
@@ -138,13 +139,17 @@ class Session:
             selections,
             self._residuals,
             own,
-            note_images=self._note_images,
+            note_images=self._prefixes is not None,
             recording=self.recording,
         )
-        for part, batch in rows.batches(original, start.original, plan):
+        picture_end = rows.picture_end
+        cuts = (own, picture_end) if self._has_state else ()
+        for part, batch in rows.batches(original, start.original, plan, cuts=cuts):
             decoded = yield batch
             if shares and part.start < own:
                 self._share_prefix(min(part.stop, own))
+            if part.stop == picture_end:
+                self._keep_state(part.stop)
         self.l_o = decoded.logits[-1]
         if self.guided:
             self.layers = rows.chosen_layers(selections)
@@ -157,6 +162,8 @@ class Session:
                 self._newest = 0
         self.n_past = rows.n_pos
         self.is_whole = True
+        if self.lease.is_complete:
+            self._keep_state(rows.n)
 
     def step(self, token: int) -> Decodes:
         """One token, the same in both branches. Where it fails, the newest row is still the one
@@ -194,6 +201,8 @@ class Session:
         self._asked = True
         if self._prompt_waits:
             yield from self._decode_prompt_degraded()
+            if self.is_whole and self.n_past == self.rows.n_pos:
+                self._keep_state(self.rows.n)
         if self._waiting:
             yield from self._decode_waiting()
 
@@ -227,6 +236,12 @@ class Session:
         degraded.context.share(original.seq, degraded.seq, self.rows.position(n))
         n_images = int(self.rows.is_image[:n].sum())
         degraded.context.patch.copy_image_tokens(original.seq, degraded.seq, n_images)
+
+    def _keep_state(self, n: int) -> None:
+        """Keeps n rows, behind which a state stands that it will be gone from. Rows without a state
+        are kept when all are there."""
+        if self._has_state and self._prefixes is not None:
+            self._prefixes.keep(self.lease, n)
 
     def _decode_prompt_degraded(self) -> Decodes:
         """The degraded branch's own rows of the prompt. Can be begun again where it failed."""

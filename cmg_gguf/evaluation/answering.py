@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from cmg_gguf.errors import BackendError, CMGError, ImageError, PromptError
 from cmg_gguf.evaluation.items import seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles
-from cmg_gguf.evaluation.method import Method, Question
+from cmg_gguf.evaluation.method import PLAIN, Method, Question
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.task import Item, Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
@@ -58,22 +59,26 @@ class Work:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked of the model for an item by a method. n_alike: how many of the same salt."""
+    """What is asked of the model for an item by a method. is_first: of this method about this
+    image. encode: as in `Record`."""
 
     item: Item
     method: str
     request: Request
-    n_alike: int
+    is_first: bool
+    encode: float
 
 
 class Answerer:
     """Answers a job's questions with a model that is loaded, as many at once as it takes.
 
     The image of a piece of work is read once, and method goes before item: consecutive questions
-    share their prompt up to the text behind the image. A method's questions about an image have a
-    salt of their own: so each method pays for the image itself, and what is kept of it can go once
-    all of them are answered. With a model that answers one at a time, every method begins with
-    nothing kept at all: then answers to the bit do not depend on what came before.
+    share their prompt up to the text behind the image. What is kept of an image is found by the
+    questions about it alone, and goes once all of them are answered.
+
+    With a model that answers one at a time, the image is encoded ahead of all methods and its
+    seconds are told apart, so that no method pays for another; and every method begins with no
+    prompt kept: then neither answers, to the bit, nor costs depend on what came before.
     """
 
     def __init__(self, job: Job, vlm: GuidedVLM) -> None:
@@ -82,6 +87,7 @@ class Answerer:
         self._vlm = vlm
         self._words = YesNoTokens.of(vlm.model)
         self._image_size = vlm.image_size or SIZE_IF_UNKNOWN
+        self._n_left = Counter[str | None]()  # questions of each salt
 
     def answers(self, works: Iterable[Work]) -> Iterator[Record]:
         """A record for each item and method of each piece of work, as they are there.
@@ -93,17 +99,25 @@ class Answerer:
         if self.n_parallel > 1:
             yield from self._answered(asked)
             return
-        salt = None
+        warm = False
         for one in asked:
-            if isinstance(one, _Asked) and one.request.salt != salt:
-                self._vlm.forget()
-                salt = one.request.salt
+            if isinstance(one, _Asked) and one.is_first:
+                if not warm:
+                    self._warm_up(one.request)
+                    warm = True
+                self._vlm.engine.forget()
             yield from self._answered([one])
+
+    def _warm_up(self, request: Request) -> None:
+        """What the first answer of a loaded model takes longer is nobody's cost."""
+        plain = replace(request, guidance=PLAIN, contrast=None, logits_processors=(), max_tokens=1)
+        with suppress(*PROBLEMS):
+            self._vlm.generate(plain)
 
     def _answered(self, asked: Iterable[_Asked | Record]) -> Iterator[Record]:
         under_way: dict[int, _Asked] = {}
         unasked: deque[Record] = deque()
-        n_asked, n_answered = itertools.count(), Counter[str | None]()
+        n_asked = itertools.count()
 
         def requests() -> Iterator[Request]:
             for one in asked:
@@ -120,9 +134,9 @@ class Answerer:
                     yield unasked.popleft()
                 one = under_way.pop(outcome.index)
                 salt = one.request.salt
-                n_answered[salt] += 1
-                if n_answered[salt] == one.n_alike:
-                    del n_answered[salt]
+                self._n_left[salt] -= 1
+                if not self._n_left[salt]:
+                    del self._n_left[salt]
                     self._vlm.engine.forget(salt)
                 yield self._record(one, outcome)
         yield from unasked
@@ -130,45 +144,71 @@ class Answerer:
     def _asked(self, works: Iterable[Work]) -> Iterator[_Asked | Record]:
         for work in works:
             first, _ = work.items[0]
+            salt = f"image of {first.id}"
             try:
                 image = self._image(first)
-            except ImageError as exc:
+                encode = self._encoded(image, salt) / len(work.items)
+            except PROBLEMS as exc:
                 for item, names in work.items:
                     yield from (_problem(item, name, exc) for name in sorted(names))
                 continue
-            key = "" if image is None else image_id(image)
-            for method in self._job.methods:
-                items = [item for item, names in work.items if method.name in names]
-                yield from self._asked_by(method, items, image, key)
+            found = list(self._asked_about(work, image, salt, encode))
+            self._n_left[salt] = sum(isinstance(one, _Asked) for one in found)
+            yield from found
+
+    def _asked_about(
+        self, work: Work, image: Pixels | None, salt: str, encode: float
+    ) -> Iterator[_Asked | Record]:
+        key = "" if image is None else image_id(image)
+        for method in self._job.methods:
+            image_seed = seed_of(self._job.seed, "image", key, method.name)
+            is_first = True
+            for item, names in work.items:
+                if method.name not in names:
+                    continue
+                request = self._request(method, item, image, image_seed)
+                if isinstance(request, Record):
+                    yield request
+                    continue
+                request = replace(request, n_scores=1, salt=salt)
+                yield _Asked(item, method.name, request, is_first, encode)
+                is_first = False
 
     def _image(self, item: Item) -> Pixels | None:
         if item.image is None:
             return None
         return load_image(self._job.task.load(item), max_pixels=self._vlm.max_pixels)
 
-    def _asked_by(
-        self, method: Method, items: Sequence[Item], image: Pixels | None, key: str
-    ) -> list[_Asked | Record]:
-        requests: list[tuple[Item, Request]] = []
-        problems: list[Record] = []
-        for item in items:
-            question = Question(
-                item=item,
-                image=image,
-                seed=seed_of(self._job.seed, "item", item.id, method.name),
-                image_seed=seed_of(self._job.seed, "image", key, method.name),
-                image_size=self._image_size,
-                words=self._words,
-            )
-            salt = f"{method.name} of {items[0].id}"
-            try:
-                request = replace(method.request(question), n_scores=1, salt=salt)
-            except PROBLEMS as exc:
-                problems.append(_problem(item, method.name, exc))
-            else:
-                requests.append((item, request))
-        n = len(requests)
-        return [*problems, *(_Asked(item, method.name, request, n) for item, request in requests)]
+    def _encoded(self, image: Pixels | None, salt: str) -> float:
+        """Seconds in which the image was encoded, now for all that is asked about it.
+
+        0 where they would tell nothing: answers are made several at once, or nothing is kept of an
+        encoded image, so that each method encodes it for itself.
+        """
+        if image is None or self.n_parallel > 1:
+            return 0.0
+        self._vlm.forget()
+        prompt = self._vlm.tokenize("", [image], salt=salt)
+        started = time.perf_counter()
+        self._vlm.projector.encode(prompt)
+        seconds = time.perf_counter() - started
+        return seconds if self._vlm.projector.embeddings.n_bytes else 0.0
+
+    def _request(
+        self, method: Method, item: Item, image: Pixels | None, image_seed: int
+    ) -> Request | Record:
+        question = Question(
+            item=item,
+            image=image,
+            seed=seed_of(self._job.seed, "item", item.id, method.name),
+            image_seed=image_seed,
+            image_size=self._image_size,
+            words=self._words,
+        )
+        try:
+            return method.request(question)
+        except PROBLEMS as exc:
+            return _problem(item, method.name, exc)
 
     def _record(self, asked: _Asked, outcome: Outcome) -> Record:
         if isinstance(outcome.error, PROBLEMS):
@@ -183,6 +223,7 @@ class Answerer:
             changed=reply.n_changed,
             reasoning=reply.n_reasoning_tokens,
             finish=reply.finish_reason,
+            encode=asked.encode,
             seconds=seconds.encode + seconds.prefill + seconds.decode,
             parallel=self.n_parallel,
             **(self._yes_no(reply) if "label" in asked.item.truth else {}),

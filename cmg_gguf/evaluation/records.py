@@ -19,7 +19,7 @@ from cmg_gguf.errors import EvaluationError, shown
 with suppress(ImportError):
     import fcntl
 
-TIMING = ("seconds", "parallel")
+TIMING = ("encode", "seconds", "parallel")
 """Fields that differ between two runs of the same settings."""
 
 
@@ -29,7 +29,8 @@ class Record:
 
     tokens: of the answer. changed: those that the method chose otherwise than plain decoding on the
     same logits. reasoning: tokens ahead of the answer, which is without them. finish: "stop" or
-    "length". seconds: image, prompt and answer, by the clock.
+    "length". encode: the item's share of the seconds in which its image was encoded, once for all
+    methods; seconds: prompt and answer, and what the method encodes besides, by the clock.
     parallel: answers that the model made at once, at most; above 1, seconds count waiting for
     others and are nobody's cost. problem: why there is no answer; the fields above are then empty.
     Of yes/no items, by the method's own scores at the first token before the cut: yes_margin,
@@ -44,6 +45,7 @@ class Record:
     changed: int = 0
     reasoning: int = 0
     finish: str = ""
+    encode: float = 0.0
     seconds: float = 0.0
     parallel: int = 1
     yes_margin: float | None = None

@@ -44,8 +44,9 @@ class Changes:
 class Row:
     """One method on the items of a part.
 
-    figures: by name; the baseline's have no difference. seconds: a mean item took. cost: seconds
-    relative to the baseline's. Both are NaN where answers were made several at once: the time of
+    figures: by name; the baseline's have no difference. seconds: a mean item took, with the
+    encoding of its image, which is the same for all methods. cost: seconds relative to the
+    baseline's. Both are NaN where answers were made several at once: the time of
     each counts waiting for others. tokens: of a mean answer.
     """
 
@@ -59,12 +60,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the items, or all of them."""
+    """A part of the items, or all of them. encode: seconds of a mean item's `Row.seconds` in which
+    its image was encoded, once for all methods; NaN as those."""
 
     name: str
     n_items: int
     n_clusters: int
     rows: tuple[Row, ...]
+    encode: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,12 @@ def _part(
     }
     figures = bootstrap(task.figures, tables, baseline=bs.baseline, n=bs.n, seed=bs.seed)
     areas = _areas(items, told, bs)
+    # A run that was stopped has encoded some images again, for the methods that were left.
+    encode = sum(record.encode for found in told.values() for record in found) / len(told)
+    if parallel > 1:
+        encode = math.nan
     seconds = {
-        method: sum(record.seconds for record in found) if parallel == 1 else math.nan
-        for method, found in told.items()
+        method: encode + sum(record.seconds for record in found) for method, found in told.items()
     }
     base_seconds = seconds[bs.baseline]
     rows = []
@@ -196,7 +202,8 @@ def _part(
                 changes=_changes(task, items, told[bs.baseline], found),
             )
         )
-    return Part(name, len(items), len(tables[bs.baseline].clusters), tuple(rows))
+    n_clusters = len(tables[bs.baseline].clusters)
+    return Part(name, len(items), n_clusters, tuple(rows), encode / len(items))
 
 
 def _areas(items: Sequence[Item], told: Told, bs: _Bootstrap) -> dict[str, dict[str, Result]]:

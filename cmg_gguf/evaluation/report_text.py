@@ -135,7 +135,10 @@ def notes(report: Report) -> list[str]:
 
 def _cost_note(report: Report) -> str:
     if report.parallel == 1:
-        return f"cost: seconds relative to {report.baseline}, of these items on this machine"
+        return (
+            f"cost: seconds relative to {report.baseline}, of these items on this machine; of each "
+            f"item's, {report.parts[0].encode:.3f} in which its image was encoded, once for all"
+        )
     return (
         f"seconds and cost: none, for up to {report.parallel} answers were made at once, and the "
         "time of each counts waiting for others; a run with --parallel 1 tells them"

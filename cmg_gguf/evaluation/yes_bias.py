@@ -85,6 +85,7 @@ def _settled(turned: Record, plain: Record, bias: float) -> Record:
         chosen,
         method=turned.method,
         changed=int(turns),
+        encode=turned.encode,
         seconds=turned.seconds,
         parallel=turned.parallel,
         yes_margin=None if plain.yes_margin is None else plain.yes_margin + bias,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp
@@ -19,6 +20,11 @@ class Device:
     description: str
     backend: str
     memory: int
+
+
+def library() -> Path:
+    """The file of the libllama that is loaded."""
+    return Path(llama_cpp.llama_cpp._lib._name)
 
 
 def devices() -> list[Device]:

@@ -1,9 +1,9 @@
-"""Which layers of a model attend, as the graph shows it that llama.cpp makes of the model."""
+"""Which layers of a model attend and how large the others' state is: one token decoded shows it."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 
@@ -12,11 +12,20 @@ from cmg_gguf.errors import BackendError
 from cmg_gguf.llama.log import captured_errors
 
 
-def attending_layers(model: Any, n_layer: int) -> tuple[int, ...]:
-    """Layers that attend to the rows before, ascending. model: llama_model pointer.
+class Shown(NamedTuple):
+    """attending: layers that attend to the rows before, ascending. state_bytes: memory of one
+    sequence's state."""
 
-    Decodes one token in a small context of its own. Raises BackendError if that cannot be done.
+    attending: tuple[int, ...]
+    state_bytes: int
+
+
+def shown_layers(model: Any, n_layer: int) -> Shown:
+    """What one token shows, decoded in a small context of its own. model: llama_model pointer.
+
+    Raises BackendError if that cannot be done.
     """
+    state_bytes = 0
     patch = _core.GraphPatch(n_layer)
     with captured_errors() as errors:
         context = llama_cpp.llama_init_from_model(model, _params(patch))
@@ -24,6 +33,9 @@ def attending_layers(model: Any, n_layer: int) -> tuple[int, ...]:
             try:
                 token = (llama_cpp.llama_token * 1)(0)
                 code = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1))
+                state_bytes = llama_cpp.llama_state_seq_get_size_ext(
+                    context, 0, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+                )
             finally:
                 llama_cpp.llama_free(context)
     if not context or code != 0:
@@ -31,7 +43,7 @@ def attending_layers(model: Any, n_layer: int) -> tuple[int, ...]:
             "llama.cpp cannot decode one token, which would show the layers of this model that "
             f"attend: {errors[0] if errors else 'no reason given'}"
         )
-    return tuple(patch.attended_layers)
+    return Shown(tuple(patch.attended_layers), state_bytes)
 
 
 def _params(patch: _core.GraphPatch) -> Any:

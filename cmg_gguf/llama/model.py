@@ -18,8 +18,9 @@ from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.errors import ModelError
 from cmg_gguf.llama.header import read_architecture
-from cmg_gguf.llama.layers import attending_layers
+from cmg_gguf.llama.layers import Shown, shown_layers
 from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.llama.repacking import is_safe
 from cmg_gguf.prompt.reasoning import MARKS
 from cmg_gguf.prompt.specials import Specials
 
@@ -47,6 +48,7 @@ class Model:
         self.has_recurrent_layers: bool = llama_cpp.llama_model_is_recurrent(
             handle
         ) or llama_cpp.llama_model_is_hybrid(handle)
+        self.has_windows: bool = llama_cpp.llama_model_n_swa(handle) > 0
         self._token_bytes = functools.lru_cache(maxsize=65536)(
             functools.partial(_piece, self.vocab)
         )
@@ -74,6 +76,7 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.main_gpu = main_gpu
+        params.use_extra_bufts = is_safe()
         params.load_mode = (
             llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         )
@@ -97,13 +100,23 @@ class Model:
         """
         return self if self._owner is None else None
 
-    @functools.cached_property
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers that attend, ascending: all, but in a model with recurrent layers, where one token
         is decoded to see. Raises BackendError if that cannot be done."""
         if self.has_recurrent_layers:
-            return attending_layers(self.handle, self.n_layer)
+            return self._shown.attending
         return tuple(range(self.n_layer))
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the recurrent layers take for one sequence, however long; 0 without such
+        layers. Raises as `attention_layers` does."""
+        return self._shown.state_bytes if self.has_recurrent_layers else 0
+
+    @functools.cached_property
+    def _shown(self) -> Shown:
+        return shown_layers(self.handle, self.n_layer)
 
     def close(self) -> None:
         """Frees the weights. Nothing made from this model may be used afterwards."""

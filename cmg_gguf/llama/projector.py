@@ -84,6 +84,8 @@ class Projector:
         self._probe = _core.EncoderProbe(self._mend)
         self._views: dict[tuple[int, int], list[View] | str] = {}
         self._is_legacy = self._mend is not None and lacks_layer(path)
+        # By tokens and positions of an image: its shape decides what its graph is.
+        self._mended: dict[tuple[int, int], set[str]] = {}
         params = self._params(use_gpu, n_threads)
         params.image_min_tokens = -1 if image_min_tokens is None else image_min_tokens
         params.image_max_tokens = -1 if image_max_tokens is None else image_max_tokens
@@ -113,8 +115,16 @@ class Projector:
         "layer": in the file, see `cmg_gguf.llama.legacy`. "class token", "places", "rows",
         "activation", "cleared": in the graphs that ran so far, see csrc/encoder_mend.hpp.
         """
-        found = set(self._mend.mended) if self._mend is not None else set()
-        return frozenset(found | {"layer"} if self._is_legacy else found)
+        own = {"layer"} if self._is_legacy else set()
+        return frozenset(own.union(*self._mended.values()))
+
+    def mended_in(self, prompt: Prompt) -> frozenset[str]:
+        """What has been put right for the images of a prompt, also where they are kept and were
+        encoded for another; none where there are none."""
+        images = [s for s in prompt.segments if isinstance(s, ImageSegment)]
+        found = [self._mended.get((image.n_tokens, image.n_pos), set()) for image in images]
+        own = {"layer"} if images and self._is_legacy else set()
+        return frozenset(own.union(*found))
 
     @property
     def is_mended(self) -> bool:
@@ -314,6 +324,7 @@ class Projector:
                 f'the image encoder\'s graph cannot be mended ({exc}); with encoder="stock" it is '
                 "left as llama.cpp has it"
             ) from exc
+        self._mended.setdefault((chunk.n_tokens, chunk.n_pos), set()).update(self._mend.mended)
         return code
 
 

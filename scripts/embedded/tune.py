@@ -2,8 +2,9 @@
 
     scripts/tune_embedded --out cmg_gguf/tiny/models/tiny-llava.settings.json
 
-Coordinate search: from the library's defaults on, one setting is varied at a time, twice round. The
-best is the one with the lowest CHAIR_i in captions of counter scenes, among those that
+Coordinate search: from the library's defaults on, one setting is varied at a time, twice round;
+strength and gate count as one. The best is the one with the lowest CHAIR_i in captions of counter
+scenes, among those that
 
     name no fewer of the objects there than plain decoding does;
     tell yes from no better there: the difference of POPE's adversarial AUC is above 0 with all of
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from cmg_gguf import Guidance, GuidedVLM, LayerRange, TopRatio
+from cmg_gguf import Disagreement, Guidance, GuidedVLM, LayerRange, TopRatio
 from cmg_gguf.evaluation.items import item_hash
 from cmg_gguf.evaluation.statistics import Floats, bootstrap_auc, sums, table
 from cmg_gguf.evaluation.task import Item
@@ -38,17 +39,22 @@ from cmg_gguf.tiny.scenes import SceneKind
 
 TYPICAL_SLACK = 2.0
 KINDS: tuple[SceneKind, SceneKind] = ("counter", "typical")
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "alpha": (0.5, 1.0, 1.5, 2.0, 3.0),
+CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
     "layers": (
-        LayerRange(0, 1),
-        LayerRange(1 / 3, 1),
-        LayerRange(0.5, 1),
+        {"layers": LayerRange(0, 1)},
+        {"layers": LayerRange(1 / 3, 1)},
+        {"layers": LayerRange(0.5, 1)},
     ),
-    "tokens": (TopRatio(0.25), TopRatio(0.5), TopRatio(0.75), TopRatio(1.0)),
-    "scope": ("text", "decode", "all"),
-    "refresh": ("step", "prompt"),
-    "beta": (0.05, 0.1, 0.2),
+    "tokens": tuple({"tokens": TopRatio(ratio)} for ratio in (0.25, 0.5, 0.75, 1.0)),
+    # A gate takes strength away, so it is tried with every strength.
+    "strength": tuple(
+        {"alpha": alpha, "gate": gate}
+        for gate in (None, Disagreement(1.0), Disagreement(3.0))
+        for alpha in (0.5, 1.0, 1.5, 2.0, 3.0)
+    ),
+    "scope": ({"scope": "text"}, {"scope": "decode"}, {"scope": "all"}),
+    "refresh": ({"refresh": "step"}, {"refresh": "prompt"}),
+    "beta": ({"beta": 0.05}, {"beta": 0.1}, {"beta": 0.2}),
 }
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 
@@ -141,7 +147,7 @@ def is_allowed(found: Figures, plain: Figures) -> bool:
 
 
 def variants(best: Guidance, name: str) -> Iterable[Guidance]:
-    return (dataclasses.replace(best, **{name: value}) for value in CHOICES[name])
+    return (dataclasses.replace(best, **changes) for changes in CHOICES[name])
 
 
 def main() -> None:
@@ -193,13 +199,13 @@ def main() -> None:
 
 def _line(guidance: Guidance, found: Figures) -> str:
     g = guidance
-    what = f"alpha {g.alpha:g} beta {g.beta:g} {g.tokens} {g.layers} {g.scope} {g.refresh}"
+    what = f"alpha {g.alpha:g} {g.gate} beta {g.beta:g} {g.tokens} {g.layers} {g.scope} {g.refresh}"
     values = "  ".join(
         f"{kind}: CHAIR_i {found[f'{kind}_chair_i']:.1f} recall {found[f'{kind}_recall']:.1f}"
         for kind in KINDS
     )
     auc = f"AUC {found['auc']:.2f} [{found['auc_low']:+.2f}, {found['auc_high']:+.2f}]"
-    return f"{what if g.contrasts else 'plain':95s} {values}  {auc}"
+    return f"{what if g.contrasts else 'plain':125s} {values}  {auc}"
 
 
 if __name__ == "__main__":
