@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         TopRatio,
     )
     from cmg_gguf.handler import CMGChatHandler
+    from cmg_gguf.heat.maps import Heat
     from cmg_gguf.reply import Piece, Reply, Seconds, Token
     from cmg_gguf.request import Contrast, Request
     from cmg_gguf.sampling import Sampling
@@ -64,6 +65,7 @@ __all__ = [
     "Guidance",
     "GuidanceError",
     "GuidedVLM",
+    "Heat",
     "HubConnectionError",
     "HubError",
     "HubNameError",
@@ -95,6 +97,7 @@ _MODULES = (
     "errors",
     "guidance",
     "sampling",
+    "heat.maps",
     "reply",
     "request",
     "stream",

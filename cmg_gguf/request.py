@@ -69,7 +69,7 @@ class Request:
     chat_template_kwargs: what the chat template sees besides the messages, as {"enable_thinking":
     False}, in place of the model's own; a name that the template does not read changes nothing.
     heat: the reply has what each token attended to in the pictures; changes no token, and costs the
-    attention of one row a layer again.
+    attention of one row a layer again. What could take more than 1 GiB is refused.
 
     Raises PromptError, GuidanceError or SamplingError for what cannot be.
     """

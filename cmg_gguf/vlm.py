@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 
 from cmg_gguf.answer.scheduler import Scheduler
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
+from cmg_gguf.errors import PromptError
+from cmg_gguf.guidance import Guidance
 from cmg_gguf.hub import fetch_pair
 from cmg_gguf.llama.context import ContextOptions, usable_threads
 from cmg_gguf.llama.header import projector_facts
@@ -256,6 +260,45 @@ class GuidedVLM:
         """
         request = request_from(prompt, images, settings)
         return Stream(self._run(request, progress, heard=heard))
+
+    def heat(
+        self,
+        prompt: str | Messages,
+        images: Sequence[ImageSource] = (),
+        *,
+        answer: str,
+        guidance: Guidance | None = None,
+        raw: bool = False,
+        progress: Progress | None = None,
+    ) -> Reply:
+        """What the tokens of an answer that is given attend to in the pictures: a reply of these
+        tokens with its `heat`, whatever the model would have said.
+
+            vlm.heat("Is there a fork?", [picture], answer="Yes, a fork.").heat.map(0, [3])
+
+        answer: in the tokens that the model's tokenizer makes of it, special ones as text.
+        guidance: tells which layers are masked, and nothing else; None = the default. Takes and
+        raises what `generate` does; PromptError for an empty answer.
+        """
+        tokens = self.model.tokenize(answer)
+        if len(tokens) == 0:
+            raise PromptError("the answer is empty; give at least a word")
+
+        def given(said: IntArray, logits: FloatArray) -> FloatArray:
+            row = np.full_like(logits, -np.inf)
+            row[tokens[len(said)]] = 0.0
+            return row
+
+        return self.generate(
+            prompt,
+            images,
+            guidance=guidance,
+            raw=raw,
+            max_tokens=len(tokens),
+            logits_processors=[given],
+            heat=True,
+            progress=progress,
+        )
 
     def tokenize(
         self,

@@ -108,10 +108,16 @@ def test_asking_for_heat_changes_no_token(pair: TinyPair, guidance: Guidance) ->
         assert ids(asked(vlm, guidance, heat=True)) == ids(without)
 
 
-def test_heat_is_the_same_behind_a_prompt_that_was_kept(pair: TinyPair) -> None:
+@pytest.mark.parametrize("guidance", [PLAIN, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("kept", [PLAIN, GUIDED], ids=["behind plain", "behind guided"])
+def test_heat_is_the_same_behind_a_prompt_that_was_kept(
+    pair: TinyPair, kept: Guidance, guidance: Guidance
+) -> None:
     with open_vlm(pair) as vlm:
-        first = asked(vlm, GUIDED, heat=True)
-        again = asked(vlm, GUIDED, heat=True)
+        first = asked(vlm, guidance, heat=True)
+        vlm.forget()
+        asked(vlm, kept)
+        again = asked(vlm, guidance, heat=True)
         assert again.n_reused_tokens > 0
         np.testing.assert_allclose(weights(again), weights(first), rtol=0, atol=2e-6)
 
@@ -272,3 +278,19 @@ def test_a_reply_says_where_its_image_tokens_lie(pair: TinyPair) -> None:
         found = heat.map(image, [2], relative=False)
         part = slice(16 * image, 16 * image + 16)
         assert found.sum() == pytest.approx(heat.of([2], relative=False)[part].sum(), rel=1e-6)
+
+
+# --- of an answer that is given -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [PLAIN, GUIDED], ids=["plain", "guided"])
+def test_heat_of_an_answer_that_is_given_is_the_judges(pair: TinyPair, guidance: Guidance) -> None:
+    with open_vlm(pair) as vlm:
+        reply = vlm.heat(QUESTION, IMAGES, answer="a red car in the street", guidance=guidance)
+        assert ids(reply) == vlm.model.tokenize("a red car in the street").tolist()
+        assert reply.heat is not None
+        assert (reply.heat.masked == ()) == (guidance is PLAIN)
+        expected = judged(Reference.load(pair.llm), vlm, reply)
+        np.testing.assert_allclose(weights(reply), expected, rtol=0, atol=2e-6)
+        with pytest.raises(PromptError, match="the answer is empty"):
+            vlm.heat(QUESTION, IMAGES, answer="")

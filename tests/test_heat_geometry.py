@@ -30,6 +30,8 @@ ENCODERS = {
     "internvl": TinyEncoder("internvl"),
     "pixtral": TinyEncoder("pixtral"),
     "gemma4uv": TinyEncoder("gemma4uv"),
+    "gemma3": TinyEncoder("gemma3", image_size=112),
+    "qwen2vl": TinyEncoder("qwen2vl"),
 }
 PAIRS = {
     "square": TinyConfig(),
@@ -238,3 +240,21 @@ def test_what_is_no_plain_part_of_the_picture_is_refused() -> None:
     ):
         with pytest.raises(ViewError):
             view_of(given(seen), KNOWN, (100, 100))
+
+
+def test_a_tile_of_padding_alone_shows_nothing() -> None:
+    view = view_of(given(np.full((40, 60, 3), 122, np.uint8)), KNOWN, (90, 50))
+    assert view.is_padding
+    assert (view.width, view.height) == (60, 40)
+
+
+def test_a_picture_of_which_nothing_is_seen_has_no_boxes(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "cmg_gguf.llama.projector.coordinates",
+        lambda width, height: np.full((height, width, 3), 99, np.uint8),
+    )
+    (picture,) = pictures_of(llama.projector, prompt_of(llama.projector, noise(77, 78)))
+    assert picture.boxes is None
+    assert "nothing of it reaches" in picture.unknown

@@ -25,6 +25,7 @@ PUBLIC = [
     "Guidance",
     "GuidanceError",
     "GuidedVLM",
+    "Heat",
     "HubConnectionError",
     "HubError",
     "HubNameError",

@@ -79,8 +79,11 @@ class Asker:
         guidance: Guidance,
         sampling: Sampling,
         show: Callable[[Piece], None] | None = None,
+        *,
+        heat: bool = False,
     ) -> Reply:
         """The answer. show: called with each piece as it comes; None = progress until the end.
+        heat: as in `Request`.
 
         Raises CMGError; Stopped on Ctrl-C.
         """
@@ -96,6 +99,7 @@ class Asker:
                 guidance=guidance,
                 sampling=sampling,
                 max_tokens=self.max_tokens,
+                heat=heat,
                 progress=progress,
             )
             n_tokens = 0

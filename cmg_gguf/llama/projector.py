@@ -245,7 +245,10 @@ class Projector:
         try:
             black, white = (self._given(np.full((*TRIED, 3), c, np.uint8)) for c in (0, 255))
             known, seen = levels(black, white), self._given(coordinates(*size))
-            return [view_of(one, known, size) for one in seen]
+            views = [view_of(one, known, size) for one in seen]
+            if all(view.is_padding for view in views):
+                raise ViewError("nothing of it reaches the image encoder")
+            return views
         except (ViewError, RuntimeError) as exc:
             return str(exc)
 

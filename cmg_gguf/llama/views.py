@@ -32,7 +32,7 @@ SNAP = 0.01
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of a view: its pixels `start` to `stop` show the picture, the others are
+    """One dimension of a view: its pixels `start` to `stop` - 1 show the picture, the others are
     padding. first, last: where in the picture they begin and end, in its pixels."""
 
     start: int
@@ -42,8 +42,12 @@ class Axis:
 
     def place(self, of_view: _Floats) -> _Floats:
         """Where in the picture places in the view lie; those in the padding at its edge."""
-        share = (np.clip(of_view, self.start, self.stop) - self.start) / (self.stop - self.start)
+        n = max(1, self.stop - self.start)
+        share = (np.clip(of_view, self.start, self.stop) - self.start) / n
         return np.asarray(self.first + share * (self.last - self.first))
+
+
+NOTHING = Axis(0, 0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class View:
     height: int
     across: Axis
     down: Axis
+
+    @property
+    def is_padding(self) -> bool:
+        """Whether it shows nothing of the picture."""
+        return self.across == NOTHING
 
 
 class ViewError(Exception):
@@ -87,7 +96,9 @@ def view_of(seen: FloatArray, known: _Floats, size: tuple[int, int]) -> View:
     red, green, blue = (seen - low) / (high - low) * 255
     shows = blue > 250
     columns, rows = (np.flatnonzero(shows.any(axis=i)) for i in (0, 1))
-    if not len(columns) or shows.sum() != len(columns) * len(rows):
+    if not len(columns):
+        return View(seen.shape[2], seen.shape[1], NOTHING, NOTHING)
+    if shows.sum() != len(columns) * len(rows):
         raise ViewError("its padding is no frame around it")
     inner = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     if shows[inner].size != shows.sum():
