@@ -14,6 +14,7 @@ import pytest
 from commands import flat, invoke
 from evals import OPTIONS, squares
 from guided import open_vlm
+from PIL import Image
 from prompts import picture
 from scripted import Run, asking, told
 from tiny_llava import TinyPair
@@ -329,6 +330,21 @@ def test_the_answer_goes_to_stdout_and_its_reasoning_elsewhere(pair: TinyPair) -
         said = json.loads(invoke(*asked, *off, "--json", "-q").stdout)
         assert said["text"]
         assert said["reasoning"] == ""
+
+
+def test_a_variable_that_the_template_does_not_read_is_noted(
+    pair: TinyPair, tmp_path: Path
+) -> None:
+    files = ["-m", str(pair.llm), "--mmproj", str(pair.mmproj), "-c", "512", "-t", "1"]
+    asked = ["run", *files, "-n", "1", "-p", "Why?"]
+    note = "note: --no-think without effect: the chat template does not read enable_thinking"
+    assert note in invoke(*asked, "--no-think").stderr
+    assert "effect" not in invoke(*asked, "--no-think", "--chat-template", THINKING).stderr
+    assert "effect" not in invoke(*asked, "--no-think", "-q").stderr
+    told = invoke(*asked, "--template-kwargs", '{"mood": 1}', "--chat-template", THINKING).stderr
+    assert "note: --template-kwargs without effect: the chat template does not read mood" in told
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    assert note in invoke("caption", str(tmp_path), *files, "-n", "4", "--no-think").stderr
 
 
 @pytest.mark.parametrize("text", ["x", "[1]", "{"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cmg_gguf.cli.asker import fetched
+from cmg_gguf.cli.asker import fetched, note_unread
 
 if TYPE_CHECKING:
     from cmg_gguf.cli.model_flags import ModelFlags
@@ -63,10 +63,12 @@ class SpreadFlags:
     ] = False
 
     def files(self, model: ModelFlags, screen: Screen) -> ModelFiles:
-        """The model, as each process opens it. Raises what `fetched` raises."""
+        """The model, as each process opens it. Raises what `fetched` and `note_unread` raise."""
         from cmg_gguf.evaluation.manifest import ModelFiles
 
-        return ModelFiles(*fetched(screen, model), {**model.options(), "n_parallel": self.parallel})
+        files = fetched(screen, model)
+        note_unread(screen, model, files[0])
+        return ModelFiles(*files, {**model.options(), "n_parallel": self.parallel})
 
     def executor(self) -> Executor:
         """Raises BadParameter for both at once; UnsupportedError without Dask."""
