@@ -58,6 +58,7 @@ from cmg_gguf.guidance import (
     TopRatio,
 )
 from cmg_gguf.llama.context import CACHE_TYPES
+from cmg_gguf.llama.projector import Projector
 from cmg_gguf.opening import Strategy
 from cmg_gguf.sampling import Sampling
 from cmg_gguf.settings import Settings, save_settings
@@ -436,6 +437,20 @@ def test_flags_without_effect_are_named(bench: Bench) -> None:
     assert "note: no --image" in result.stderr
 
 
+@pytest.mark.parametrize(("flags", "noted"), [([], True), (["-ub", "512"], False), (["-q"], False)])
+def test_a_step_that_is_larger_for_the_sake_of_pictures_is_noted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, flags: list[str], noted: bool
+) -> None:
+    asked = ["run", *bench.model, "-p", QUESTION, "-n", "1", *flags]
+    assert "a step has room" not in invoke(*asked).stderr
+    monkeypatch.setattr(Projector, "rows_at_once", lambda _: 1088)
+    said = flat(invoke(*asked).stderr)
+    assert (
+        "note: this model decodes a picture at once, so a step has room for 1088" in said
+    ) == noted
+    assert ("-ub 512 takes small pictures only" in said) == noted
+
+
 # --- Errors and exits ---
 
 
@@ -688,7 +703,7 @@ def test_info_refuses_a_layer_that_is_not_there(bench: Bench) -> None:
     assert "this model has 6 layers (0-5)" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "info"])
+@pytest.mark.parametrize("command", ["run", "chat", "info", "doctor"])
 def test_help_explains_every_flag(command: str) -> None:
     shown = invoke(command, "--help").stdout
     group: Any = typer.main.get_command(app)

@@ -10,16 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny_vocabulary
 from commands import flat, invoke
 from evals import OPTIONS, squares
 from guided import open_vlm
 from PIL import Image
 from prompts import picture
 from scripted import Run, asking, told
-from tiny_llava import TinyPair
+from tiny_llava import TinyConfig, TinyPair, write_pair
 
 from cmg_gguf.answer.reasoning import Reasoning
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
 from cmg_gguf.errors import PromptError
 from cmg_gguf.evaluation.manifest import ModelFiles
@@ -310,6 +313,31 @@ def test_a_model_can_be_told_once_and_a_request_has_the_last_word(pair: TinyPair
 def test_under_a_schema_a_model_that_would_think_answers(vlm: GuidedVLM) -> None:
     reply = vlm.generate("Why?", sampling=Sampling(grammar='root ::= "cat"'), max_tokens=9)
     assert (reply.text, reply.reasoning, reply.n_reasoning_tokens) == ("cat", "", 0)
+
+
+def test_marks_that_are_control_tokens_tell_reasoning_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = *tiny_vocabulary.TILE_MARKS, "<think>", "</think>"
+    monkeypatch.setattr(tiny_vocabulary, "TILE_MARKS", marks)
+    with open_vlm(write_pair(tmp_path, TinyConfig(longest_edge=112))) as vlm:
+        model = vlm.model
+        opening, closing = model.n_vocab - 2, model.n_vocab - 1
+        assert (model.token_bytes(opening), model.token_bytes(closing)) == (b"<think>", b"</think>")
+        assert model.token_bytes(opening - 1) == b""  # a tile's mark: a control token like others
+        dog, cat = (int(model.tokenize(word)[0]) for word in ("dog", "cat"))
+        said = [opening, dog, closing, cat]
+
+        def only(before: IntArray, logits: FloatArray) -> FloatArray:
+            row = np.full_like(logits, -np.inf)
+            row[said[len(before)]] = 0
+            return row
+
+        reply = vlm.generate("Why?", max_tokens=4, logits_processors=[only])
+        assert [token.id for token in reply.tokens] == said
+        assert (reply.reasoning, reply.text, reply.n_reasoning_tokens) == ("dog", "cat", 3)
+        # What a user writes is no mark.
+        assert opening not in vlm.tokenize("<think>").segments[0].tokens  # type: ignore[union-attr]
 
 
 # --- the command line and evaluation ------------------------------------------------------------
