@@ -64,10 +64,18 @@ class SpreadFlags:
 
     def files(self, model: ModelFlags, screen: Screen) -> ModelFiles:
         """The model, as each process opens it. Raises what `fetched` and `note_unread` raise."""
-        from cmg_gguf.evaluation.manifest import ModelFiles
-
         files = fetched(screen, model)
         note_unread(screen, model, files[0])
+        return self._opened_by(model, files)
+
+    def files_here(self, model: ModelFlags) -> ModelFiles | None:
+        """The same, as far as it need not be downloaded; None where it must."""
+        files = model.held_pair()
+        return None if files is None else self._opened_by(model, files)
+
+    def _opened_by(self, model: ModelFlags, files: tuple[Path, Path]) -> ModelFiles:
+        from cmg_gguf.evaluation.manifest import ModelFiles
+
         return ModelFiles(*files, {**model.options(), "n_parallel": self.parallel})
 
     def executor(self) -> Executor:
