@@ -66,8 +66,11 @@ class Request:
     are drawn from, before everything else in the chain; called while other answers wait, so they
     must be quick. n_scores: of so many tokens from the first on, the reply has the scores of the
     whole vocabulary. salt: kept prompts and images are found by requests of the same salt alone.
-    chat_template_kwargs: what the chat template sees besides the messages, as {"enable_thinking":
-    False}, in place of the model's own; a name that the template does not read changes nothing.
+    repeatable: the same request gives the same bits on this machine, whatever was asked before and
+    is asked beside it: it waits until no answer is under way, lets all kept prompts go, and is made
+    alone. chat_template_kwargs: what the chat template sees besides the messages, as
+    {"enable_thinking": False}, in place of the model's own; a name that the template does not read
+    changes nothing.
 
     Raises PromptError, GuidanceError or SamplingError for what cannot be.
     """
@@ -85,6 +88,7 @@ class Request:
     logits_processors: Sequence[LogitsProcessor] = ()
     n_scores: int = 0
     salt: str | None = None
+    repeatable: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -218,8 +222,9 @@ def _check_settings(request: Request) -> None:
         raise PromptError(
             f"contrast={shown(request.contrast)} is no Contrast; write Contrast(prompt, images)"
         )
-    if not isinstance(request.raw, bool):
-        raise PromptError(f"raw={shown(request.raw)} is neither True nor False; write one of them")
+    for name in ("raw", "repeatable"):
+        if not isinstance(value := getattr(request, name), bool):
+            raise PromptError(f"{name}={shown(value)} is neither True nor False; write one of them")
     processors = request.logits_processors
     if not isinstance(processors, Sequence):
         remedy = "write [process]" if callable(processors) else "write [] for none"
