@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from cmg_gguf.cli.options import (
     split_images,
 )
 from cmg_gguf.cli.sampling_flags import SamplingFlags
+from cmg_gguf.cli.screen import Screen, duration
 from cmg_gguf.errors import GuidanceError, ImageError
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -730,6 +732,31 @@ def test_help_and_version_need_no_llama() -> None:
         )
         assert done.returncode == 0, done.stderr
     assert done.stdout == f"cmg-gguf {cmg_gguf.__version__}\n"
+
+
+# --- Progress ---
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with Screen().counting("pictures") as count:
+        for seconds, done in ((0, 5), (29, 10), (31, 36), (40, 40), (62, 67), (90, 200)):
+            now = 100.0 + seconds
+            count(done, 200)
+    assert capsys.readouterr().err.splitlines() == [
+        "36 of 200 pictures, 1.00/s, 3 min left",
+        "67 of 200 pictures, 1.00/s, 2 min left",
+    ]
+    with Screen(quiet=True).counting("pictures") as count:
+        for now in (100.0, 200.0):
+            count(int(now), 300)
+    assert capsys.readouterr().err == ""
+    assert [duration(seconds) for seconds in (5, 120, 3600, 12_010)] == [
+        *("5 s", "2 min", "1 h 0 min", "3 h 20 min")
+    ]
 
 
 # --- Terminals ---

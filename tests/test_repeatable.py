@@ -53,8 +53,9 @@ def is_same(one: Reply, other: Reply) -> bool:
 @pytest.fixture(scope="module", params=["auto", "exact", "contexts"])
 def vlm(request: pytest.FixtureRequest) -> Iterator[GuidedVLM]:
     contexts = request.param == "contexts"
-    way: dict[str, Any] = {"pairing": "contexts"} if contexts else {"strategy": request.param}
-    with GuidedVLM(*embedded_pair(), **OPTIONS, **way) as opened:
+    way = {"pairing": "contexts"} if contexts else {"strategy": request.param}
+    options: dict[str, Any] = {**OPTIONS, **way}
+    with GuidedVLM(*embedded_pair(), **options) as opened:
         yield opened
 
 
