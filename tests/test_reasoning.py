@@ -382,6 +382,23 @@ def test_template_variables_that_are_no_object_are_refused(text: str) -> None:
     assert "is no JSON object" in flat(result.stderr)
 
 
+def test_an_evaluation_of_which_answers_end_within_reasoning_says_how_many(
+    pair: TinyPair, tmp_path: Path
+) -> None:
+    files = ["-m", str(pair.llm), "--mmproj", str(pair.mmproj), "-c", "512", "-t", "1"]
+    asked = ["eval", "scenes", *files, "--pictures", "1", "--methods", "greedy"]
+    asked += ["--chat-template", THINKING, "--parallel", "1", "-o"]
+    ended = invoke(*asked, str(tmp_path / "a"))
+    n = sum(len(line) > 0 for line in (tmp_path / "a/results.jsonl").read_text().splitlines())
+    note = f"note: {n} of {n} answers ended within the model's reasoning, so they are scored as"
+    assert ended.exit_code == 0
+    assert note in flat(ended.stderr)
+    assert "(--no-think)" in ended.stderr
+    assert note in flat(invoke("eval", "report", str(tmp_path / "a"), "--no-plots").stderr)
+    at_once = invoke(*asked, str(tmp_path / "b"), "--no-think")
+    assert "reasoning" not in at_once.stderr
+
+
 def test_an_evaluation_scores_what_is_behind_the_reasoning_and_counts_it(
     pair: TinyPair, tmp_path: Path
 ) -> None:
