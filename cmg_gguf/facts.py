@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import numpy as np
 import PIL
 
 from cmg_gguf.llama.about import devices, features, library
-from cmg_gguf.llama.header import projector_facts
+from cmg_gguf.llama.header import open_header, projector_facts, read_architecture
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.llama.repacking import REMEDY, is_safe
 from cmg_gguf.llama.resolution import measured
-from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch
+from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch, named_template
 
 SIZE_IF_UNKNOWN = 336
 """Pixels a side of the image whose tokens are counted, where the projector names no size."""
@@ -55,6 +56,18 @@ def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
         },
         "mmproj": _projector_block(mmproj, model) if mmproj else None,
     }
+
+
+def unread_variables(path: Path, chosen: str | None, names: Iterable[str]) -> list[str]:
+    """Which of these variables the chat template does not read, so that they change nothing.
+
+    path: the model file, of which the header alone is read. chosen: a template in place of its own.
+    Raises ModelError, PromptError.
+    """
+    read_architecture(path, "model")
+    with open_header(path) as header:
+        template = named_template(chosen, header.text("tokenizer.chat_template"))
+    return [name for name in names if not template.reads(name)]
 
 
 def _projector_block(path: Path, model: Model) -> dict[str, Any]:

@@ -162,6 +162,16 @@ def fitting_n_ubatch(projector: Projector) -> int:
     return max(DEFAULT_N_UBATCH, projector.rows_at_once())
 
 
+def named_template(chosen: str | None, own: str | None, **texts: str) -> ChatTemplate:
+    """The chosen template, by its name or Jinja text; else the model's own; else vicuna.
+
+    texts: `bos` and `eos`. Raises PromptError.
+    """
+    source = chosen if chosen is not None else own or DEFAULT_TEMPLATE
+    make = ChatTemplate.from_jinja if "{" in source else ChatTemplate.named
+    return make(source, **texts)
+
+
 def open_files(
     model_path: str | Path,
     mmproj_path: str | Path,
@@ -251,10 +261,8 @@ def _template(model: Model, options: PairOptions) -> ChatTemplate:
         "bos": "" if model.adds_bos else model.special_text("bos"),
         "eos": model.special_text("eos"),
     }
-    chosen = options.chat_template
-    source = chosen if chosen is not None else model.chat_template() or DEFAULT_TEMPLATE
-    make = ChatTemplate.from_jinja if "{" in source else ChatTemplate.named
-    return replace(make(source, **texts), variables=options.chat_template_kwargs)
+    template = named_template(options.chat_template, model.chat_template(), **texts)
+    return replace(template, variables=options.chat_template_kwargs)
 
 
 def _checked_cells(prefix_cells: int | None, n_ctx: int) -> int:

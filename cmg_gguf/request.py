@@ -66,10 +66,13 @@ class Request:
     are drawn from, before everything else in the chain; called while other answers wait, so they
     must be quick. n_scores: of so many tokens from the first on, the reply has the scores of the
     whole vocabulary. salt: kept prompts and images are found by requests of the same salt alone.
-    chat_template_kwargs: what the chat template sees besides the messages, as {"enable_thinking":
-    False}, in place of the model's own; a name that the template does not read changes nothing.
-    heat: the reply has what each token attended to in the pictures; changes no token, and costs the
-    attention of one row a layer again. What could take more than 1 GiB is refused.
+    repeatable: the same request gives the same bits on this machine, whatever was asked before and
+    is asked beside it: it waits until no answer is under way, lets all kept prompts go, and is made
+    alone. chat_template_kwargs: what the chat template sees besides the messages, as
+    {"enable_thinking": False}, in place of the model's own; a name that the template does not read
+    changes nothing. heat: the reply has what each token attended to in the pictures; changes no
+    token, and costs the attention of one row a layer again. What could take more than 1 GiB is
+    refused.
 
     Raises PromptError, GuidanceError or SamplingError for what cannot be.
     """
@@ -87,6 +90,7 @@ class Request:
     logits_processors: Sequence[LogitsProcessor] = ()
     n_scores: int = 0
     salt: str | None = None
+    repeatable: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     heat: bool = False
 
@@ -221,12 +225,9 @@ def _check_settings(request: Request) -> None:
         raise PromptError(
             f"contrast={shown(request.contrast)} is no Contrast; write Contrast(prompt, images)"
         )
-    if not isinstance(request.raw, bool):
-        raise PromptError(f"raw={shown(request.raw)} is neither True nor False; write one of them")
-    if not isinstance(request.heat, bool):
-        raise PromptError(
-            f"heat={shown(request.heat)} is neither True nor False; write one of them"
-        )
+    for name in ("raw", "repeatable", "heat"):
+        if not isinstance(value := getattr(request, name), bool):
+            raise PromptError(f"{name}={shown(value)} is neither True nor False; write one of them")
     if request.heat and request.contrast is not None:
         raise PromptError(
             "heat=True shows what one prompt's images got, and contrast= has two prompts; leave "

@@ -130,6 +130,7 @@ class Run:
         GuidanceError, SamplingError; ModelError if the model is closed.
         """
         self.cancelled = False
+        self.alone = request.repeatable
         self.reply: Reply | None = None
         self._pair, self._scheduler, self._request = pair, scheduler, request
         self._progress, self._at_end = progress, at_end
@@ -259,15 +260,15 @@ class Run:
         return engine.contrast_cells(self._prompt, self._contrasted, n_tokens)
 
     def _opened(self) -> Session:
-        guidance, n_cells = self._request.guidance, self._n_cells()
-        session = self._pair.engine.open(self._prompt, guidance, n_reserved=n_cells)
+        engine, guidance, n_cells = self._pair.engine, self._request.guidance, self._n_cells()
+        session = engine.open(self._prompt, guidance, n_reserved=n_cells, alone=self.alone)
         if self._request.heat:
             session.record()
         return session
 
     def _opened_contrast(self, original: Prompt, degraded: Prompt) -> ContrastSession:
-        n_cells = self._n_cells()
-        return self._pair.engine.open_contrast(original, degraded, n_reserved=n_cells)
+        engine, n_cells = self._pair.engine, self._n_cells()
+        return engine.open_contrast(original, degraded, n_reserved=n_cells, alone=self.alone)
 
     def _encoded(self, prompt: Prompt, first_row: int = 0) -> Generator[Any, Any, Prompt]:
         """The prompt with its images encoded, one at a time, from `first_row` on."""

@@ -165,11 +165,11 @@ class GuidedVLM:
 
         The weights are shared; the KV cache is not, for the patch must be in a context from the
         start. Its settings are those of `llama`'s. verbose: as in `GuidedVLM`, for all of
-        llama.cpp; None = as it is. options: chat_template,
-        chat_template_kwargs, pairing, prefix_cells, image_cache_bytes, strategy, n_parallel,
-        encoder as in `GuidedVLM`; use_gpu = False keeps the image encoder on the CPU.
-        Raises UnsupportedError where `llama` has a LoRA adapter: that
-        belongs to its own context.
+        llama.cpp; None = as it is. options: chat_template, chat_template_kwargs, pairing,
+        prefix_cells, image_cache_bytes, strategy, n_parallel, encoder, max_pixels,
+        image_min_tokens, image_max_tokens as in `GuidedVLM`; use_gpu = False keeps the image
+        encoder on the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that belongs
+        to its own context.
         """
         if verbose is not None:
             set_verbose(verbose)

@@ -113,12 +113,14 @@ def caption(
     return run.finish(work, progress or (lambda done, total: None))
 
 
-def planned(folder: str | Path, model: ModelFiles, **settings: Any) -> tuple[Planned, ...]:
+def planned(folder: str | Path, model: ModelFiles | None, **settings: Any) -> tuple[Planned, ...]:
     """What `caption` would ask about and write, in order; nothing is asked or written.
 
-    Raises CaptionError, ModelError.
+    model: None = not here, so that no unfinished run is known to be its. Raises CaptionError,
+    ModelError.
     """
-    run = _Run(Path(folder), model, Captions(**settings))
+    known = model or ModelFiles("", "")
+    run = _Run(Path(folder), known, Captions(**settings), name="" if model is None else None)
     done = run.finished_before()
     return tuple(todo for todo in run.plan().todo if todo.picture.name not in done)
 
@@ -146,7 +148,10 @@ class _Plan:
 class _Run:
     """One call of `caption`."""
 
-    def __init__(self, folder: Path, model: ModelFiles, wanted: Captions) -> None:
+    def __init__(
+        self, folder: Path, model: ModelFiles, wanted: Captions, name: str | None = None
+    ) -> None:
+        """name: of the method; None = by model and settings."""
         self._folder, self._model, self._wanted = folder, model, wanted
         pictures = find_pictures(folder, recursive=wanted.recursive)[: wanted.limit]
         shard = wanted.shard
@@ -160,7 +165,8 @@ class _Run:
         self._journal = folder / f".cmg-caption.{wanted.to}{part}.journal"
         self._problem_file = folder / f"caption-problems{part}.jsonl"
         self._captions = layouts.captions_in(folder, wanted.to, f".cmg-caption{part}.part")
-        self._method = _Captioner(_name(model, wanted), wanted.guidance, wanted.sampling)
+        told = _name(model, wanted) if name is None else name
+        self._method = _Captioner(told, wanted.guidance, wanted.sampling)
 
     def finished_before(self) -> set[str]:
         """Names of pictures that an unfinished run of the same settings has captioned."""

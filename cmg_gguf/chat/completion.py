@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeGuard
 
-from cmg_gguf.errors import SamplingError, UnsupportedError, shown
+from cmg_gguf.errors import PromptError, SamplingError, UnsupportedError, shown
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Piece, Reply, Token
 from cmg_gguf.request import Messages, Request
@@ -55,6 +55,7 @@ def request_of(
     logprobs: bool | None = None,
     top_logprobs: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    cache_prompt: bool | None = None,
     **sampling: Any,
 ) -> Request:
     """The request of a chat completion.
@@ -62,8 +63,9 @@ def request_of(
     Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance` is
     ours. max_tokens: None or <= 0 = until the context is full. logprobs: of the guided
     distribution, before the other samplers. chat_template_kwargs: as in `Request`, and in
-    llama-server. sampling: see `sampling_of`. Raises what it, `Request`
-    and `Guidance` raise.
+    llama-server. cache_prompt: False = nothing kept is gone on from, and the same request gives the
+    same bits: `Request.repeatable`, which costs others their kept prompts. sampling: see
+    `sampling_of`. Raises what it, `Request` and `Guidance` raise.
     """
     return Request(
         messages,
@@ -74,6 +76,7 @@ def request_of(
         top_logprobs=_top_logprobs(logprobs, top_logprobs),
         logits_processors=logits_processor or (),
         chat_template_kwargs={} if chat_template_kwargs is None else chat_template_kwargs,
+        repeatable=_is_repeatable(cache_prompt),
     )
 
 
@@ -305,6 +308,14 @@ def _top_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int | None
             f"{MAX_TOP_LOGPROBS}"
         )
     return count if logprobs else None
+
+
+def _is_repeatable(cache_prompt: bool | None) -> bool:
+    if cache_prompt is not None and not isinstance(cache_prompt, bool):
+        raise PromptError(
+            f"cache_prompt={shown(cache_prompt)} is neither True nor False; write one of them"
+        )
+    return cache_prompt is False
 
 
 def _bias(logit_bias: Mapping[Any, float] | None) -> dict[int, float]:

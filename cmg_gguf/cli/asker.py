@@ -57,6 +57,7 @@ class Asker:
         flags.check()
         note_built_in(screen, flags, guidance.told(flags.own_settings, blind=blind))
         files = fetched(screen, flags)
+        note_unread(screen, flags, files[0])
         started = time.perf_counter()
         with Interrupt() as interrupt, screen.waiting("load") as waiting:
 
@@ -152,6 +153,21 @@ def note_built_in(screen: Screen, flags: ModelFlags, guided: str) -> None:
         screen.note(
             f"no -m is given, so the built-in tiny model answers{how}: it knows only the drawn "
             "scenes of cmg-gguf demo"
+        )
+
+
+def note_unread(screen: Screen, flags: ModelFlags, model: Path) -> None:
+    """Says which variables for the chat template it does not read. Raises ModelError, PromptError.
+
+    model: the model file.
+    """
+    from cmg_gguf.facts import unread_variables
+
+    for name in unread_variables(model, flags.chat_template, flags.template_variables):
+        given = flags.no_think and name == "enable_thinking"
+        screen.note(
+            f"{'--no-think' if given else '--template-kwargs'} without effect: the chat template "
+            f"does not read {name}"
         )
 
 

@@ -129,7 +129,7 @@ class CaptionFlags:
         _flag(
             "--dry-run",
             help="Write to standard output which pictures would be captioned, and into which file; "
-            "no model is loaded and no file changed.",
+            "no model is loaded or downloaded, and no file changed.",
         ),
     ] = False
 
@@ -155,10 +155,16 @@ def caption(
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     settings = _settings(captions, guidance, sampling, model)
-    files = spread.files(model, err)
     if captions.dry_run:
-        _show(err, planned(folder, files, **settings), folder)
+        here = spread.files_here(model)
+        if here is None:
+            err.note(
+                f"{model.hf_repo} is not here yet and not downloaded for this, so what an "
+                "unfinished run has captioned already is listed too"
+            )
+        _show(err, planned(folder, here, **settings), folder)
         return
+    files = spread.files(model, err)
     if idle := sampling.idle():
         err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
     note_built_in(err, model, guidance.told(model.own_settings))

@@ -301,6 +301,14 @@ class ModelFlags:
             return self.model, self.mmproj
         return embedded_pair()
 
+    def held_pair(self) -> tuple[Path, Path] | None:
+        """What `pair` gives without a connection; None where something must be downloaded. Raises
+        what `pair` raises."""
+        from cmg_gguf.hub import held_pair
+
+        self.check()
+        return self.pair() if self.hf_repo is None else held_pair(self.hf_repo, self.mmproj)
+
     def check(self) -> None:
         """Raises what `pair` raises for flags that do not go together, and for names that are
         none."""

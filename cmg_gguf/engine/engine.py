@@ -22,25 +22,23 @@ from typing import TypeAlias, TypeVar
 
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Batch, Decoded, Decodes, ImageBatch
-from cmg_gguf.engine.context import Branches, Context
+from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.contrast import PLAIN, ContrastSession, cells_of_both
 from cmg_gguf.engine.decoding import Decoder, Failure, together
 from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
-from cmg_gguf.engine.rows import PromptRows
+from cmg_gguf.engine.rows import PromptRows, check_prompt
 from cmg_gguf.engine.session import Session, cells_of
 from cmg_gguf.engine.steps import AUTO, Filling, Pace, Strategy
 from cmg_gguf.errors import (
     BackendError,
     ContextLengthError,
     GuidanceError,
-    PromptError,
-    UnsupportedError,
     shown,
 )
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.prompt.segments import ImageSegment, Prompt
+from cmg_gguf.prompt.segments import Prompt
 
 Progress: TypeAlias = Callable[[int, int], None]
 AnySession: TypeAlias = Session | ContrastSession
@@ -71,6 +69,7 @@ class Engine:
         # What a fork leaves out, a state would miss.
         self.strategy = replace(strategy, fork=strategy.fork and not self._contexts[0].has_state)
         self.sessions: tuple[AnySession, ...] = ()
+        self._is_alone = False
         self._context = self._contexts[0]
         self._pace = pace or Pace()
         self._decoder = Decoder(filling or Filling())
@@ -87,7 +86,7 @@ class Engine:
     def check(self, prompt: Prompt, guidance: Guidance) -> None:
         """Raises what `open` would raise about its arguments: PromptError, ContextLengthError,
         GuidanceError, UnsupportedError. Computes nothing."""
-        _check_prompt(prompt, self._context)
+        check_prompt(prompt, self._context)
         needed, n_tokens = self.cells(prompt, guidance, 1), prompt.n_tokens
         n_images = prompt.n_image_tokens
         self._check_cells(needed, "prompt needs", f"{n_tokens} tokens, {n_images} of them image")
@@ -95,7 +94,7 @@ class Engine:
     def check_contrast(self, original: Prompt, degraded: Prompt) -> None:
         """Raises what `open_contrast` would raise about its arguments."""
         for prompt in (original, degraded):
-            _check_prompt(prompt, self._context)
+            check_prompt(prompt, self._context)
         needed = self.contrast_cells(original, degraded, 1)
         counts = f"{original.n_tokens} and {degraded.n_tokens}"
         self._check_cells(needed, "two prompts need", counts)
@@ -137,30 +136,31 @@ class Engine:
             for session in self.sessions
         )
 
-    def open(self, prompt: Prompt, guidance: Guidance, *, n_reserved: int = 0) -> Session:
+    def open(
+        self, prompt: Prompt, guidance: Guidance, *, n_reserved: int = 0, alone: bool = False
+    ) -> Session:
         """An answer to this prompt.
 
         The images need not be encoded: `Session.first_row` says from where on they must be for
-        `prefill`. n_reserved: KV cells to set aside, see `fits`. Raises what `check` raises;
-        BackendError if no lane is free.
+        `prefill`. n_reserved: KV cells to set aside, see `fits`. alone: it begins in empty caches
+        and goes one fixed way, so that the same gives the same bits; no other may be open
+        meanwhile. Raises what `check` raises; BackendError if no lane is free.
         """
         self.check(prompt, guidance)
         with self.lock:
             branches = self._free_lane()
-            return self._opened(
-                branches, n_reserved, lambda: self._new_session(prompt, guidance, branches)
-            )
+            new = partial(self._new_session, prompt, guidance, branches, alone)
+            return self._opened(branches, n_reserved, alone, new)
 
     def open_contrast(
-        self, original: Prompt, degraded: Prompt, *, n_reserved: int = 0
+        self, original: Prompt, degraded: Prompt, *, n_reserved: int = 0, alone: bool = False
     ) -> ContrastSession:
         """An answer behind two prompts, their images encoded. Raises as `open` does."""
         self.check_contrast(original, degraded)
         with self.lock:
             branches = self._free_lane()
-            return self._opened(
-                branches, n_reserved, lambda: ContrastSession(branches, original, degraded)
-            )
+            new = partial(ContrastSession, branches, original, degraded)
+            return self._opened(branches, n_reserved, alone, new)
 
     def prefill(
         self, session: AnySession, prompt: Prompt | None = None, progress: Progress | None = None
@@ -246,7 +246,7 @@ class Engine:
         Their sessions must have room, see `make_room`. An error reaches the batch it belongs to.
         """
         with self.lock:
-            fills = self.strategy.waiting == "cheapest"
+            fills = self.strategy.waiting == "cheapest" and not self._is_alone
             n_free = self._context.n_ctx - self.n_cells if fills else 0
             came = self._decoder.decode(batches, n_free)
             if any(isinstance(one, Exception) for one in came):
@@ -273,30 +273,39 @@ class Engine:
         attending = context.attention_layers if guided else None
         return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
 
-    def _new_session(self, prompt: Prompt, guidance: Guidance, branches: Branches) -> Session:
+    def _new_session(
+        self, prompt: Prompt, guidance: Guidance, branches: Branches, alone: bool
+    ) -> Session:
+        by_clock = self.strategy.waiting == "cheapest"
+        strategy = replace(self.strategy, waiting="never") if alone and by_clock else self.strategy
         rows = self._rows_of(prompt, guidance)
         if rows.guided and self.strategy.fork and branches.paired:
             if not is_surveyed(self._context) and self.make_room(max(SURVEYED)):
                 survey(self._context)
             forking = Forking(self._context, rows.layers or ())
-            if forking.pairs or self.strategy.may_wait(guidance):
+            if forking.pairs or strategy.may_wait(guidance):
                 rows.fork_at(forking.layer)
         return Session(
             branches,
             rows,
             guidance,
             self.prefixes.lease(prompt, rows, branches),
-            strategy=self.strategy,
+            strategy=strategy,
             pace=self._pace,
             prefixes=self.prefixes if self.prefixes.keeps else None,
         )
 
     def _opened(
-        self, branches: Branches, n_reserved: int, new: Callable[[], SomeSession]
+        self, branches: Branches, n_reserved: int, alone: bool, new: Callable[[], SomeSession]
     ) -> SomeSession:
+        if self._is_alone or (alone and self.sessions):
+            raise BackendError("an answer that is made alone has company; end the others first")
         _clear(branches)  # who decodes by hand can have left something
         try:
+            if alone:
+                self.prefixes.forget()  # no cell is taken: it gets those that it would get first
             session = new()
+            self._is_alone = alone
             session.n_reserved = n_reserved
             self.sessions = (*self.sessions, session)
             self._pace.company = len(self.sessions) > 1
@@ -353,6 +362,7 @@ class Engine:
             if session.branches is branches and isinstance(session, Session):
                 self.prefixes.end(session.lease)
         self.sessions = tuple(s for s in self.sessions if s.branches is not branches)
+        self._is_alone = self._is_alone and bool(self.sessions)
         self._pace.company = len(self.sessions) > 1
         self.prefixes.settle()
         _clear(branches)
@@ -374,22 +384,6 @@ class Engine:
 
 def _n_named(session: AnySession) -> int:
     return len(session.lease.cells) if isinstance(session, Session) else 0
-
-
-def _check_prompt(prompt: Prompt, context: Context) -> None:
-    if prompt.n_tokens == 0:
-        raise PromptError("the prompt is empty; give at least one token")
-    if isinstance(prompt.segments[-1], ImageSegment):
-        raise PromptError("the prompt ends with an image; put text behind it")
-    for segment in prompt.segments:
-        # A context of fewer cells is too short for the prompt, whatever n_ubatch is.
-        n_ubatch = context.n_ubatch
-        needed = segment.needs_ubatch if isinstance(segment, ImageSegment) else 0
-        if n_ubatch < min(needed, context.n_ctx):
-            raise UnsupportedError(
-                f"this model decodes the {segment.n_tokens} tokens of an image at once and "
-                f"n_ubatch is {n_ubatch}; raise n_ubatch"
-            )
 
 
 def _clear(branches: Branches) -> None:

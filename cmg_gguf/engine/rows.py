@@ -16,8 +16,8 @@ import numpy.typing as npt
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.batch import NONE, Batch, ImageBatch, RowPlan, text_batch
-from cmg_gguf.engine.context import Branch
-from cmg_gguf.errors import UnsupportedError
+from cmg_gguf.engine.context import Branch, Context
+from cmg_gguf.errors import PromptError, UnsupportedError
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -53,6 +53,24 @@ def masked_rows(prompt: Prompt, scope: Scope) -> npt.NDArray[np.bool_]:
         return np.asarray(rows > pictures[-1])
     behind_first = rows >= pictures[0]
     return np.asarray(behind_first if scope == "all" else behind_first & ~in_picture)
+
+
+def check_prompt(prompt: Prompt, context: Context) -> None:
+    """Raises PromptError for a prompt that is empty or ends with an image, UnsupportedError where
+    an image does not fit into a micro-batch that must."""
+    if prompt.n_tokens == 0:
+        raise PromptError("the prompt is empty; give at least one token")
+    if isinstance(prompt.segments[-1], ImageSegment):
+        raise PromptError("the prompt ends with an image; put text behind it")
+    for segment in prompt.segments:
+        # A context of fewer cells is too short for the prompt, whatever n_ubatch is.
+        n_ubatch = context.n_ubatch
+        needed = segment.needs_ubatch if isinstance(segment, ImageSegment) else 0
+        if n_ubatch < min(needed, context.n_ctx):
+            raise UnsupportedError(
+                f"this model decodes the {segment.n_tokens} tokens of an image at once and "
+                f"n_ubatch is {n_ubatch}; raise n_ubatch"
+            )
 
 
 def core_policy(policy: TokenPolicy) -> _core.TokenPolicy:

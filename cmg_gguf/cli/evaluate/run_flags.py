@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cmg_gguf.cli.asker import fetched
+from cmg_gguf.cli.asker import fetched, note_unread
 
 if TYPE_CHECKING:
     from cmg_gguf.cli.model_flags import ModelFlags
@@ -63,10 +63,20 @@ class SpreadFlags:
     ] = False
 
     def files(self, model: ModelFlags, screen: Screen) -> ModelFiles:
-        """The model, as each process opens it. Raises what `fetched` raises."""
+        """The model, as each process opens it. Raises what `fetched` and `note_unread` raise."""
+        files = fetched(screen, model)
+        note_unread(screen, model, files[0])
+        return self._opened_by(model, files)
+
+    def files_here(self, model: ModelFlags) -> ModelFiles | None:
+        """The same, as far as it need not be downloaded; None where it must."""
+        files = model.held_pair()
+        return None if files is None else self._opened_by(model, files)
+
+    def _opened_by(self, model: ModelFlags, files: tuple[Path, Path]) -> ModelFiles:
         from cmg_gguf.evaluation.manifest import ModelFiles
 
-        return ModelFiles(*fetched(screen, model), {**model.options(), "n_parallel": self.parallel})
+        return ModelFiles(*files, {**model.options(), "n_parallel": self.parallel})
 
     def executor(self) -> Executor:
         """Raises BadParameter for both at once; UnsupportedError without Dask."""
