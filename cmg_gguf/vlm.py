@@ -53,7 +53,8 @@ class GuidedVLM:
     Jinja template. chat_template_kwargs: what the template sees besides the messages, as
     {"enable_thinking": False}, unless a request says otherwise.
     pairing: "pair" = both branches in one context, "contexts" = one each (twice the
-    memory and time; the reference), "auto" = a pair unless the model has recurrent layers.
+    memory and time; the reference), "auto" = a pair unless the model has recurrent layers beside a
+    sliding window.
     prefix_cells: KV cells that may stay with past prompts, so that one which begins like them (same
     pixels, same tokens) goes on from there; None = half of n_ctx, 0 = none. An answer that needs
     them takes them. image_cache_bytes: memory for encoded images whose cells are gone; 0 = none.

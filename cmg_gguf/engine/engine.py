@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 from cmg_gguf.arrays import FloatArray
