@@ -93,3 +93,26 @@ CHOSEN = (
     "test_vlm.py::test_two_contexts_say_what_a_pair_says",
 )
 """Files and tests, as pytest names them, within tests/."""
+
+ALSO_ON_TWO = (
+    "test_device.py::test_both_branches_are_the_cpus[eager-step-f32]",
+    "test_device.py::test_both_branches_are_the_cpus[fork-prompt-f16]",
+    "test_device.py::test_both_branches_are_the_cpus[lazy-step-f32]",
+    "test_device.py::test_pairs_fork_wherever_the_layers_lie[all-True]",
+)
+"""Of them, those that are run with the layers on two devices as well."""
+
+LEFT_OUT = {
+    "the other cases of the same tests": "the same graphs with other numbers, hundreds of them: a "
+    "decode on lavapipe takes .2 s. On CUDA and Metal --all runs them",
+    "tests of prompts, requests, policies, sampling, evaluation, the command line": "nothing of "
+    "them computes on a device",
+    "the image encoder on the device": "the tests keep it on the CPU: its judge is exact to 1e-4",
+    "hundreds of requests against a fresh engine": "a choice of tokens that hangs by a hair turns "
+    "where the device rounds otherwise",
+}
+ON_LAVAPIPE = {
+    "flash attention": "lavapipe of Mesa 22.3.6 crashes where a shape of one row is compiled "
+    "before one of several; llama_cpp alone does too. GPUs run it",
+}
+"""What is not run, and why."""
