@@ -20,13 +20,6 @@ bool is_residual(const ggml_tensor * node, int64_t n_rows) {
            node->nb[1] == static_cast<size_t>(node->ne[0]) * sizeof(float);
 }
 
-// "CUDA0#l_out-3#0", another backend's copy of l_out-3, has no source that says so.
-std::string copied_name(const ggml_tensor * t) {
-    const char * begin = std::strchr(t->name, '#');
-    const char * end = std::strrchr(t->name, '#');
-    return begin != nullptr && end > begin ? std::string(begin + 1, end) : std::string();
-}
-
 } // namespace
 
 int32_t residual_layer(const ggml_tensor * node) {

@@ -142,7 +142,10 @@ bool GraphPatch::ask(ggml_tensor * node) {
     if (sharing >= 0) {
         return observation_.wants(batch_, sharing);
     }
-    AttentionNode attention = find_attention(node);
+    if (layer_in_name(node, "kq-") >= 0) {
+        product_ = node;
+    }
+    AttentionNode attention = find_attention(node, product_);
     if (!attention.found() || attention.cache_il >= n_layer_) {
         return false;
     }
@@ -219,6 +222,7 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
         observation_.begin_micro_batch();
         masking_.begin_micro_batch();
         attention_layer_ = -1;
+        product_ = nullptr;
         std::fill(written_.begin(), written_.end(), 0);
         std::fill(attended_.begin(), attended_.end(), 0);
     }

@@ -17,7 +17,10 @@ from typing import Any, Literal, cast
 import numpy as np
 from judge import Verdict, judge
 from numpy.typing import NDArray
+from offload import APART as APART
+from offload import FINE as FINE
 from offload import N_GPU_LAYERS
+from offload import TOLERANCE as TOLERANCE
 from prompts import picture
 from reference import F64, Reference, Step
 from stepped import PairedEngine
@@ -40,8 +43,6 @@ Pairing = Literal["pair", "contexts"]
 EXACT = ContextOptions(
     n_ctx=256, n_ubatch=64, n_threads=1, flash_attn=False, type_k="f32", type_v="f32"
 )
-TOLERANCE = 1e-4
-"""Largest logit error with EXACT; the logits have an RMS of about 3."""
 ALL_TOKENS = _core.TokenPolicy(_core.TokenRule.top_ratio, 1.0)
 
 
@@ -51,9 +52,9 @@ class Tiny:
     prompt: see `_prompt`. verdict: see `judge`, for this pair. Both remember what they gave.
     """
 
-    def __init__(self, pair: TinyPair) -> None:
+    def __init__(self, pair: TinyPair, n_gpu_layers: int = N_GPU_LAYERS) -> None:
         self._path = pair.llm
-        self.model = Model.load(pair.llm, n_gpu_layers=N_GPU_LAYERS)
+        self.model = Model.load(pair.llm, n_gpu_layers=n_gpu_layers)
         self.projector = Projector(pair.mmproj, self.model, use_gpu=False, n_threads=1)
         self.prompt = functools.cache(self._prompt)
         self.verdict = functools.cache(self._verdict)

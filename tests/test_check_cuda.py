@@ -12,18 +12,16 @@ import cuda_check
 import pytest
 from benchmarks.report import ROWS
 from cuda_check import (
-    CannotRunError,
     architecture,
     eager_ratios,
     find_gpu,
     find_source,
-    last_counts,
     main,
     pack_command,
-    requirements,
 )
+from device_suite import ROOT, CannotRunError, last_counts, requirements
 
-PYPROJECT = (cuda_check.ROOT / "pyproject.toml").read_text("utf-8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
 SMI = '#!/bin/sh\ncase "$*" in *compute_cap*) echo 8.9;; *) echo "NVIDIA L4";; esac\n'
 
 
@@ -158,7 +156,7 @@ def test_a_step_and_a_folder_are_needed(argv: list[str]) -> None:
 
 def test_the_launcher_passes_everything_on(tmp_path: Path) -> None:
     done = subprocess.run(
-        [cuda_check.ROOT / "scripts" / "check_cuda", "run", str(tmp_path)],
+        [ROOT / "scripts" / "check_cuda", "run", str(tmp_path)],
         env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

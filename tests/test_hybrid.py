@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from commands import invoke
 from prompts import ONE_IMAGE, PICTURE
-from support import TOLERANCE, Pairing, Rig, Tiny
+from support import APART, TOLERANCE, Pairing, Rig, Tiny
 from tiny_llava import TinyConfig, TinyPair
 
 from cmg_gguf.errors import GuidanceError
@@ -42,7 +42,7 @@ def test_both_branches_of_a_hybrid_are_the_judges(
     verdict = hybrid.verdict(prompt, guidance)
     errors = Rig(hybrid, pairing=pairing).follow(prompt, guidance, verdict)
     assert errors.max() <= TOLERANCE
-    assert verdict.gaps.min() > 100 * TOLERANCE
+    assert verdict.gaps.min() > APART
     assert set(verdict.layers) <= set(ATTENDING)
 
 
@@ -62,7 +62,7 @@ def test_any_choice_of_layers_changes_the_logits_or_is_an_error(hybrid: Tiny, se
     assert rig.engine.layers == tuple(sorted(layers))
     degraded = rig.engine.degraded_logits
     assert degraded is not None
-    assert np.abs(rig.engine.original_logits - degraded).max() > 100 * TOLERANCE
+    assert np.abs(rig.engine.original_logits - degraded).max() > APART
 
 
 def test_a_range_without_a_layer_that_attends_is_an_error(hybrid: Tiny) -> None:
