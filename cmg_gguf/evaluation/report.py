@@ -16,9 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from cmg_gguf.errors import EvaluationError
+from cmg_gguf.evaluation.frontier import Frontier, frontier
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.run import Run
-from cmg_gguf.evaluation.statistics import Estimate, Result, bootstrap, bootstrap_auc, table
+from cmg_gguf.evaluation.statistics import (
+    Estimate,
+    Result,
+    bootstrap_auc,
+    compared,
+    resampled,
+    table,
+)
 from cmg_gguf.evaluation.task import Item, Task
 from cmg_gguf.evaluation.yes_bias import fitted
 
@@ -61,13 +69,15 @@ class Row:
 @dataclass(frozen=True)
 class Part:
     """A part of the items, or all of them. encode: seconds of a mean item's `Row.seconds` in which
-    its image was encoded, once for all methods; NaN as those."""
+    its image was encoded, once for all methods; NaN as those. frontier: None where no method was
+    run at several strengths."""
 
     name: str
     n_items: int
     n_clusters: int
     rows: tuple[Row, ...]
     encode: float = math.nan
+    frontier: Frontier | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +190,8 @@ def _part(
         method: table(task, items, [record.answer for record in found])
         for method, found in told.items()
     }
-    figures = bootstrap(task.figures, tables, baseline=bs.baseline, n=bs.n, seed=bs.seed)
+    sampled = resampled(task.figures, tables, baseline=bs.baseline, n=bs.n, seed=bs.seed)
+    figures = compared(*sampled, bs.baseline)
     areas = _areas(items, told, bs)
     # A run that was stopped has encoded some images again, for the methods that were left.
     encode = sum(record.encode for found in told.values() for record in found) / len(told)
@@ -202,8 +213,14 @@ def _part(
                 changes=_changes(task, items, told[bs.baseline], found),
             )
         )
-    n_clusters = len(tables[bs.baseline].clusters)
-    return Part(name, len(items), n_clusters, tuple(rows), encode / len(items))
+    return Part(
+        name,
+        len(items),
+        len(tables[bs.baseline].clusters),
+        tuple(rows),
+        encode / len(items),
+        frontier(*sampled),
+    )
 
 
 def _areas(items: Sequence[Item], told: Told, bs: _Bootstrap) -> dict[str, dict[str, Result]]:

@@ -13,6 +13,8 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cmg_gguf.evaluation.frontier import START, Frontier
+from cmg_gguf.evaluation.method import point_of
 from cmg_gguf.evaluation.records import write_whole
 from cmg_gguf.evaluation.report import ALL, Part, Report, Row, verdict
 from cmg_gguf.evaluation.statistics import LEVEL, Estimate
@@ -25,11 +27,15 @@ _COLUMNS = (
 
 
 def rendered(report: Report) -> RenderableType:
-    """The report for a terminal: every part's figures, and the differences over all items."""
+    """The report for a terminal: every part's figures and curves, and the differences over all
+    items, but for the points of curves."""
     blocks: list[RenderableType] = [Text(line) for line in heading(report)]
     for part in report.parts:
         blocks += [Text(), _grid(_title(part), *figure_table(part))]
-    if rows := list(difference_rows(report, report.parts[0])):
+        if part.frontier:
+            blocks += [Text(), _grid(_matched(part.frontier), *frontier_table(part))]
+    all_items = report.parts[0]
+    if rows := [row for row in difference_rows(report, all_items) if point_of(row[0]) is None]:
         title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals"
         blocks += [Text(), _grid(title, DIFFERENCES, rows)]
     blocks += [Text(), *(Text(line) for line in notes(report))]
@@ -44,6 +50,9 @@ def markdown(report: Report) -> str:
         if rows := list(difference_rows(report, part)):
             title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals:"
             lines += ["", title, "", *_markdown_table(DIFFERENCES, rows)]
+        if part.frontier:
+            table = _markdown_table(*frontier_table(part))
+            lines += ["", f"{_matched(part.frontier)}:", "", *table]
     lines += ["", "## Settings", "", "```json", _settings(report), "```"]
     lines += ["", "## Notes", "", *(f"- {line}" for line in notes(report))]
     return "\n".join(lines) + "\n"
@@ -122,6 +131,14 @@ def notes(report: Report) -> list[str]:
             "cut: plausibility cut alone, sampled at temperature 1: the control for what the cut "
             "does to sampling. Under greedy decoding it is greedy itself."
         )
+    if curves := report.parts[0].frontier:
+        across, up = _label(curves.across), _label(curves.up)
+        lines.append(
+            f"at matched {across}: the smallest {up} that a curve reaches where its {across} is at "
+            f"least {START}'s less what is given up; from {START} to its strongest setting, linear "
+            "between neighbouring strengths, in each bootstrap sample from its own points. All "
+            "curves have the same strengths; 1 is as published."
+        )
     if report.biases is not None:
         one, other = report.biases
         lines.append(
@@ -169,6 +186,28 @@ def difference_rows(report: Report, part: Part) -> Iterator[list[str]]:
                     _interval(gap),
                     verdict(gap, part.n_clusters),
                 ]
+
+
+def frontier_table(part: Part) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what each curve reaches at each loss, and the difference to the first."""
+    found = part.frontier
+    assert found is not None
+    header = ["curve", f"{_label(found.across)} given up", _label(found.up), "interval"]
+    header += [f"to {found.reference}", "interval", "shown"]
+    rows = []
+    for one in found.reached:
+        gap = one.difference
+        gaps = ["", "", ""]
+        if gap is not None:
+            gaps = [_number(gap.value, "+.2f"), _interval(gap), verdict(gap, part.n_clusters)]
+        own = one.own
+        span = f"[{_number(own.low)}, {_number(own.high)}]"
+        rows.append([one.curve, f"{one.loss:g}", _number(own.value), span, *gaps])
+    return header, rows
+
+
+def _matched(found: Frontier) -> str:
+    return f"{_label(found.up)} at matched {_label(found.across)}, {LEVEL:.0%} intervals"
 
 
 def _figure_row(row: Row, names: Sequence[str]) -> list[str]:

@@ -28,6 +28,8 @@ Examples:
 
   cmg-gguf eval {name} ... --methods greedy,cmg,vcd --limit 100
 
+  cmg-gguf eval {name} ... --alphas 0.5,1,2      every method at these strengths
+
   cmg-gguf eval report runs/{name}             tables, differences, plots
 """
 
@@ -61,18 +63,17 @@ def evaluate_task(
 ) -> None:
     """Runs a benchmark, shows its report, and writes that into the run's folder."""
     from cmg_gguf.evaluation.items import WHOLE, Shard
-    from cmg_gguf.evaluation.methods import chosen
     from cmg_gguf.evaluation.report import make_report
     from cmg_gguf.evaluation.report_text import rendered, write_report
     from cmg_gguf.evaluation.run import evaluate
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     task, folder, shard = task_flags.task(), run.folder, Shard.parse(run.shard)
-    names = [name.strip() for name in run.methods.split(",") if name.strip()]
-    methods = chosen(names, guidance.guidance(model.own_settings))
+    methods = run.chosen(guidance.guidance(model.own_settings))
     tuned_on = guidance.file(model.own_settings).tuned_on
     files = spread.files(model, err)
-    guided = f"cmg {guidance.told(model.own_settings)}" if "cmg" in names else ""
+    is_guided = any(method.name == "cmg" for method in methods)
+    guided = f"cmg {guidance.told(model.own_settings)}" if is_guided else ""
     note_built_in(err, model, guided)
 
     def work(progress: Progress) -> Run:

@@ -252,11 +252,11 @@ class ScenesFlags:
         ),
     ] = None
     kind: Annotated[
-        Literal["typical", "counter"],
+        Literal["typical", "counter", "both"],
         _flag(
             "--kind",
             help="typical = things come with what they usually come with, counter = independent "
-            "of each other, so that expectation misleads.",
+            "of each other, so that expectation misleads, both = as many of each.",
         ),
     ] = "typical"
     rule: Annotated[Rule | None, _flag("--rule", show_default="pope", help=_RULES)] = None
