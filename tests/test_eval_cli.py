@@ -204,6 +204,7 @@ def test_what_cannot_be_run_is_exit_1(flags: list[str], message: str, model: lis
         (["mme", "-o", "x"], "name MME's folder"),
         (["amber", "-o", "x"], "name AMBER's data folder"),
         (["hallusion", "-o", "x"], "name HallusionBench.json"),
+        (["dash-b", "-o", "x"], "name the folder that neg and pos are in"),
         (["folder", "-o", "x", "--images", ".", "-p", " "], "'--prompt' / '-p': it is empty"),
         (["chair", "-o", "x", "--instances", "x", "--images", ".", "-p", " "], "it is empty"),
         (["tune", "scenes"], "'--out' / '-o': none is given"),

@@ -10,6 +10,7 @@ Only arithmetic here; `cmg_gguf.evaluation.report_text` and `.plots` show it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ class Part:
     rows: tuple[Row, ...]
     encode: float = math.nan
     frontier: Frontier | None = None
+    majority: float | None = None
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,13 @@ def _part(
         tuple(rows),
         encode / len(items),
         frontier(*sampled),
+        _majority(items),
     )
+
+
+def _majority(items: Sequence[Item]) -> float | None:
+    labels = Counter(item.truth["label"] for item in items if "label" in item.truth)
+    return max(labels.values()) / labels.total() if labels else None
 
 
 def _areas(items: Sequence[Item], told: Told, bs: _Bootstrap) -> dict[str, dict[str, Result]]:

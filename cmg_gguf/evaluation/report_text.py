@@ -124,6 +124,8 @@ def notes(report: Report) -> list[str]:
         "methods see the same samples. Each is for itself: of many, a few exclude zero by chance.",
         _cost_note(report) + f"; changed: answers other than {report.baseline}'s.",
     ]
+    if report.parts[0].majority is not None:
+        lines.append("majority rate: the accuracy of who always says the commoner of yes and no.")
     settings = report.run.manifest["methods"]
     kinds = {told["method"] for told in settings.values()}
     if "Cut" in kinds:
@@ -224,7 +226,8 @@ def _figure_row(row: Row, names: Sequence[str]) -> list[str]:
 
 def _title(part: Part) -> str:
     name = "All items" if part.name == ALL else part.name
-    return f"{name}: n = {part.n_items}, {part.n_clusters} clusters"
+    majority = "" if part.majority is None else f", majority rate {100 * part.majority:.2f}"
+    return f"{name}: n = {part.n_items}, {part.n_clusters} clusters{majority}"
 
 
 def _label(name: str) -> str:
