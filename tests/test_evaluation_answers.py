@@ -82,10 +82,11 @@ def test_figures_of_hand_made_answers() -> None:
 def test_balanced_accuracy_does_not_depend_on_how_many_items_each_class_has(
     positive: Label,
 ) -> None:
-    always: list[tuple[Label, Label | None]] = [("no", "no")] * 9 + [("yes", "no")]
+    always: list[tuple[Label, Label | None]] = [("no", "no") for _ in range(9)]
+    always.append(("yes", "no"))
     assert figures(always, positive)["balanced_accuracy"] == 50
     assert figures(always, positive)["accuracy"] == 90
-    better = [*always[:6]]
+    better: list[tuple[Label, Label | None]] = [*always[:6]]
     better += [("no", "yes"), ("no", "yes"), ("no", "yes"), ("yes", "yes")]
     assert figures(better, positive)["balanced_accuracy"] == pytest.approx((100 * 6 / 9 + 100) / 2)
     assert math.isnan(figures([("no", "no")], positive)["balanced_accuracy"])

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cmg_gguf.errors import EvaluationError
+from cmg_gguf.evaluation.changed import TokenClass, changed_by_class
 from cmg_gguf.evaluation.frontier import Frontier, frontier
+from cmg_gguf.evaluation.lengths import FIGURE, matched_lengths
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.run import Run
 from cmg_gguf.evaluation.statistics import (
@@ -28,7 +30,7 @@ from cmg_gguf.evaluation.statistics import (
     resampled,
     table,
 )
-from cmg_gguf.evaluation.task import Item, Task
+from cmg_gguf.evaluation.task import Item, NamesObjects, Task
 from cmg_gguf.evaluation.yes_bias import fitted
 
 BASELINE = "greedy"
@@ -57,6 +59,8 @@ class Row:
     encoding of its image, which is the same for all methods. cost: seconds relative to the
     baseline's. Both are NaN where answers were made several at once: the time of
     each counts waiting for others. tokens: of a mean answer.
+    classes: tokens that the method chose otherwise than plain decoding on the same logits, by what
+    they say; None where the task finds no objects.
     """
 
     method: str
@@ -65,6 +69,7 @@ class Row:
     cost: float
     tokens: float
     changes: Changes
+    classes: Mapping[TokenClass, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,10 @@ def _part(
     }
     sampled = resampled(task.figures, tables, baseline=bs.baseline, n=bs.n, seed=bs.seed)
     figures = compared(*sampled, bs.baseline)
-    areas = _areas(items, told, bs)
+    more = _areas(items, told, bs)
+    captions = task if isinstance(task, NamesObjects) else None
+    if captions is not None:
+        more |= _cut(captions, items, told, bs)
     # A run that was stopped has encoded some images again, for the methods that were left.
     encode = sum(record.encode for found in told.values() for record in found) / len(told)
     if parallel > 1:
@@ -208,11 +216,12 @@ def _part(
         rows.append(
             Row(
                 method=method,
-                figures={**figures[method], **areas.get(method, {})},
+                figures={**figures[method], **more.get(method, {})},
                 seconds=seconds[method] / len(items),
                 cost=seconds[method] / base_seconds if base_seconds else math.nan,
                 tokens=sum(record.tokens for record in found) / len(items),
                 changes=_changes(task, items, told[bs.baseline], found),
+                classes=None if captions is None else changed_by_class(captions, items, found),
             )
         )
     return Part(
@@ -229,6 +238,15 @@ def _part(
 def _majority(items: Sequence[Item]) -> float | None:
     labels = Counter(item.truth["label"] for item in items if "label" in item.truth)
     return max(labels.values()) / labels.total() if labels else None
+
+
+def _cut(
+    task: NamesObjects, items: Sequence[Item], told: Told, bs: _Bootstrap
+) -> dict[str, dict[str, Result]]:
+    """CHAIR_i at equal length, by method."""
+    answers = {method: [record.answer for record in found] for method, found in told.items()}
+    found = matched_lengths(task, items, answers, baseline=bs.baseline, n=bs.n, seed=bs.seed)
+    return {method: {FIGURE: result} for method, result in found.items()}
 
 
 def _areas(items: Sequence[Item], told: Told, bs: _Bootstrap) -> dict[str, dict[str, Result]]:

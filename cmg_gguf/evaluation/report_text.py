@@ -13,7 +13,9 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cmg_gguf.evaluation.changed import CLASSES
 from cmg_gguf.evaluation.frontier import START, Frontier
+from cmg_gguf.evaluation.lengths import FIGURE
 from cmg_gguf.evaluation.method import point_of
 from cmg_gguf.evaluation.records import write_whole
 from cmg_gguf.evaluation.report import ALL, Part, Report, Row, verdict
@@ -32,6 +34,8 @@ def rendered(report: Report) -> RenderableType:
     blocks: list[RenderableType] = [Text(line) for line in heading(report)]
     for part in report.parts:
         blocks += [Text(), _grid(_title(part), *figure_table(part))]
+        if rows := class_rows(part):
+            blocks += [Text(), _grid(CHANGED, CLASSES_HEADER, rows)]
         if part.frontier:
             blocks += [Text(), _grid(_matched(part.frontier), *frontier_table(part))]
     all_items = report.parts[0]
@@ -50,6 +54,8 @@ def markdown(report: Report) -> str:
         if rows := list(difference_rows(report, part)):
             title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals:"
             lines += ["", title, "", *_markdown_table(DIFFERENCES, rows)]
+        if rows := class_rows(part):
+            lines += ["", f"{CHANGED}:", "", *_markdown_table(CLASSES_HEADER, rows)]
         if part.frontier:
             table = _markdown_table(*frontier_table(part))
             lines += ["", f"{_matched(part.frontier)}:", "", *table]
@@ -124,6 +130,16 @@ def notes(report: Report) -> list[str]:
         "methods see the same samples. Each is for itself: of many, a few exclude zero by chance.",
         _cost_note(report) + f"; changed: answers other than {report.baseline}'s.",
     ]
+    if FIGURE in report.parts[0].rows[0].figures:
+        lines.append(
+            f"{_label(FIGURE)}: chair i of each caption's first mentions, as many as the shorter "
+            f"of it and {report.baseline}'s has; the difference is to {report.baseline} cut alike."
+        )
+    if any(class_rows(part) for part in report.parts):
+        lines.append(
+            "changed tokens: object = of an object's name; article = a, an, the; ending = the "
+            "answer ends, or goes on where plain decoding would have ended; by what is said."
+        )
     if report.parts[0].majority is not None:
         lines.append("majority rate: the accuracy of who always says the commoner of yes and no.")
     settings = report.run.manifest["methods"]
@@ -188,6 +204,19 @@ def difference_rows(report: Report, part: Part) -> Iterator[list[str]]:
                     _interval(gap),
                     verdict(gap, part.n_clusters),
                 ]
+
+
+CHANGED = "Tokens chosen otherwise than plain decoding on the same logits"
+CLASSES_HEADER = ["method", "changed", *CLASSES]
+
+
+def class_rows(part: Part) -> list[list[str]]:
+    """How many tokens of each class a method changed, of methods that changed any."""
+    told = [(row.method, row.classes) for row in part.rows if row.classes]
+    return [
+        [method, str(sum(classes.values())), *(str(classes.get(name, 0)) for name in CLASSES)]
+        for method, classes in told
+    ]
 
 
 def frontier_table(part: Part) -> tuple[list[str], list[list[str]]]:

@@ -70,8 +70,19 @@ def table(task: Task, items: Sequence[Item], answers: Sequence[str]) -> CountTab
     groups: dict[str, list[tuple[Item, str]]] = {}
     for item, answer in zip(items, answers, strict=True):
         groups.setdefault(item.cluster, []).append((item, answer))
-    clusters = tuple(sorted(groups))
-    counts = [_counts(task, groups[cluster]) for cluster in clusters]
+    return table_of(list(groups), [_counts(task, group) for group in groups.values()])
+
+
+def table_of(clusters: Sequence[str], counts: Sequence[Counts]) -> CountTable:
+    """The counts of each cluster; those of the same cluster are added."""
+    totals: dict[str, dict[str, float]] = {}
+    for cluster, own in zip(clusters, counts, strict=True):
+        add_counts(totals.setdefault(cluster, {}), own)
+    ordered = tuple(sorted(totals))
+    return _table(ordered, [totals[cluster] for cluster in ordered])
+
+
+def _table(clusters: tuple[str, ...], counts: Sequence[Counts]) -> CountTable:
     names = tuple(sorted({name for found in counts for name in found}))
     rows = [[found.get(name, 0.0) for name in names] for found in counts]
     values = np.array(rows, dtype=np.float64).reshape(len(clusters), len(names))

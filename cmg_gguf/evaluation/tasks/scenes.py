@@ -22,9 +22,9 @@ import numpy as np
 from cmg_gguf.errors import EvaluationError, shown
 from cmg_gguf.evaluation.answers import POPE, YesNoRule
 from cmg_gguf.evaluation.confusion import confusion_counts, confusion_figures
-from cmg_gguf.evaluation.mentions import caption_counts, caption_figures
+from cmg_gguf.evaluation.mentions import caption_counts, caption_figures, mentions_in
 from cmg_gguf.evaluation.statistics import Floats, column, percent
-from cmg_gguf.evaluation.task import Item, Sums
+from cmg_gguf.evaluation.task import Item, Mention, Sums
 from cmg_gguf.evaluation.words import Lexicon
 from cmg_gguf.tiny.scenes import Pixels, Scene, SceneKind, Split, draw, make_scene
 from cmg_gguf.tiny.scenes.catalogue import COLOURS, KINDS, OBJECTS, PLACES
@@ -116,6 +116,9 @@ class SceneCaptions(_Pictures):
 
     def counts(self, item: Item, answer: str) -> dict[str, float]:
         return caption_counts(answer, _NAMES.find(answer), item.truth["objects"])
+
+    def mentions(self, item: Item, answer: str) -> list[Mention]:
+        return mentions_in(answer, _NAMES, item.truth["objects"])
 
     def figures(self, sums: Sums) -> dict[str, Floats]:
         return caption_figures(sums)
