@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from embedded.frontier import matched, sampled
 from evals import GUIDANCE
 from numpy.typing import NDArray
 from rich.console import Console
@@ -230,3 +231,20 @@ def test_both_kinds_are_the_parts_of_one_run() -> None:
         for kind in ("typical", "counter")
         for part in ("random", "popular", "adversarial")
     }
+
+
+def test_kinds_are_compared_where_a_curve_does_as_well_on_one_of_them(folder: Path) -> None:
+    run = read_run(folder)
+    found = matched(run, "cmg-0@1")
+    values = {part: sampled(run, part, 0)[0] for part in ("counter", "typical")}
+    for curve, figures in found.items():
+        names = curves(run.methods)[curve]
+        up = np.array([values["counter"][name]["chair_i"] for name in names])
+        index = strength_at(up, values["counter"]["cmg-0@1"]["chair_i"])
+        for key, (own, gap) in figures.items():
+            path = np.array([values["typical"][name][key] for name in names])
+            assert own.value == pytest.approx(float(value_at(path, index)), nan_ok=True)
+            there = values["typical"]["cmg-0@1"][key]
+            assert gap.value == pytest.approx(own.value - there, nan_ok=True)
+    own = found["cmg-0"]["recall"][0]
+    assert not np.isnan(own.value)

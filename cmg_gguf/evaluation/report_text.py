@@ -149,13 +149,13 @@ def notes(report: Report) -> list[str]:
             "cut: plausibility cut alone, sampled at temperature 1: the control for what the cut "
             "does to sampling. Under greedy decoding it is greedy itself."
         )
-    if curves := report.parts[0].frontier:
-        across, up = _label(curves.across), _label(curves.up)
+    if found := report.parts[0].frontier:
+        across, up = _label(found.across), _label(found.up)
         lines.append(
             f"at matched {across}: the smallest {up} that a curve reaches where its {across} is at "
             f"least {START}'s less what is given up; from {START} to its strongest setting, linear "
-            "between neighbouring strengths, in each bootstrap sample from its own points. All "
-            "curves have the same strengths; 1 is as published."
+            "between neighbouring strengths, in each bootstrap sample from its own points. "
+            f"{_effort(found)}; 1 is as published."
         )
     if report.biases is not None:
         one, other = report.biases
@@ -235,6 +235,16 @@ def frontier_table(part: Part) -> tuple[list[str], list[list[str]]]:
         span = f"[{_number(own.low)}, {_number(own.high)}]"
         rows.append([one.curve, f"{one.loss:g}", _number(own.value), span, *gaps])
     return header, rows
+
+
+def _effort(found: Frontier) -> str:
+    strengths = {
+        tuple(point[1] for name in names if (point := point_of(name)))
+        for names in found.curves.values()
+    }
+    if len(strengths) == 1:
+        return "All curves have the same strengths"
+    return "The curves do NOT have the same strengths, so some had more chances than others"
 
 
 def _matched(found: Frontier) -> str:
