@@ -198,6 +198,8 @@ def test_what_cannot_be_run_is_exit_1(flags: list[str], message: str, model: lis
         (["scenes", "-o", "x", "--style", "brief"], "no effect on pope"),
         (["scenes", "-o", "x", "--jobs", "2", "--dask", "tcp://h:1"], "leave one of the two out"),
         (["scenes", "-o", "x", "--parallel", "0"], "greater than or equal to 1"),
+        (["scenes", "-o", "x", "--alphas", "1", "--alpha", "2"], "tries its own strengths"),
+        (["scenes", "-o", "x", "--alphas", "1", "--layers", "1/3-"], "tries its own layers"),
         (["scenes", "-o", "x", "--alphas", "1;2"], "'1;2' is no list of numbers"),
         (["pope", "-o", "x", "--images", "/"], "name a POPE question file"),
         (["chair", "-o", "x"], "name COCO's instance annotations"),

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import typer
+
 from cmg_gguf.cli.asker import note_built_in
 from cmg_gguf.cli.evaluate.run_flags import RunFlags, SpreadFlags
 from cmg_gguf.cli.evaluate.task_flags import TaskFlags
@@ -69,6 +71,7 @@ def evaluate_task(
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     task, folder, shard = task_flags.task(), run.folder, Shard.parse(run.shard)
+    _check_swept(run, guidance)
     methods = run.chosen(guidance.guidance(model.own_settings))
     tuned_on = guidance.file(model.own_settings).tuned_on
     files = spread.files(model, err)
@@ -98,6 +101,15 @@ def evaluate_task(
     report = make_report(finished)
     write_rendered(rendered(report), wide=True)
     write_report(report, folder)
+
+
+def _check_swept(run: RunFlags, guidance: GuidanceFlags) -> None:
+    """Raises BadParameter for a strength or layers beside those that --alphas tries."""
+    own = (("--alpha", "strengths", guidance.alpha), ("--layers", "layers", guidance.layers))
+    for flag, what, given in own:
+        if run.alphas is not None and given is not None:
+            message = f"--alphas tries its own {what}; leave one of the two out"
+            raise typer.BadParameter(message, param_hint=f"'{flag}'")
 
 
 def watched(err: Screen, work: Callable[[Progress], Run]) -> Run:
