@@ -82,9 +82,9 @@ class Reply:
     seed: int
     seconds: Seconds
     n_reused_tokens: int = 0
+    end: Token | None = None
     reasoning: str = ""
     n_reasoning_tokens: int = 0
-    end: Token | None = None
     scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
 
     @property
