@@ -76,7 +76,7 @@ class Reply:
     text: without the stop string, and without spaces in front. reasoning: what the model thought
     before it answered, without its marks; "" = nothing. Where the answer ends within it, text is
     "". tokens: all that were generated, without the end token; the first `n_reasoning_tokens` are
-    reasoning, its marks included.
+    reasoning, its marks included. end: the end token, None where the answer did not end with one.
     finish_reason: "stop" (end token or stop string), "length" (max_tokens, or the context is full).
     layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
     prompt tokens whose KV cells were there from an earlier prompt that began alike. mended: what
@@ -96,6 +96,7 @@ class Reply:
     seed: int
     seconds: Seconds
     n_reused_tokens: int = 0
+    end: Token | None = None
     reasoning: str = ""
     n_reasoning_tokens: int = 0
     mended: tuple[str, ...] = ()

@@ -306,6 +306,7 @@ class Run:
             n_reasoning_tokens=answer.n_reasoning_tokens,
             tokens=tuple(answer.tokens),
             finish_reason=answer.finish_reason,
+            end=answer.end,
             n_prompt_tokens=self._prompt.n_tokens,
             n_image_tokens=self._prompt.n_image_tokens,
             n_reused_tokens=session.n_reused,

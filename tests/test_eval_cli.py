@@ -53,6 +53,20 @@ def test_a_run_goes_on_and_reports_from_its_folder_alone(run: Path, model: list[
     assert (run / "report.md").read_text() == markdown(make_report(read_run(run)))
 
 
+def test_strengths_make_a_curve_of_each_method(model: list[str], tmp_path: Path) -> None:
+    flags = ["eval", "scenes", "--ask", "captions", "--pictures", "1", *model, "-o"]
+    flags += [str(tmp_path / "run"), "--methods", "greedy,icd", "--alphas"]
+    assert invoke(*flags, "1, 2").exit_code == 0
+    longer = invoke(*flags, "0.5,1,2")
+    assert longer.exit_code == 0, longer.stderr
+    assert "1 new answer in" in longer.stderr
+    assert list(read_run(tmp_path / "run").methods) == ["greedy", "icd@0.5", "icd@1", "icd@2"]
+    assert "chair i at matched recall" in longer.stdout
+    refused = invoke(*flags, "0")
+    assert refused.exit_code == 1
+    assert "strength 0 is out of range" in refused.stderr
+
+
 def test_without_matplotlib_a_report_is_its_tables_and_one_note(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +112,7 @@ def test_shards_are_merged(run: Path, model: list[str], tmp_path: Path) -> None:
     assert merged.exit_code == 0
     whole, parts = (
         [
-            {**json.loads(line), "seconds": 0}
+            {**json.loads(line), "encode": 0, "seconds": 0}
             for line in (folder / "results.jsonl").read_text().splitlines()
         ]
         for folder in (run, tmp_path / "all")
@@ -184,11 +198,15 @@ def test_what_cannot_be_run_is_exit_1(flags: list[str], message: str, model: lis
         (["scenes", "-o", "x", "--style", "brief"], "no effect on pope"),
         (["scenes", "-o", "x", "--jobs", "2", "--dask", "tcp://h:1"], "leave one of the two out"),
         (["scenes", "-o", "x", "--parallel", "0"], "greater than or equal to 1"),
+        (["scenes", "-o", "x", "--alphas", "1", "--alpha", "2"], "tries its own strengths"),
+        (["scenes", "-o", "x", "--alphas", "1", "--layers", "1/3-"], "tries its own layers"),
+        (["scenes", "-o", "x", "--alphas", "1;2"], "'1;2' is no list of numbers"),
         (["pope", "-o", "x", "--images", "/"], "name a POPE question file"),
         (["chair", "-o", "x"], "name COCO's instance annotations"),
         (["mme", "-o", "x"], "name MME's folder"),
         (["amber", "-o", "x"], "name AMBER's data folder"),
         (["hallusion", "-o", "x"], "name HallusionBench.json"),
+        (["dash-b", "-o", "x"], "name the folder that neg and pos are in"),
         (["folder", "-o", "x", "--images", ".", "-p", " "], "'--prompt' / '-p': it is empty"),
         (["chair", "-o", "x", "--instances", "x", "--images", ".", "-p", " "], "it is empty"),
         (["tune", "scenes"], "'--out' / '-o': none is given"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import GuidanceError, GuidedVLM, Reply, Sampling
 from cmg_gguf.answer.logits import combine
+from cmg_gguf.evaluation.earlier import FirstLogit, Residual
 from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.evaluation.methods import METHODS, chosen
 from cmg_gguf.evaluation.records import Record
@@ -102,6 +104,71 @@ def test_a_relative_is_its_formula(name: str, vlm: GuidedVLM, question: Question
         g = math.exp(-0.02 * t)
         alpha = (1 - g) / g if name == "m3id" else 1.0
         assert token == combine(l_o, l_d, alpha=alpha, beta=GUIDANCE.beta).argmax()
+
+
+def test_first_logit_is_its_formula(vlm: GuidedVLM, question: Question) -> None:
+    longer = replace(question, item=replace(question.item, max_tokens=12))
+    boosted = FirstLogit(alpha=40.0, beta=0.01)
+    reply = vlm.generate(boosted.request(longer))
+    rows = forced(vlm, ids(reply), PROMPT, [picture(0)])
+    for t, (row, token) in enumerate(zip(rows, ids(reply), strict=True)):
+        score = row + 40 * 0.3 * (1 - math.exp(-0.05 * t)) * rows[0]
+        plausible = row >= row.max() + math.log(0.01)
+        assert token == np.where(plausible, score, -np.inf).argmax()
+    assert ids(reply) != ids(vlm.generate(METHODS["greedy"](GUIDANCE).request(longer)))
+    assert FirstLogit().weight(10**6) == pytest.approx(0.3)
+
+
+def residual(rows: NDArray[np.float64], method: Residual) -> NDArray[np.float64]:
+    """The score of the last row, word by word from the formula."""
+    *earlier, row = rows[-method.window - 1 :]
+    if not earlier:
+        return np.asarray(row)
+    candidates = np.argsort(-row)[: method.candidates]
+    log_p = [(r - np.log(np.exp(r).sum()))[candidates] for r in earlier]
+
+    def kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
+        return float((p * np.log(p / q)).sum())
+
+    def jsd(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+        p, q = (np.exp(x) / np.exp(x).sum() for x in (a, b))
+        return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
+
+    moves = [jsd(a, b) for a, b in itertools.pairwise(log_p)]
+    bottom = 1 + moves.index(min(moves)) if moves else 0
+    confidence = [-x.mean() for x in log_p[bottom:]]
+    r = sum(c * x for c, x in zip(confidence, earlier[bottom:], strict=True)) / sum(confidence)
+    score = (row + method.alpha * r) / (1 + method.alpha)
+    cut: NDArray[np.float64]
+    cut = np.where(row >= row.max() + math.log(method.beta), score, -np.inf)
+    return cut
+
+
+@pytest.mark.parametrize("window", [2, 3, 32])
+def test_residual_decoding_is_its_formula(window: int, vlm: GuidedVLM, question: Question) -> None:
+    method = Residual(alpha=3.0, beta=0.01, window=window, candidates=20)
+    longer = replace(question, item=replace(question.item, max_tokens=12))
+    reply = vlm.generate(method.request(longer))
+    rows = np.array(forced(vlm, ids(reply), PROMPT, [picture(0)]), np.float64)
+    for t, token in enumerate(ids(reply)):
+        assert token == residual(rows[: t + 1], method).argmax()
+    assert ids(reply) != ids(vlm.generate(METHODS["greedy"](GUIDANCE).request(longer)))
+
+
+@pytest.mark.parametrize("method", [FirstLogit(), Residual()])
+def test_a_control_remembers_one_answer_alone(
+    method: Method, vlm: GuidedVLM, question: Question
+) -> None:
+    replies = [answer(vlm, question, method.request(question)) for _ in range(2)]
+    assert ids(replies[0]) == ids(replies[1])
+
+
+@pytest.mark.parametrize("method", [FirstLogit(alpha=0.0), Residual(alpha=0.0)])
+def test_without_strength_a_control_is_plain_decoding(
+    method: Method, vlm: GuidedVLM, question: Question
+) -> None:
+    reply = answer(vlm, question, method.request(question))
+    assert ids(reply) == ids(asked(vlm, question, "greedy"))
 
 
 def test_m3id_grows_from_the_first_token() -> None:

@@ -104,7 +104,7 @@ def test_every_way_of_writing_tells_what_must_be_known(report: Report, tmp_path:
         shown = console.export_text()
     for text in (shown, markdown(report)):
         assert "13 items, 1 not answered by every method, 1 broken and skipped" in text
-        assert "All items: n = 12, 4 clusters" in text
+        assert "All items: n = 12, 4 clusters, majority rate 50.00" in text
         assert "too few" in text
         assert "control for what the cut does to sampling" in text
         assert "fitted on the other half" in text

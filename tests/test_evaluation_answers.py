@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from cmg_gguf.evaluation.answers import MME, NAMED, POPE, RULES, STRICT, Label
+from cmg_gguf.evaluation.answers import DASH_B, MME, NAMED, POPE, RULES, STRICT, Label
 from cmg_gguf.evaluation.confusion import confusion_counts, confusion_figures
 
 # answer: what pope, strict, mme and named make of it
@@ -41,9 +41,15 @@ def test_each_rule_reads_an_answer_by_its_definition(answer: str) -> None:
     assert (POPE(answer), STRICT(answer), MME(answer), NAMED(answer)) == READINGS[answer]
 
 
+def test_dash_bs_rule_looks_for_yes_and_then_for_no_anywhere() -> None:
+    said = {"No, yes": "yes", "YES!": "yes", "Yesterday": "yes", "I do not know": "no", "NO": "no"}
+    assert {answer: DASH_B(answer) for answer in said} == said
+    assert DASH_B("There is one") is DASH_B("") is None
+
+
 def test_rules_are_found_by_their_names() -> None:
     assert {name: rule.name for name, rule in RULES.items()} == {
-        name: name for name in ("pope", "strict", "mme", "named")
+        name: name for name in ("pope", "strict", "mme", "dash-b", "named")
     }
 
 
@@ -62,6 +68,7 @@ def test_figures_of_hand_made_answers() -> None:
     assert found == pytest.approx(
         {
             "accuracy": 60,
+            "balanced_accuracy": 60,
             "precision": 60,
             "recall": 60,
             "f1": 60,
@@ -69,6 +76,20 @@ def test_figures_of_hand_made_answers() -> None:
             "unparsed": 10,
         }
     )
+
+
+@pytest.mark.parametrize("positive", ["yes", "no"])
+def test_balanced_accuracy_does_not_depend_on_how_many_items_each_class_has(
+    positive: Label,
+) -> None:
+    always: list[tuple[Label, Label | None]] = [("no", "no") for _ in range(9)]
+    always.append(("yes", "no"))
+    assert figures(always, positive)["balanced_accuracy"] == 50
+    assert figures(always, positive)["accuracy"] == 90
+    better: list[tuple[Label, Label | None]] = [*always[:6]]
+    better += [("no", "yes"), ("no", "yes"), ("no", "yes"), ("yes", "yes")]
+    assert figures(better, positive)["balanced_accuracy"] == pytest.approx((100 * 6 / 9 + 100) / 2)
+    assert math.isnan(figures([("no", "no")], positive)["balanced_accuracy"])
 
 
 def test_the_positive_class_can_be_no() -> None:

@@ -63,7 +63,7 @@ def test_a_suffix_stands_behind_every_question(pope: Pope) -> None:
 def test_true_answers_score_perfectly(pope: Pope) -> None:
     found = figures(pope, labels(pope))
     assert found == {
-        **dict.fromkeys(("accuracy", "precision", "recall", "f1"), 100),
+        **dict.fromkeys(("accuracy", "balanced_accuracy", "precision", "recall", "f1"), 100),
         "yes_ratio": 50,
         "unparsed": 0,
     }
@@ -83,6 +83,38 @@ def test_the_rule_decides_what_an_answer_says(pope: Pope) -> None:
     strict = figures(Pope(pope.files, pope.images, rule=STRICT), answers)
     assert (official["yes_ratio"], official["unparsed"], official["accuracy"]) == (100, 0, 50)
     assert (strict["yes_ratio"], strict["unparsed"], strict["accuracy"]) == (0, 100, 0)
+
+
+def test_a_category_is_a_records_part_and_ids_differ_within_it(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["a.jpg"])
+    rows: list[dict[str, object]] = [
+        {**question(1, "a.jpg", "dog", label), "category": category}
+        for category, label in (("random", "yes"), ("popular", "yes"), ("adversarial", "no"))
+    ]
+    path = write_lines(tmp_path / "pope_adversarial.json", [*rows, question(1, "a.jpg", "x", "no")])
+    items = good(Pope([path], images))
+    assert [item.part for item in items] == ["random", "popular", "adversarial", "adversarial"]
+    assert len({item.id for item in items}) == 4
+    broken = write_lines(tmp_path / "b.json", [{**rows[0], "category": None}, rows[0], rows[0]])
+    problems = bad(Pope([broken], images))
+    assert [where.partition(":")[2] for where in problems] == ["1", "3"]
+    assert "'category' is None" in problems["b.json:1"]
+
+
+def test_files_need_neither_be_complete_nor_balanced(tmp_path: Path) -> None:
+    """RePOPE's: POPE's lines without those that are ambiguous."""
+    names = [f"{k}.jpg" for k in range(3)]
+    images = write_images(tmp_path / "images", names)
+    rows = [
+        question(number, names[number % 3], NAMES[number % 4], "yes" if number in (3, 11) else "no")
+        for number in (1, 3, 4, 8, 11, 13, 2999)
+    ]
+    task = Pope([write_lines(tmp_path / "coco_repope_popular.json", rows)], images)
+    assert {item.part for item in good(task)} == {"popular"}
+    found = figures(task, dict.fromkeys(labels(task), "No"))
+    assert found["accuracy"] == pytest.approx(100 * 5 / 7)
+    assert (found["balanced_accuracy"], found["yes_ratio"]) == (50, 0)
+    check_figures_are_sound(task, labels(task))
 
 
 def test_figures_are_sound(pope: Pope) -> None:

@@ -64,6 +64,7 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
     reasoning: str = ""
+    end: Token | None = None
     n_reasoning_tokens: int = 0
     finish_reason: FinishReason = "length"
     seconds: float = 0.0
@@ -113,6 +114,7 @@ class Generation:
         while limit is None or self.n_said < limit:
             token = yield from self._drawn(session)
             if self._vocabulary.is_end(token.id):
+                self.answer.end = token
                 self.answer.finish_reason = "stop"
                 break
             stopped = self._said(token)

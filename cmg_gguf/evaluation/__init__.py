@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmg_gguf.evaluation.cluster import Dask
     from cmg_gguf.evaluation.executors import Processes, in_process
+    from cmg_gguf.evaluation.frontier import swept
     from cmg_gguf.evaluation.items import Shard
     from cmg_gguf.evaluation.manifest import ModelFiles
     from cmg_gguf.evaluation.method import Method, Question
@@ -58,6 +59,7 @@ _WHERE = {
     "markdown": "report_text",
     "merge": "run",
     "read_run": "run",
+    "swept": "frontier",
     "tune": "tuning",
     "write_plots": "plots",
     "write_report": "report_text",
@@ -85,6 +87,7 @@ __all__ = [
     "markdown",
     "merge",
     "read_run",
+    "swept",
     "tune",
     "write_plots",
     "write_report",

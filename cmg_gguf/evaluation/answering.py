@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmg_gguf.errors import BackendError, CMGError, ImageError, PromptError
+from cmg_gguf.evaluation.changed import changes_of
 from cmg_gguf.evaluation.items import seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles
 from cmg_gguf.evaluation.method import PLAIN, Method, Question
@@ -223,6 +224,7 @@ class Answerer:
             changed=reply.n_changed,
             reasoning=reply.n_reasoning_tokens,
             finish=reply.finish_reason,
+            changes=changes_of(reply, self._vlm.model),
             encode=asked.encode,
             seconds=seconds.encode + seconds.prefill + seconds.decode,
             parallel=self.n_parallel,

@@ -1,4 +1,4 @@
-"""What an answer says, yes or no, by one of four rules.
+"""What an answer says, yes or no, by one of five rules.
 
     POPE("There is no dog, and the cat sleeps.")  # "no"
     STRICT("Yes, there is.")  # None: not a bare yes or no
@@ -45,6 +45,11 @@ def _mme(answer: str) -> Label | None:
     return "yes" if "yes" in start else "no" if "no" in start else None
 
 
+def _dash_b(answer: str) -> Label | None:
+    said = answer.lower()
+    return "yes" if "yes" in said else "no" if "no" in said else None
+
+
 def _named(answer: str) -> Label | None:
     words = set(_WORD.findall(answer.lower()))
     if ("yes" in words) == ("no" in words):
@@ -68,8 +73,14 @@ MME = YesNoRule("mme", _mme)
 So "Know" says no. Source: `calculation.py` of MME's evaluation tool.
 """
 
+DASH_B = YesNoRule("dash-b", _dash_b)
+"""DASH-B's: yes where the answer contains "yes", in any case; else no for "no".
+
+So "I do not know" says no. Source: `eval_utils.py` of YanNeu/DASH-B.
+"""
+
 NAMED = YesNoRule("named", _named)
 """The one of the words yes and no that the answer contains, in any case; None for both or none."""
 
-RULES: dict[str, YesNoRule] = {rule.name: rule for rule in (POPE, STRICT, MME, NAMED)}
+RULES: dict[str, YesNoRule] = {rule.name: rule for rule in (POPE, STRICT, MME, DASH_B, NAMED)}
 """Every rule by its name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -59,6 +59,14 @@ class Method:
         """What is asked of the model. Called once an item, in any order."""
         raise NotImplementedError
 
+    def at(self, strength: float) -> Method | None:
+        """The same method at another strength, 1 = as published, named as a point of its curve
+        ("vcd@2"); None = it has no strength."""
+        if "alpha" not in {f.name for f in fields(cast(Any, self))}:
+            return None
+        changed = replace(cast(Any, self), alpha=strength, name=point_name(self.name, strength))
+        return cast(Method, changed)
+
     def settings(self) -> dict[str, Any]:
         """What makes this method different from others of its class, JSON-ready."""
         values = {
@@ -68,3 +76,17 @@ class Method:
             "method": type(self).__name__,
             **{k: guidance_to_json(v) if isinstance(v, Guidance) else v for k, v in values.items()},
         }
+
+
+def point_name(curve: str, strength: float) -> str:
+    """The name of a method at one of several strengths."""
+    return f"{curve}@{strength:g}"
+
+
+def point_of(name: str) -> tuple[str, float] | None:
+    """(curve, strength) of a name that `point_name` made; None of any other."""
+    curve, at, strength = name.rpartition("@")
+    try:
+        return (curve, float(strength)) if at else None
+    except ValueError:
+        return None

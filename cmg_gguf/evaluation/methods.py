@@ -17,14 +17,15 @@ A new one is a small class and a line in `METHODS`:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 
 from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import EvaluationError
-from cmg_gguf.evaluation.method import Method, Question
+from cmg_gguf.evaluation.earlier import FirstLogit, Residual
+from cmg_gguf.evaluation.method import Method, Question, point_name
 from cmg_gguf.evaluation.relatives import Icd, M3id, NoImage, Vcd
 from cmg_gguf.evaluation.task import Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
@@ -78,6 +79,10 @@ class Cmg(Method):
 
     def request(self, question: Question) -> Request:
         return question.ask(guidance=self.guidance)
+
+    def at(self, strength: float) -> Cmg:
+        guidance = replace(self.guidance, alpha=strength)
+        return Cmg(guidance, point_name(self.name, strength))
 
 
 @dataclass(frozen=True)
@@ -162,5 +167,7 @@ METHODS: dict[str, Callable[[Guidance], Method]] = {
     "no-image": lambda guidance: NoImage(beta=guidance.beta),
     "m3id": lambda guidance: M3id(beta=guidance.beta),
     "icd": lambda guidance: Icd(beta=guidance.beta),
+    "first-logit": lambda guidance: FirstLogit(beta=guidance.beta),
+    "residual": lambda guidance: Residual(beta=guidance.beta),
 }
 """Every method by its name, made from the run's guidance settings."""

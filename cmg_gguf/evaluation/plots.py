@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from cmg_gguf.errors import UnsupportedError
+from cmg_gguf.evaluation.frontier import curves
+from cmg_gguf.evaluation.method import point_of
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.report import Part, Report
 from cmg_gguf.evaluation.statistics import Estimate
@@ -34,7 +36,7 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
         if across in figures and up in figures:
             _plane(figure_class, report, across, up).savefig(folder / name, dpi=150)
             written.append(folder / name)
-    if len(report.run.methods) > 1:
+    if any(_is_apart(report, name) for name in report.run.methods):
         _changes(figure_class, report).savefig(folder / "changes.png", dpi=150)
         written.append(folder / "changes.png")
     return written
@@ -51,14 +53,22 @@ def _matplotlib() -> Any:
 
 
 def _plane(figure_class: Any, report: Report, across: str, up: str) -> Any:
-    """A point for each method and part, with its interval in both directions."""
+    """A point for each method and part, with its interval in both directions; the points of a curve
+    are joined, from plain decoding on, without intervals."""
     figure, axes = _panels(figure_class, len(report.parts))
     for axis, part in zip(axes, report.parts, strict=True):
-        for row in part.rows:
-            x, y = row.figures[across].own, row.figures[up].own
-            axis.errorbar(
-                x.value, y.value, xerr=_bars(x), yerr=_bars(y), fmt="o", capsize=2, label=row.method
-            )
+        rows = {row.method: row for row in part.rows}
+        for number, (name, points) in enumerate(curves(list(rows)).items()):
+            x, y = ([rows[p].figures[key].own.value for p in points] for key in (across, up))
+            colour, line = f"C{number % 10}", ("-", "--")[number // 10 % 2]
+            axis.plot(x, y, line, marker=".", color=colour, label=name)
+        joined = {name for points in curves(list(rows)).values() for name in points[1:]}
+        for row in (row for row in part.rows if row.method not in joined):
+            one, other = row.figures[across].own, row.figures[up].own
+            style = {"fmt": "o", "capsize": 2, "label": row.method}
+            if joined:
+                style["color"] = "0.4"
+            axis.errorbar(one.value, other.value, xerr=_bars(one), yerr=_bars(other), **style)
         axis.set(title=_title(part), xlabel=f"{_label(across)} in %")
     axes[0].set_ylabel(f"{_label(up)} in %")
     axes[-1].legend(fontsize="small")
@@ -68,7 +78,7 @@ def _plane(figure_class: Any, report: Report, across: str, up: str) -> Any:
 def _changes(figure_class: Any, report: Report) -> Any:
     """Where the answer changed: margins against the baseline's, or counts where there are none."""
     records = {record.key: record for record in report.run.records}
-    others = [method for method in report.run.methods if method != report.baseline]
+    others = [name for name in report.run.methods if _is_apart(report, name)]
     pairs = {
         method: [
             (records[item.id, report.baseline], records[item.id, method])
@@ -78,7 +88,7 @@ def _changes(figure_class: Any, report: Report) -> Any:
     }
     known = {method: [p for p in found if _has_margins(p)] for method, found in pairs.items()}
     if not all(known.values()):
-        return _counts(figure_class, report)
+        return _counts(figure_class, report, others)
     figure, axes = _panels(figure_class, len(others))
     for axis, method in zip(axes, others, strict=True):
         _margins(axis, known[method])
@@ -108,8 +118,8 @@ def _margins(axis: Any, pairs: Sequence[tuple[Record, Record]]) -> None:
         axis.plot(*margins[chosen].T, ".", color=colour, ms=4, label=name)
 
 
-def _counts(figure_class: Any, report: Report) -> Any:
-    rows = [row for row in report.parts[0].rows if row.method != report.baseline]
+def _counts(figure_class: Any, report: Report, others: Sequence[str]) -> Any:
+    rows = [row for row in report.parts[0].rows if row.method in others]
     figure = figure_class(figsize=(1.5 + len(rows), 3.5), layout="constrained")
     axis = figure.subplots()
     names = [row.method for row in rows]
@@ -122,6 +132,11 @@ def _counts(figure_class: Any, report: Report) -> Any:
     axis.set(ylabel="answers", title=f"other than {report.baseline}'s, of {_n(report)}")
     axis.legend(fontsize="small")
     return figure
+
+
+def _is_apart(report: Report, method: str) -> bool:
+    """Whether it is compared with the baseline by itself: neither that nor a point of a curve."""
+    return method != report.baseline and point_of(method) is None
 
 
 def _has_margins(pair: tuple[Record, Record]) -> bool:

@@ -29,8 +29,10 @@ class Record:
 
     tokens: of the answer. changed: those that the method chose otherwise than plain decoding on the
     same logits. reasoning: tokens ahead of the answer, which is without them. finish: "stop" or
-    "length". encode: the item's share of the seconds in which its image was encoded, once for all
-    methods; seconds: prompt and answer, and what the method encodes besides, by the clock.
+    "length". changes: where guidance changed a token: the first character of each in the answer; -1
+    = it ended the answer, or went on where plain decoding would have ended. encode: the item's
+    share of the seconds in which its image was encoded, once for all methods; seconds: prompt and
+    answer, and what the method encodes besides, by the clock.
     parallel: answers that the model made at once, at most; above 1, seconds count waiting for
     others and are nobody's cost. problem: why there is no answer; the fields above are then empty.
     Of yes/no items, by the method's own scores at the first token before the cut: yes_margin,
@@ -45,6 +47,7 @@ class Record:
     changed: int = 0
     reasoning: int = 0
     finish: str = ""
+    changes: tuple[int, ...] = ()
     encode: float = 0.0
     seconds: float = 0.0
     parallel: int = 1
@@ -69,7 +72,7 @@ class Record:
             raise ValueError("no item and method")
         if unknown := set(value) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
-        return cls(**value)
+        return cls(**{**value, "changes": tuple(value.get("changes", ()))})
 
 
 class Journal:

@@ -67,13 +67,14 @@ class NoImage(Method):
 class M3id(Method):
     """M3ID (arXiv 2403.14003): no image in the degraded branch, and strength that grows.
 
-    At the t-th token of the answer, counted from 1, alpha = (1 - g) / g with g = exp(-decay * t):
-    0.02 at the first token, 1 at the 35th. Differs from the paper in that the plausibility cut
-    stands in place of its own threshold on the model's confidence.
+    At the t-th token of the answer, counted from 1, alpha * (1 - g) / g with g = exp(-decay * t):
+    0.02 at the first token, 1 at the 35th; published: alpha 1. Differs from the paper in that the
+    plausibility cut stands in place of its own threshold on the model's confidence.
     """
 
-    decay: float = 0.02
+    alpha: float = 1.0
     beta: float = 0.1
+    decay: float = 0.02
     name: str = "m3id"
 
     def request(self, question: Question) -> Request:
@@ -81,8 +82,8 @@ class M3id(Method):
         return question.ask(guidance=Guidance(beta=self.beta), contrast=contrast)
 
     def strength(self, n_said: int) -> float:
-        """alpha of the draw behind `n_said` tokens."""
-        return math.expm1(self.decay * (n_said + 1))
+        """Of the draw behind `n_said` tokens."""
+        return self.alpha * math.expm1(self.decay * (n_said + 1))
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,27 @@ Only arithmetic here; `cmg_gguf.evaluation.report_text` and `.plots` show it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cmg_gguf.errors import EvaluationError
+from cmg_gguf.evaluation.changed import TokenClass, changed_by_class
+from cmg_gguf.evaluation.frontier import Frontier, frontier
+from cmg_gguf.evaluation.lengths import FIGURE, matched_lengths
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.run import Run
-from cmg_gguf.evaluation.statistics import Estimate, Result, bootstrap, bootstrap_auc, table
-from cmg_gguf.evaluation.task import Item, Task
+from cmg_gguf.evaluation.statistics import (
+    Estimate,
+    Result,
+    bootstrap_auc,
+    compared,
+    resampled,
+    table,
+)
+from cmg_gguf.evaluation.task import Item, NamesObjects, Task
 from cmg_gguf.evaluation.yes_bias import fitted
 
 BASELINE = "greedy"
@@ -48,6 +59,8 @@ class Row:
     encoding of its image, which is the same for all methods. cost: seconds relative to the
     baseline's. Both are NaN where answers were made several at once: the time of
     each counts waiting for others. tokens: of a mean answer.
+    classes: tokens that the method chose otherwise than plain decoding on the same logits, by what
+    they say; None where the task finds no objects.
     """
 
     method: str
@@ -56,18 +69,22 @@ class Row:
     cost: float
     tokens: float
     changes: Changes
+    classes: Mapping[TokenClass, int] | None = None
 
 
 @dataclass(frozen=True)
 class Part:
     """A part of the items, or all of them. encode: seconds of a mean item's `Row.seconds` in which
-    its image was encoded, once for all methods; NaN as those."""
+    its image was encoded, once for all methods; NaN as those. frontier: None where no method was
+    run at several strengths."""
 
     name: str
     n_items: int
     n_clusters: int
     rows: tuple[Row, ...]
     encode: float = math.nan
+    frontier: Frontier | None = None
+    majority: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,8 +197,12 @@ def _part(
         method: table(task, items, [record.answer for record in found])
         for method, found in told.items()
     }
-    figures = bootstrap(task.figures, tables, baseline=bs.baseline, n=bs.n, seed=bs.seed)
-    areas = _areas(items, told, bs)
+    sampled = resampled(task.figures, tables, baseline=bs.baseline, n=bs.n, seed=bs.seed)
+    figures = compared(*sampled, bs.baseline)
+    more = _areas(items, told, bs)
+    captions = task if isinstance(task, NamesObjects) else None
+    if captions is not None:
+        more |= _cut(captions, items, told, bs)
     # A run that was stopped has encoded some images again, for the methods that were left.
     encode = sum(record.encode for found in told.values() for record in found) / len(told)
     if parallel > 1:
@@ -195,15 +216,37 @@ def _part(
         rows.append(
             Row(
                 method=method,
-                figures={**figures[method], **areas.get(method, {})},
+                figures={**figures[method], **more.get(method, {})},
                 seconds=seconds[method] / len(items),
                 cost=seconds[method] / base_seconds if base_seconds else math.nan,
                 tokens=sum(record.tokens for record in found) / len(items),
                 changes=_changes(task, items, told[bs.baseline], found),
+                classes=None if captions is None else changed_by_class(captions, items, found),
             )
         )
-    n_clusters = len(tables[bs.baseline].clusters)
-    return Part(name, len(items), n_clusters, tuple(rows), encode / len(items))
+    return Part(
+        name,
+        len(items),
+        len(tables[bs.baseline].clusters),
+        tuple(rows),
+        encode / len(items),
+        frontier(*sampled),
+        _majority(items),
+    )
+
+
+def _majority(items: Sequence[Item]) -> float | None:
+    labels = Counter(item.truth["label"] for item in items if "label" in item.truth)
+    return max(labels.values()) / labels.total() if labels else None
+
+
+def _cut(
+    task: NamesObjects, items: Sequence[Item], told: Told, bs: _Bootstrap
+) -> dict[str, dict[str, Result]]:
+    """CHAIR_i at equal length, by method."""
+    answers = {method: [record.answer for record in found] for method, found in told.items()}
+    found = matched_lengths(task, items, answers, baseline=bs.baseline, n=bs.n, seed=bs.seed)
+    return {method: {FIGURE: result} for method, result in found.items()}
 
 
 def _areas(items: Sequence[Item], told: Told, bs: _Bootstrap) -> dict[str, dict[str, Result]]:

@@ -13,6 +13,10 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cmg_gguf.evaluation.changed import CLASSES
+from cmg_gguf.evaluation.frontier import START, Frontier
+from cmg_gguf.evaluation.lengths import FIGURE
+from cmg_gguf.evaluation.method import point_of
 from cmg_gguf.evaluation.records import write_whole
 from cmg_gguf.evaluation.report import ALL, Part, Report, Row, verdict
 from cmg_gguf.evaluation.statistics import LEVEL, Estimate
@@ -25,11 +29,17 @@ _COLUMNS = (
 
 
 def rendered(report: Report) -> RenderableType:
-    """The report for a terminal: every part's figures, and the differences over all items."""
+    """The report for a terminal: every part's figures and curves, and the differences over all
+    items, but for the points of curves."""
     blocks: list[RenderableType] = [Text(line) for line in heading(report)]
     for part in report.parts:
         blocks += [Text(), _grid(_title(part), *figure_table(part))]
-    if rows := list(difference_rows(report, report.parts[0])):
+        if rows := class_rows(part):
+            blocks += [Text(), _grid(CHANGED, CLASSES_HEADER, rows)]
+        if part.frontier:
+            blocks += [Text(), _grid(_matched(part.frontier), *frontier_table(part))]
+    all_items = report.parts[0]
+    if rows := [row for row in difference_rows(report, all_items) if point_of(row[0]) is None]:
         title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals"
         blocks += [Text(), _grid(title, DIFFERENCES, rows)]
     blocks += [Text(), *(Text(line) for line in notes(report))]
@@ -44,6 +54,11 @@ def markdown(report: Report) -> str:
         if rows := list(difference_rows(report, part)):
             title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals:"
             lines += ["", title, "", *_markdown_table(DIFFERENCES, rows)]
+        if rows := class_rows(part):
+            lines += ["", f"{CHANGED}:", "", *_markdown_table(CLASSES_HEADER, rows)]
+        if part.frontier:
+            table = _markdown_table(*frontier_table(part))
+            lines += ["", f"{_matched(part.frontier)}:", "", *table]
     lines += ["", "## Settings", "", "```json", _settings(report), "```"]
     lines += ["", "## Notes", "", *(f"- {line}" for line in notes(report))]
     return "\n".join(lines) + "\n"
@@ -115,12 +130,32 @@ def notes(report: Report) -> list[str]:
         "methods see the same samples. Each is for itself: of many, a few exclude zero by chance.",
         _cost_note(report) + f"; changed: answers other than {report.baseline}'s.",
     ]
+    if FIGURE in report.parts[0].rows[0].figures:
+        lines.append(
+            f"{_label(FIGURE)}: chair i of each caption's first mentions, as many as the shorter "
+            f"of it and {report.baseline}'s has; the difference is to {report.baseline} cut alike."
+        )
+    if any(class_rows(part) for part in report.parts):
+        lines.append(
+            "changed tokens: object = of an object's name; article = a, an, the; ending = the "
+            "answer ends, or goes on where plain decoding would have ended; by what is said."
+        )
+    if report.parts[0].majority is not None:
+        lines.append("majority rate: the accuracy of who always says the commoner of yes and no.")
     settings = report.run.manifest["methods"]
     kinds = {told["method"] for told in settings.values()}
     if "Cut" in kinds:
         lines.append(
             "cut: plausibility cut alone, sampled at temperature 1: the control for what the cut "
             "does to sampling. Under greedy decoding it is greedy itself."
+        )
+    if found := report.parts[0].frontier:
+        across, up = _label(found.across), _label(found.up)
+        lines.append(
+            f"at matched {across}: the smallest {up} that a curve reaches where its {across} is at "
+            f"least {START}'s less what is given up; from {START} to its strongest setting, linear "
+            "between neighbouring strengths, in each bootstrap sample from its own points. "
+            f"{_effort(found)}; 1 is as published."
         )
     if report.biases is not None:
         one, other = report.biases
@@ -171,6 +206,51 @@ def difference_rows(report: Report, part: Part) -> Iterator[list[str]]:
                 ]
 
 
+CHANGED = "Tokens chosen otherwise than plain decoding on the same logits"
+CLASSES_HEADER = ["method", "changed", *CLASSES]
+
+
+def class_rows(part: Part) -> list[list[str]]:
+    """How many tokens of each class a method changed, of methods that changed any."""
+    told = [(row.method, row.classes) for row in part.rows if row.classes]
+    return [
+        [method, str(sum(classes.values())), *(str(classes.get(name, 0)) for name in CLASSES)]
+        for method, classes in told
+    ]
+
+
+def frontier_table(part: Part) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what each curve reaches at each loss, and the difference to the first."""
+    found = part.frontier
+    assert found is not None
+    header = ["curve", f"{_label(found.across)} given up", _label(found.up), "interval"]
+    header += [f"to {found.reference}", "interval", "shown"]
+    rows = []
+    for one in found.reached:
+        gap = one.difference
+        gaps = ["", "", ""]
+        if gap is not None:
+            gaps = [_number(gap.value, "+.2f"), _interval(gap), verdict(gap, part.n_clusters)]
+        own = one.own
+        span = f"[{_number(own.low)}, {_number(own.high)}]"
+        rows.append([one.curve, f"{one.loss:g}", _number(own.value), span, *gaps])
+    return header, rows
+
+
+def _effort(found: Frontier) -> str:
+    strengths = {
+        tuple(point[1] for name in names if (point := point_of(name)))
+        for names in found.curves.values()
+    }
+    if len(strengths) == 1:
+        return "All curves have the same strengths"
+    return "The curves do NOT have the same strengths, so some had more chances than others"
+
+
+def _matched(found: Frontier) -> str:
+    return f"{_label(found.up)} at matched {_label(found.across)}, {LEVEL:.0%} intervals"
+
+
 def _figure_row(row: Row, names: Sequence[str]) -> list[str]:
     changes = row.changes
     counts = (changes.count, changes.better, changes.worse)
@@ -185,7 +265,8 @@ def _figure_row(row: Row, names: Sequence[str]) -> list[str]:
 
 def _title(part: Part) -> str:
     name = "All items" if part.name == ALL else part.name
-    return f"{name}: n = {part.n_items}, {part.n_clusters} clusters"
+    majority = "" if part.majority is None else f", majority rate {100 * part.majority:.2f}"
+    return f"{name}: n = {part.n_items}, {part.n_clusters} clusters{majority}"
 
 
 def _label(name: str) -> str:

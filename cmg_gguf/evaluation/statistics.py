@@ -21,7 +21,10 @@ from cmg_gguf.errors import EvaluationError, shown
 from cmg_gguf.evaluation.task import Counts, CountsByCluster, Item, Sums, Task
 
 Floats = NDArray[np.float64]
+Values = dict[str, dict[str, float]]
+"""Figures by method and name."""
 Samples = dict[str, dict[str, Floats]]
+"""The same, (n,) of each: a value a sample."""
 
 LEVEL = 0.95
 """Share of the samples between the two ends of an interval."""
@@ -67,8 +70,19 @@ def table(task: Task, items: Sequence[Item], answers: Sequence[str]) -> CountTab
     groups: dict[str, list[tuple[Item, str]]] = {}
     for item, answer in zip(items, answers, strict=True):
         groups.setdefault(item.cluster, []).append((item, answer))
-    clusters = tuple(sorted(groups))
-    counts = [_counts(task, groups[cluster]) for cluster in clusters]
+    return table_of(list(groups), [_counts(task, group) for group in groups.values()])
+
+
+def table_of(clusters: Sequence[str], counts: Sequence[Counts]) -> CountTable:
+    """The counts of each cluster; those of the same cluster are added."""
+    totals: dict[str, dict[str, float]] = {}
+    for cluster, own in zip(clusters, counts, strict=True):
+        add_counts(totals.setdefault(cluster, {}), own)
+    ordered = tuple(sorted(totals))
+    return _table(ordered, [totals[cluster] for cluster in ordered])
+
+
+def _table(clusters: tuple[str, ...], counts: Sequence[Counts]) -> CountTable:
     names = tuple(sorted({name for found in counts for name in found}))
     rows = [[found.get(name, 0.0) for name in names] for found in counts]
     values = np.array(rows, dtype=np.float64).reshape(len(clusters), len(names))
@@ -119,19 +133,34 @@ def bootstrap(
         EvaluationError: the methods' clusters differ, the baseline is none of the methods, there is
             no cluster, or n is below 1.
     """
+    return compared(*resampled(figures, tables, baseline=baseline, n=n, seed=seed), baseline)
+
+
+def resampled(
+    figures: Callable[[Sums], Mapping[str, Floats]],
+    tables: Mapping[str, CountTable],
+    *,
+    baseline: str,
+    n: int = 2000,
+    seed: int = 0,
+) -> tuple[Values, Samples]:
+    """Every figure of every method, and its (n,) values in samples that all methods share.
+
+    Arguments and errors are those of `bootstrap`, which makes estimates of them.
+    """
     clusters = _shared_clusters({name: t.clusters for name, t in tables.items()}, baseline)
     drawn: dict[str, list[Floats]] = {name: [] for name in tables}
     for weights in _weights(len(clusters), n, seed):
         for name, counts in tables.items():
             drawn[name].append(weights @ counts.values)
-    values: dict[str, dict[str, float]] = {}
+    values: Values = {}
     samples: Samples = {}
     for name, counts in tables.items():
-        resampled = np.concatenate(drawn[name])
-        columns = {key: resampled[:, i] for i, key in enumerate(counts.names)}
+        sampled = np.concatenate(drawn[name])
+        columns = {key: sampled[:, i] for i, key in enumerate(counts.names)}
         values[name] = {key: float(v) for key, v in figures(sums(counts)).items()}
         samples[name] = dict(figures(columns))
-    return _compared(values, samples, baseline)
+    return values, samples
 
 
 def auc(margins: Floats, labels: NDArray[np.bool_], weights: Floats | None = None) -> Floats:
@@ -183,7 +212,7 @@ def bootstrap_auc(
             part = 100 * auc(margin, labels, weights[:, index])
             samples[name]["auc"] = np.append(samples[name]["auc"], part)
     values = {name: {"auc": 100 * float(auc(m, labels))} for name, m in margins.items()}
-    found = _compared(values, samples, baseline)
+    found = compared(values, samples, baseline)
     return {name: results["auc"] for name, results in found.items()}
 
 
@@ -252,17 +281,18 @@ def _weights(n_clusters: int, n: int, seed: int, width: int | None = None) -> It
         yield rng.multinomial(n_clusters, shares, size=rows).astype(np.float64)
 
 
-def _compared(
+def compared(
     values: Mapping[str, Mapping[str, float]], samples: Samples, baseline: str
 ) -> dict[str, dict[str, Result]]:
+    """Estimates of each figure and of its difference to the baseline's."""
     found: dict[str, dict[str, Result]] = {}
     for name, figures in values.items():
         found[name] = {}
         for figure, value in figures.items():
-            own = _estimate(value, samples[name][figure])
+            own = estimate(value, samples[name][figure])
             difference = None
             if name != baseline:
-                difference = _estimate(
+                difference = estimate(
                     value - values[baseline][figure],
                     samples[name][figure] - samples[baseline][figure],
                 )
@@ -270,7 +300,8 @@ def _compared(
     return found
 
 
-def _estimate(value: float, samples: Floats) -> Estimate:
+def estimate(value: float, samples: Floats) -> Estimate:
+    """With percentiles of the samples, (n,); those that are undefined are left out."""
     known = samples[np.isfinite(samples)]
     if not len(known):
         return Estimate(value, float("nan"), float("nan"))

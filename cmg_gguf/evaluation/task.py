@@ -81,6 +81,27 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Mention:
+    """An object that an answer names: characters `start` to `end` - 1 of it. present: whether it is
+    in the image."""
+
+    name: str
+    start: int
+    end: int
+    present: bool
+
+
+@runtime_checkable
+class NamesObjects(Protocol):
+    """A task whose answers are captions, of which reports tell more than its figures: hallucination
+    in captions of equal length, and what kinds of words a method changes."""
+
+    def mentions(self, item: Item, answer: str) -> Sequence[Mention]:
+        """The objects that the answer names, in order, each as often as it is named."""
+        ...
+
+
 @runtime_checkable
 class CountsByCluster(Protocol):
     """A task some of whose counts are about several answers: both questions of an image right.

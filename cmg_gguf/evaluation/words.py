@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 _WORD = re.compile(r"[^\W_]+")
 _DETERMINER = re.compile(
@@ -41,6 +42,14 @@ _O_TO_OES = re.compile(r"(potat|tomat|ech|her|torped|mosquit|buffal|mang|volcan)
 def tokens(text: str) -> list[str]:
     """The words of a text in lower case; hyphens and apostrophes part them."""
     return _WORD.findall(text.lower())
+
+
+def word_at(text: str, place: int) -> str:
+    """The word that character `place` belongs to, in lower case; "" where it belongs to none."""
+    for match in _WORD.finditer(text):
+        if match.start() <= place < match.end():
+            return match[0].lower()
+    return ""
 
 
 def plurals(phrase: str) -> tuple[str, ...]:
@@ -79,6 +88,14 @@ def with_plurals(names: Mapping[str, str | None]) -> dict[str, str | None]:
     return {**forms, **names}
 
 
+class Named(NamedTuple):
+    """What a text names, and where: characters `start` to `end` - 1."""
+
+    name: str
+    start: int
+    end: int
+
+
 class Lexicon:
     """Phrases and what they stand for.
 
@@ -94,14 +111,19 @@ class Lexicon:
 
     def find(self, text: str) -> list[str]:
         """What the text names, in order, each as often as it is named."""
-        words = tokens(text)
-        found: list[str] = []
+        return [named.name for named in self.spans(text)]
+
+    def spans(self, text: str) -> list[Named]:
+        """The same, with the place of each."""
+        places = [match.span() for match in _WORD.finditer(text)]
+        words = [text[start:end].lower() for start, end in places]
+        found: list[Named] = []
         start = 0
         while start < len(words):
             length = self._match(words, start)
             node = self._forms[tuple(words[start : start + length])] if length else None
             if node is not None:
-                found.append(node)
+                found.append(Named(node, places[start][0], places[start + length - 1][1]))
             start += max(length, 1)
         return found
 

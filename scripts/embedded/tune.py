@@ -2,9 +2,9 @@
 
     scripts/tune_embedded --out cmg_gguf/tiny/models/tiny-llava.settings.json
 
-Coordinate search: from the library's defaults on, one setting is varied at a time, twice round;
-strength and gate count as one. The best is the one with the lowest CHAIR_i in captions of counter
-scenes, among those that
+Coordinate search: from the library's defaults on, or from --start, one setting is varied at a time,
+twice round; strength, layers and gate count as one. The best is the one with the lowest CHAIR_i in
+captions of counter scenes, among those that
 
     name no fewer of the objects there than plain decoding does;
     tell yes from no better there: the difference of POPE's adversarial AUC is above 0 with all of
@@ -34,22 +34,18 @@ from cmg_gguf.evaluation.statistics import Floats, bootstrap_auc, sums, table
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.tasks.scenes import SceneCaptions, ScenePope
 from cmg_gguf.evaluation.yes_no import YesNoTokens
-from cmg_gguf.settings import Settings, guidance_to_json, save_settings
+from cmg_gguf.settings import Settings, guidance_to_json, load_settings, save_settings
 from cmg_gguf.tiny.scenes import SceneKind
 
 TYPICAL_SLACK = 2.0
 KINDS: tuple[SceneKind, SceneKind] = ("counter", "typical")
 CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
-    "layers": (
-        {"layers": LayerRange(0, 1)},
-        {"layers": LayerRange(1 / 3, 1)},
-        {"layers": LayerRange(0.5, 1)},
-    ),
     "tokens": tuple({"tokens": TopRatio(ratio)} for ratio in (0.25, 0.5, 0.75, 1.0)),
-    # A gate takes strength away, so it is tried with every strength.
+    # A gate takes strength away and earlier layers add some, so the three are tried together.
     "strength": tuple(
-        {"alpha": alpha, "gate": gate}
-        for gate in (None, Disagreement(1.0), Disagreement(3.0))
+        {"layers": LayerRange(start, 1), "gate": gate, "alpha": alpha}
+        for start in (0, 1 / 3, 0.5)
+        for gate in (None, Disagreement(3.0))
         for alpha in (0.5, 1.0, 1.5, 2.0, 3.0)
     ),
     "scope": ({"scope": "text"}, {"scope": "decode"}, {"scope": "all"}),
@@ -156,6 +152,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("-n", type=int, default=300, help="scenes of each kind")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--start", type=Path, help="settings to begin with")
+    parser.add_argument("--vary", default=",".join(CHOICES), help="what is varied, in this order")
     options = parser.parse_args()
     measure = functools.partial(measured, options.models, options.n)
     tried: dict[Guidance, Figures] = {}
@@ -169,11 +167,11 @@ def main() -> None:
                 tried[guidance] = with_auc(found, plainly[0], options.n)
                 print(_line(guidance, tried[guidance]), flush=True)
 
-        best = Guidance()
+        best = load_settings(options.start).guidance if options.start else Guidance()
         run([PLAIN, best])
         plain = tried[PLAIN]
         for _ in range(2):
-            for name in CHOICES:
+            for name in options.vary.split(","):
                 run(variants(best, name))
                 best = min(
                     (g for g in tried if g.contrasts),

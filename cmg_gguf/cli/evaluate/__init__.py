@@ -16,6 +16,7 @@ _FILES = {
     "mme": "--root MME_Benchmark",
     "amber": "--data AMBER/data --images AMBER/image",
     "hallusion": "--questions HallusionBench.json --images hallusion_bench",
+    "dash-b": "--root DASH-B/images",
     "folder": "--images photos",
     "scenes": "--ask pope --pictures 200",
 }

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from cmg_gguf.cli.screen import Screen
     from cmg_gguf.evaluation.executors import Executor
     from cmg_gguf.evaluation.manifest import ModelFiles
+    from cmg_gguf.evaluation.method import Method
+    from cmg_gguf.guidance import Guidance
 
 METHODS = "greedy,sample,cut,cmg"
+SWEPT = "greedy,cmg,no-image,vcd,m3id,icd,first-logit,residual"
 
 _flag = partial(typer.Option, rich_help_panel="Run")
 
@@ -97,15 +100,27 @@ class RunFlags:
     """What is compared, on which items, and where it is kept."""
 
     methods: Annotated[
-        str,
+        str | None,
         _flag(
             "--methods",
             metavar="NAMES",
+            show_default=f"{METHODS}; with --alphas {SWEPT}",
             help="Ways to answer, with commas between. greedy, sample: plain. cut: sampling with "
             "the plausibility cut alone. yes-bias: a constant on yes, matched to cmg. cmg: "
-            "Cross-Modal Guidance. vcd, no-image, m3id, icd: published relatives.",
+            "Cross-Modal Guidance. vcd, no-image, m3id, icd: published relatives. first-logit, "
+            "residual: logits of earlier steps added, at no cost.",
         ),
-    ] = METHODS
+    ] = None
+    alphas: Annotated[
+        str | None,
+        _flag(
+            "--alphas",
+            metavar="X,X,...",
+            help="Run every method that has a strength at each of these, 1 = as published: a curve "
+            "a method, all at equal effort. cmg is four: layers from a third and from the first, "
+            "without and with a gate. The report compares them at matched recall.",
+        ),
+    ] = None
     out: Annotated[
         Path | None,
         _flag(
@@ -137,6 +152,25 @@ class RunFlags:
             help="Leave out the items that --settings were tuned on, instead of refusing them.",
         ),
     ] = False
+
+    def chosen(self, guidance: Guidance) -> tuple[Method, ...]:
+        """The methods, at their strengths. Raises BadParameter, EvaluationError, GuidanceError."""
+        from cmg_gguf.evaluation.frontier import swept
+        from cmg_gguf.evaluation.methods import chosen
+
+        given = self.methods
+        if given is None:
+            given = METHODS if self.alphas is None else SWEPT
+        names = [name.strip() for name in given.split(",") if name.strip()]
+        if self.alphas is None:
+            return chosen(names, guidance)
+        try:
+            strengths = [float(text) for text in self.alphas.split(",")]
+        except ValueError as exc:
+            raise typer.BadParameter(
+                f"{self.alphas!r} is no list of numbers; write 0.5,1,2", param_hint="'--alphas'"
+            ) from exc
+        return swept(names, guidance, strengths)
 
     @property
     def folder(self) -> Path:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import typer
+
 from cmg_gguf.cli.asker import note_built_in
 from cmg_gguf.cli.evaluate.run_flags import RunFlags, SpreadFlags
 from cmg_gguf.cli.evaluate.task_flags import TaskFlags
@@ -27,6 +29,8 @@ Examples:
   cmg-gguf eval {name} ... -o runs/{name}        the same again goes on where it was stopped
 
   cmg-gguf eval {name} ... --methods greedy,cmg,vcd --limit 100
+
+  cmg-gguf eval {name} ... --alphas 0.5,1,2      every method at these strengths
 
   cmg-gguf eval report runs/{name}             tables, differences, plots
 """
@@ -61,18 +65,18 @@ def evaluate_task(
 ) -> None:
     """Runs a benchmark, shows its report, and writes that into the run's folder."""
     from cmg_gguf.evaluation.items import WHOLE, Shard
-    from cmg_gguf.evaluation.methods import chosen
     from cmg_gguf.evaluation.report import make_report
     from cmg_gguf.evaluation.report_text import rendered, write_report
     from cmg_gguf.evaluation.run import evaluate
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     task, folder, shard = task_flags.task(), run.folder, Shard.parse(run.shard)
-    names = [name.strip() for name in run.methods.split(",") if name.strip()]
-    methods = chosen(names, guidance.guidance(model.own_settings))
+    _check_swept(run, guidance)
+    methods = run.chosen(guidance.guidance(model.own_settings))
     tuned_on = guidance.file(model.own_settings).tuned_on
     files = spread.files(model, err)
-    guided = f"cmg {guidance.told(model.own_settings)}" if "cmg" in names else ""
+    is_guided = any(method.name == "cmg" for method in methods)
+    guided = f"cmg {guidance.told(model.own_settings)}" if is_guided else ""
     note_built_in(err, model, guided)
 
     def work(progress: Progress) -> Run:
@@ -97,6 +101,15 @@ def evaluate_task(
     report = make_report(finished)
     write_rendered(rendered(report), wide=True)
     write_report(report, folder)
+
+
+def _check_swept(run: RunFlags, guidance: GuidanceFlags) -> None:
+    """Raises BadParameter for a strength or layers beside those that --alphas tries."""
+    own = (("--alpha", "strengths", guidance.alpha), ("--layers", "layers", guidance.layers))
+    for flag, what, given in own:
+        if run.alphas is not None and given is not None:
+            message = f"--alphas tries its own {what}; leave one of the two out"
+            raise typer.BadParameter(message, param_hint=f"'{flag}'")
 
 
 def watched(err: Screen, work: Callable[[Progress], Run]) -> Run:

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from cmg_gguf.evaluation.answers import YesNoRule
     from cmg_gguf.evaluation.task import Task
 
-Rule = Literal["pope", "strict", "mme", "named"]
+Rule = Literal["pope", "strict", "mme", "dash-b", "named"]
 _RULES = (
     "How yes and no are read from an answer: pope = no where the first sentence says no or not, "
-    "else yes; strict = a bare yes or no; mme = by the first four letters; named = the one of the "
-    "two words that is in it."
+    "else yes; strict = a bare yes or no; mme = by the first four letters; dash-b = yes where it "
+    "has yes in it, else no for no; named = the one of the two words that is in it."
 )
 
 _flag = partial(typer.Option, rich_help_panel="Benchmark")
@@ -42,9 +42,9 @@ class TaskFlags(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PopeFlags:
-    """POPE: is there such an object in the image? Half of the questions are about absent ones.
+    """POPE: is there such an object in the image? And RePOPE, and other files in its format.
 
-    Question files and images are those of RUCAIBox/POPE and COCO val2014.
+    Question files and images are those of RUCAIBox/POPE or YanNeu/RePOPE, and COCO val2014.
     """
 
     questions: Annotated[
@@ -52,8 +52,8 @@ class PopeFlags:
         _flag(
             "--questions",
             metavar="FILE",
-            help="A question file, one JSON object a line: question_id, image, text, label. Repeat "
-            "it for several: random, popular, adversarial.",
+            help="A question file, one JSON object a line: question_id, image, text, label, and "
+            "maybe category. Repeat it for several: random, popular, adversarial.",
         ),
     ] = None
     images: Images = None
@@ -210,6 +210,27 @@ class HallusionFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DashBFlags:
+    """DASH-B: can such an object be seen? Of images that were found to make models say yes."""
+
+    root: Annotated[
+        Path | None,
+        _flag(
+            "--root",
+            metavar="FOLDER",
+            help="Folder that DASH-B's neg and pos are in, a folder for each object in them.",
+        ),
+    ] = None
+    rule: Annotated[Rule, _flag("--rule", help=_RULES)] = "dash-b"
+
+    def task(self) -> Task:
+        from cmg_gguf.evaluation.tasks.dash_b import DashB
+
+        root = _given(self.root, "'--root'", "the folder that neg and pos are in")
+        return DashB(root, rule=_rule(self.rule))
+
+
+@dataclass(frozen=True, kw_only=True)
 class FolderFlags:
     """One prompt on every image of a folder: no ground truth, so only what changes is counted."""
 
@@ -252,11 +273,11 @@ class ScenesFlags:
         ),
     ] = None
     kind: Annotated[
-        Literal["typical", "counter"],
+        Literal["typical", "counter", "both"],
         _flag(
             "--kind",
             help="typical = things come with what they usually come with, counter = independent "
-            "of each other, so that expectation misleads.",
+            "of each other, so that expectation misleads, both = as many of each.",
         ),
     ] = "typical"
     rule: Annotated[Rule | None, _flag("--rule", show_default="pope", help=_RULES)] = None
@@ -290,6 +311,7 @@ TASKS: dict[str, type[TaskFlags]] = {
     "mme": MmeFlags,
     "amber": AmberFlags,
     "hallusion": HallusionFlags,
+    "dash-b": DashBFlags,
     "folder": FolderFlags,
     "scenes": ScenesFlags,
 }

@@ -28,9 +28,9 @@ import numpy as np
 
 from cmg_gguf.errors import EvaluationError, shown
 from cmg_gguf.evaluation import files
-from cmg_gguf.evaluation.mentions import caption_counts, caption_figures
+from cmg_gguf.evaluation.mentions import caption_counts, caption_figures, mentions_in
 from cmg_gguf.evaluation.statistics import Floats
-from cmg_gguf.evaluation.task import BadItem, Item, Sums
+from cmg_gguf.evaluation.task import BadItem, Item, Mention, Sums
 from cmg_gguf.evaluation.tasks.coco_words import CATEGORIES, lexicon
 from cmg_gguf.evaluation.words import Lexicon
 
@@ -92,6 +92,9 @@ class Chair:
 
     def counts(self, item: Item, answer: str) -> dict[str, float]:
         return caption_counts(answer, self._lexicon.find(answer), item.truth["objects"])
+
+    def mentions(self, item: Item, answer: str) -> list[Mention]:
+        return mentions_in(answer, self._lexicon, item.truth["objects"])
 
     def figures(self, sums: Sums) -> dict[str, Floats]:
         return caption_figures(sums)

@@ -1,4 +1,4 @@
-"""POPE: is there such an object in the image? Half of the questions are about absent ones.
+"""POPE: is there such an object in the image? And files in its format, such as RePOPE's.
 
 Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EMNLP 2023; files from
 RUCAIBox/POPE, JSON lines:
@@ -7,10 +7,17 @@ RUCAIBox/POPE, JSON lines:
      "text": "Is there a person in the image?", "label": "yes"}
 
 A list of such records in one JSON file is read as well; a label may be true or false, 1 or 0, an
-image may lack its suffix, and without a question_id image and question tell records apart.
+image may lack its suffix, and without a question_id image and question tell records apart. Where a
+record has a "category", that is its part, and ids need differ within it alone.
 
-Absent objects are drawn at random, from the most frequent ones ("popular"), or from those that
-often come with what is there ("adversarial"). Figures: see `confusion`; the positive class is yes.
+Nothing is assumed of how many questions there are, of an image or in all, or of how many are about
+absent objects: POPE asks six of each of 500 images, half of them about absent ones; RePOPE
+(arXiv 2504.15707; YanNeu/RePOPE) leaves out what is ambiguous and corrects labels, so its files
+are neither complete nor balanced.
+
+In POPE, absent objects are drawn at random, from the most frequent ones ("popular"), or from those
+that often come with what is there ("adversarial"). Figures: see `confusion`; the positive class is
+yes.
 """
 
 from __future__ import annotations
@@ -44,8 +51,9 @@ _PART = re.compile("random|popular|adversarial")
 class Pope:
     """POPE's question files over one folder of images.
 
-    files: of different names; a part is called random, popular or adversarial if the file's name
-    says so, else like the file. suffix: put behind every question. rule: how answers are read.
+    files: of different names; a part is called as its records' "category" says; else random,
+    popular or adversarial if the file's name says so; else like the file. suffix: put behind every
+    question. rule: how answers are read.
     """
 
     files: Sequence[str | Path]
@@ -71,13 +79,17 @@ class Pope:
     def _item(self, path: Path, images: Path, record: Record) -> Item:
         image, text = field(record, "image"), field(record, "text")
         number = field(record, "question_id") if "question_id" in record else f"{image}: {text}"
-        part = _PART.search(path.stem.lower())
+        named = _PART.search(path.stem.lower())
+        part, place = named[0] if named else path.stem, path.stem
+        if "category" in record:
+            part = field(record, "category")
+            place = f"{place}/{part}"
         return Item(
-            id=f"{path.stem}/{number}",
+            id=f"{place}/{number}",
             image=image_in(images, image),
             prompt=text + self.suffix,
             truth={"label": label_under(record, "label")},
-            part=part[0] if part else path.stem,
+            part=part,
             cluster=image,
         )
 

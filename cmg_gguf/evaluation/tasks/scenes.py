@@ -15,16 +15,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import numpy as np
 
 from cmg_gguf.errors import EvaluationError, shown
 from cmg_gguf.evaluation.answers import POPE, YesNoRule
 from cmg_gguf.evaluation.confusion import confusion_counts, confusion_figures
-from cmg_gguf.evaluation.mentions import caption_counts, caption_figures
+from cmg_gguf.evaluation.mentions import caption_counts, caption_figures, mentions_in
 from cmg_gguf.evaluation.statistics import Floats, column, percent
-from cmg_gguf.evaluation.task import Item, Sums
+from cmg_gguf.evaluation.task import Item, Mention, Sums
 from cmg_gguf.evaluation.words import Lexicon
 from cmg_gguf.tiny.scenes import Pixels, Scene, SceneKind, Split, draw, make_scene
 from cmg_gguf.tiny.scenes.catalogue import COLOURS, KINDS, OBJECTS, PLACES
@@ -35,6 +35,9 @@ from cmg_gguf.tiny.scenes.texts import (
     existence_question,
 )
 
+Kinds = SceneKind | Literal["both"]
+"""Whose pictures; both: of typical and of counter scenes, which are then the parts."""
+
 _NAMES = Lexicon({form: name for name in OBJECTS for form in (name, KINDS[name].plural)})
 _COLOURS = Lexicon({colour: colour for colour in COLOURS})
 _TRAINING_SCENES = 2000
@@ -43,28 +46,40 @@ _PER_PICTURE = 3  # questions about something present, and as many about somethi
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Pictures 0 to n - 1 of a split and kind. Raises EvaluationError if there are none such."""
+    """Pictures 0 to n - 1 of a split and of a kind, or of each. Raises EvaluationError if there are
+    none such."""
 
     split: Split
-    kind: SceneKind
+    kind: Kinds
     n: int
 
     def __post_init__(self) -> None:
-        for value, allowed in ((self.split, Split), (self.kind, SceneKind)):
-            if value not in get_args(allowed):
+        kinds = (*get_args(SceneKind), "both")
+        for value, allowed in ((self.split, get_args(Split)), (self.kind, kinds)):
+            if value not in allowed:
                 raise EvaluationError(
-                    f"{shown(value)} is none of {', '.join(get_args(allowed))}: give one of them"
+                    f"{shown(value)} is none of {', '.join(allowed)}: give one of them"
                 )
         if self.n < 1:
             raise EvaluationError(f"n={self.n} pictures: give at least 1")
 
     def load(self, item: Item) -> Pixels:
-        return draw(make_scene(self.split, int(str(item.image).rpartition("/")[2]), self.kind))
+        _, kind, index = str(item.image).split("/")
+        return draw(make_scene(self.split, int(index), cast(SceneKind, kind)))
 
-    def _scenes(self) -> Iterator[tuple[str, Scene]]:
-        """Each picture's name and scene."""
-        for index in range(self.n):
-            yield f"{self.split}/{self.kind}/{index}", make_scene(self.split, index, self.kind)
+    def _scenes(self) -> Iterator[tuple[str, str, Scene]]:
+        """Each picture's kind, name and scene."""
+        kinds: tuple[SceneKind, ...]
+        kinds = ("typical", "counter") if self.kind == "both" else (self.kind,)
+        for kind in kinds:
+            for index in range(self.n):
+                scene = make_scene(self.split, index, kind)
+                yield kind, f"{self.split}/{kind}/{index}", scene
+
+    def _part(self, kind: str, part: str = "") -> str:
+        """The part of an item: within a kind, where there are both."""
+        told = [*([kind] if self.kind == "both" else []), *([part] if part else [])]
+        return " ".join(told) or "all"
 
 
 @dataclass(frozen=True)
@@ -88,13 +103,22 @@ class SceneCaptions(_Pictures):
             )
 
     def items(self) -> Iterator[Item]:
-        for picture, scene in self._scenes():
-            truth = {"objects": sorted(scene.names)}
-            prompt = CAPTION_PROMPTS[self.style]
-            yield Item(picture, picture, prompt, truth, cluster=picture, max_tokens=192)
+        for kind, picture, scene in self._scenes():
+            yield Item(
+                id=picture,
+                image=picture,
+                prompt=CAPTION_PROMPTS[self.style],
+                truth={"objects": sorted(scene.names)},
+                part=self._part(kind),
+                cluster=picture,
+                max_tokens=192,
+            )
 
     def counts(self, item: Item, answer: str) -> dict[str, float]:
         return caption_counts(answer, _NAMES.find(answer), item.truth["objects"])
+
+    def mentions(self, item: Item, answer: str) -> list[Mention]:
+        return mentions_in(answer, _NAMES, item.truth["objects"])
 
     def figures(self, sums: Sums) -> dict[str, Floats]:
         return caption_figures(sums)
@@ -116,7 +140,7 @@ class ScenePope(_Pictures):
     yes_no: ClassVar[bool] = True
 
     def items(self) -> Iterator[Item]:
-        for picture, scene in self._scenes():
+        for kind, picture, scene in self._scenes():
             rng = np.random.default_rng((*scene.seed, self.seed))
             names = [str(name) for name in rng.permutation(sorted(scene.names))[:_PER_PICTURE]]
             for part, ranked in _absent(scene, rng).items():
@@ -126,7 +150,7 @@ class ScenePope(_Pictures):
                         image=picture,
                         prompt=existence_question(name),
                         truth={"label": "yes" if name in scene.names else "no"},
-                        part=part,
+                        part=self._part(kind, part),
                         cluster=picture,
                     )
 
@@ -150,7 +174,7 @@ class SceneColours(_Pictures):
     yes_no: ClassVar[bool] = False
 
     def items(self) -> Iterator[Item]:
-        for picture, scene in self._scenes():
+        for kind, picture, scene in self._scenes():
             for name in sorted(scene.names):
                 thing = scene.only(name)
                 if thing is None:
@@ -160,7 +184,9 @@ class SceneColours(_Pictures):
                     image=picture,
                     prompt=colour_question(name),
                     truth={"colour": thing.colour},
-                    part="usual" if thing.colour == KINDS[name].colour else "unusual",
+                    part=self._part(
+                        kind, "usual" if thing.colour == KINDS[name].colour else "unusual"
+                    ),
                     cluster=picture,
                 )
 
