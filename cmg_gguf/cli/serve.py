@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,8 @@ def serve(*, server: ServeFlags, guidance: GuidanceFlags, model: ModelFlags) -> 
     name = server.alias or ("tiny-llava" if model.built_in else Path(files[0]).stem)
     running = Server(vlm, load, options, name=name)
     running.on_start = partial(_tell, err, running, server)
+    # uvicorn raises the signal again when it has drained: that is the end that was asked for.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     running.run()
 
 
