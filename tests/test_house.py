@@ -49,7 +49,9 @@ HOUSE = {
     "tiny": VALUES,
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
     "captioning": f"{ASKING} prompt vlm evaluation",
-    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation captioning __init__",
+    "server": f"{ASKING} prompt chat",
+    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation captioning server "
+    "__init__",
 }
 """`__init__` is the package's own. A room named with a module ("prompt.segments") is known by
 that module alone."""

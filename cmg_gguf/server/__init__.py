@@ -1,0 +1,1 @@
+"""The server: see `cmg_gguf.server.app`."""
