@@ -204,8 +204,9 @@ class Answering:
         return item
 
     def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        item = {"id": self._id, "type": self._kind, "status": status, "content": content}
-        return item | ({"role": "assistant"} if self._kind == "message" else {"summary": []})
+        is_message = self._kind == "message"
+        own: dict[str, Any] = {"role": "assistant"} if is_message else {"summary": []}
+        return {"id": self._id, "type": self._kind, **own, "status": status, "content": content}
 
     def _part(self, text: str) -> dict[str, Any]:
         if self._kind == "reasoning":
