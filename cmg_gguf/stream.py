@@ -73,6 +73,17 @@ class Stream(Iterator[Piece]):
         self._finalizer()
         self._run.settle()
 
+    def ready(self) -> list[Piece] | None:
+        """The pieces that are there, without waiting; None once there will be no more. For event
+        loops, see `heard` of `GuidedVLM.stream`. Raises what ended the answer."""
+        pieces = self._run.ready()
+        self._text += "".join(p.text for p in pieces or () if not p.reasoning)
+        return pieces
+
+    def cancel(self) -> None:
+        """Ends the answer before its next token, without waiting for that."""
+        self._finalizer()
+
     @property
     def text(self) -> str:
         """What has been read so far of the answer, without its reasoning."""
@@ -106,8 +117,10 @@ class Run:
         request: Request,
         progress: Progress | None = None,
         at_end: Callable[[], None] = lambda: None,
+        heard: Callable[[bool], None] = lambda over: None,
     ) -> None:
-        """at_end: called once nothing of it will come any more.
+        """at_end: called once nothing of it will come any more. heard: called where there is
+        something to read; see `GuidedVLM.stream`.
 
         Raises what is wrong with the request: PromptError, ImageError, ContextLengthError,
         GuidanceError, SamplingError; ModelError if the model is closed.
@@ -118,7 +131,7 @@ class Run:
         self._progress, self._at_end = progress, at_end
         sampling, guidance = request.sampling, request.guidance
         self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
-        self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive)
+        self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive, heard)
         with scheduler.held_open():
             self._prompt, self._contrasted = _prompts(pair, request)
             sampler = Sampler(
@@ -165,6 +178,19 @@ class Run:
                 self.cancel()
                 self.settle()
                 raise
+
+    def ready(self) -> list[Piece] | None:
+        """The pieces that are there, without waiting; None behind the last. Raises what ended the
+        answer."""
+        pieces = []
+        for event in self._outbox.take():
+            if isinstance(event, End):
+                if event.error is not None:
+                    raise event.error
+                return None
+            if isinstance(event, Piece):
+                pieces.append(event)
+        return pieces
 
     def settle(self) -> None:
         """Waits until nothing of it will come any more, and passes over what does; not where it

@@ -239,17 +239,23 @@ class GuidedVLM:
         images: Sequence[ImageSource] = (),
         *,
         progress: Progress | None = None,
+        heard: Callable[[bool], None] = lambda over: None,
         **settings: Any,
     ) -> Stream:
         """An answer as it comes: iterate over its pieces, then read `.reply`. It goes on whether it
         is read or not.
+
+        heard(over): for who must not wait, as an event loop: called by the engine's thread where
+        `Stream.ready` may have something new, at last with True: nothing more will come. It must be
+        quick and raise nothing.
 
         prompt, images, settings: as in `Request`, or one made before; a setting that is None is the
         default. What is wrong with the request is raised here, before anything is computed:
         PromptError, ContextLengthError, ImageError, GuidanceError, SamplingError. While iterating:
         BackendError.
         """
-        return Stream(self._run(request_from(prompt, images, settings), progress))
+        request = request_from(prompt, images, settings)
+        return Stream(self._run(request, progress, heard=heard))
 
     def tokenize(
         self,
@@ -297,7 +303,8 @@ class GuidedVLM:
         request: Request,
         progress: Progress | None = None,
         at_end: Callable[[], None] = lambda: None,
+        heard: Callable[[bool], None] = lambda over: None,
     ) -> Run:
-        run = Run(self._pair, self._scheduler, request, progress, at_end)
+        run = Run(self._pair, self._scheduler, request, progress, at_end, heard)
         self._scheduler.submit(run)
         return run

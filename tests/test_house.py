@@ -49,7 +49,7 @@ HOUSE = {
     "tiny": VALUES,
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
     "captioning": f"{ASKING} prompt vlm evaluation",
-    "server": f"{ASKING} prompt chat",
+    "server": f"{ASKING} prompt chat stream vlm __init__",
     "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation captioning server "
     "__init__",
 }

@@ -128,45 +128,73 @@ def sampling_of(
 def completion_of(reply: Reply, model: str, token_bytes: TokenBytes) -> dict[str, Any]:
     """A reply as a chat completion; `reasoning_content` is there where there was reasoning, as in
     llama-server. model: its name."""
-    message = {"role": "assistant", "content": reply.text}
-    if reply.reasoning:
-        message["reasoning_content"] = reply.reasoning
     return {
         **_head(model),
         "object": "chat.completion",
-        "choices": [
-            {
-                "index": 0,
-                "message": message,
-                "logprobs": _logprobs(reply.tokens, token_bytes),
-                "finish_reason": reply.finish_reason,
-            }
-        ],
+        "choices": [_choice(reply, 0, token_bytes)],
         "usage": usage(reply),
         "cmg": cmg_block(reply, token_bytes),
     }
 
 
+def completion_of_many(
+    replies: Sequence[Reply], model: str, token_bytes: TokenBytes
+) -> dict[str, Any]:
+    """Several replies to one prompt as one chat completion, each choice with its own `cmg`."""
+    choices = [
+        {**_choice(reply, i, token_bytes), "cmg": cmg_block(reply, token_bytes)}
+        for i, reply in enumerate(replies)
+    ]
+    head = {**_head(model), "object": "chat.completion"}
+    return {**head, "choices": choices, "usage": usage(*replies)}
+
+
 def chunks_of(answer: Pieces, model: str, token_bytes: TokenBytes) -> Iterator[dict[str, Any]]:
     """The chunks of a chat completion, as its pieces come. Closing it closes the answer."""
-    head = {**_head(model), "object": "chat.completion.chunk"}
-
-    def chunk(delta: dict[str, str], finish: str | None = None, **more: Any) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "delta": delta,
-            "logprobs": more.pop("logprobs", None),
-            "finish_reason": finish,
-        }
-        return {**head, "choices": [choice], **more}
-
+    chunks = Chunks(model, token_bytes)
     with contextlib.closing(answer):
-        yield chunk({"role": "assistant"})
+        yield chunks.first()
         for piece in answer:
-            said = "reasoning_content" if piece.reasoning else "content"
-            yield chunk({said: piece.text}, logprobs=_logprobs(piece.tokens, token_bytes))
-    reply, block = answer.reply, cmg_block(answer.reply, token_bytes)
-    yield chunk({}, reply.finish_reason, usage=usage(reply), cmg=block)
+            yield chunks.said(piece)
+    yield {**chunks.last(answer.reply), "usage": usage(answer.reply)}
+
+
+class Chunks:
+    """Makes the chunks of one chat completion. index: of the choice, where there are several."""
+
+    def __init__(self, model: str, token_bytes: TokenBytes) -> None:
+        self._head = {**_head(model), "object": "chat.completion.chunk"}
+        self._token_bytes = token_bytes
+
+    def first(self, index: int = 0) -> dict[str, Any]:
+        """Who speaks."""
+        return self._chunk(index, {"role": "assistant"})
+
+    def said(self, piece: Piece, index: int = 0) -> dict[str, Any]:
+        """Some of the answer."""
+        said = "reasoning_content" if piece.reasoning else "content"
+        logprobs = _logprobs(piece.tokens, self._token_bytes)
+        return self._chunk(index, {said: piece.text}, logprobs=logprobs)
+
+    def last(self, reply: Reply, index: int = 0) -> dict[str, Any]:
+        """How it ended, and what guidance did."""
+        chunk = self._chunk(index, {}, finish=reply.finish_reason)
+        return {**chunk, "cmg": cmg_block(reply, self._token_bytes)}
+
+    def counts(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """What all of it took, behind the last choice's end: OpenAI's `include_usage`."""
+        return {**self._head, "choices": [], "usage": usage(*replies)}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish: str | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._head, "choices": [choice]}
 
 
 def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
@@ -199,17 +227,30 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
     }
 
 
-def usage(reply: Reply) -> dict[str, Any]:
-    """Counts as OpenAI names them; `cached_tokens`: of the prompt, those not computed anew;
-    `reasoning_tokens`: of the answer, where there was reasoning."""
-    n = len(reply.tokens)
-    thought = {"completion_tokens_details": {"reasoning_tokens": reply.n_reasoning_tokens}}
+def usage(*replies: Reply) -> dict[str, Any]:
+    """Counts as OpenAI names them, of one prompt and what was said to it; `cached_tokens`: of the
+    prompt, those not computed anew; `reasoning_tokens`: of the answers, where there was any."""
+    n_prompt = replies[0].n_prompt_tokens
+    n = sum(len(reply.tokens) for reply in replies)
+    n_thought = sum(reply.n_reasoning_tokens for reply in replies)
     return {
-        "prompt_tokens": reply.n_prompt_tokens,
+        "prompt_tokens": n_prompt,
         "completion_tokens": n,
-        "total_tokens": reply.n_prompt_tokens + n,
-        "prompt_tokens_details": {"cached_tokens": reply.n_reused_tokens},
-        **(thought if reply.n_reasoning_tokens else {}),
+        "total_tokens": n_prompt + n,
+        "prompt_tokens_details": {"cached_tokens": replies[0].n_reused_tokens},
+        **({"completion_tokens_details": {"reasoning_tokens": n_thought}} if n_thought else {}),
+    }
+
+
+def _choice(reply: Reply, index: int, token_bytes: TokenBytes) -> dict[str, Any]:
+    message = {"role": "assistant", "content": reply.text}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": _logprobs(reply.tokens, token_bytes),
+        "finish_reason": reply.finish_reason,
     }
 
 

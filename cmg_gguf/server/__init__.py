@@ -1,1 +1,11 @@
-"""The server: see `cmg_gguf.server.app`."""
+"""An OpenAI-compatible server over one `GuidedVLM`: what clients of such servers send, guided.
+
+    service.py   one model: who may ask it when (queue.py), while it is loaded (lifetime.py)
+    answer.py    an answer on an event loop
+    app.py       the routes: chat.py (chat completions), about.py, metrics.py
+    guard.py     keys, sizes and times of bodies (limits.py), ahead of every route
+    failures.py  what is wrong, in the shape that the client knows
+    running.py   uvicorn
+
+Nothing here knows how an answer is made; nothing below knows HTTP.
+"""
