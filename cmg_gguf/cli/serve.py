@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cmg_gguf.cli.asker import fetched, note_built_in
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
+from cmg_gguf.cli.media_flags import MediaFlags
 from cmg_gguf.cli.model_flags import ModelFlags
 from cmg_gguf.cli.screen import Screen
 from cmg_gguf.cli.serve_flags import ServeFlags
@@ -33,7 +34,9 @@ Examples:
 
 
 @manners()
-def serve(*, server: ServeFlags, guidance: GuidanceFlags, model: ModelFlags) -> None:
+def serve(
+    *, server: ServeFlags, media: MediaFlags, guidance: GuidanceFlags, model: ModelFlags
+) -> None:
     """Serve the model to OpenAI's clients, its answers guided.
 
     Where it is reached, and how to ask it, goes to standard error. It ends with Ctrl-C or SIGTERM,
@@ -45,7 +48,7 @@ def serve(*, server: ServeFlags, guidance: GuidanceFlags, model: ModelFlags) -> 
     from cmg_gguf.vlm import GuidedVLM
 
     model.check()
-    options = server.options(guidance.guidance(model.own_settings))
+    options = server.options(guidance.guidance(model.own_settings), media.media(model.max_pixels))
     err = Screen(progress=not model.verbose)
     note_built_in(err, model, guidance.told(model.own_settings))
     files = fetched(err, model)

@@ -15,6 +15,7 @@ from cmg_gguf.errors import CMGError
 if TYPE_CHECKING:
     from cmg_gguf.guidance import Guidance
     from cmg_gguf.server.limits import Limits
+    from cmg_gguf.server.media import Media
     from cmg_gguf.server.running import Options
 
 NO_LIMIT = -1
@@ -170,7 +171,7 @@ class ServeFlags:
         ),
     ] = None
 
-    def options(self, guidance: Guidance) -> Options:
+    def options(self, guidance: Guidance, media: Media) -> Options:
         """The same as the server takes it. Raises BadParameter, CMGError."""
         from cmg_gguf.server.running import Options
         from cmg_gguf.server.service import Defaults
@@ -190,6 +191,7 @@ class ServeFlags:
             n_waiting=self.queue,
             sleep_seconds=self.sleep_idle_seconds,
             limits=self._limits(),
+            media=media,
             defaults=Defaults(guidance=guidance, temperature=self.temp),
         )
 

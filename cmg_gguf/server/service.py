@@ -128,7 +128,13 @@ class Service:
         except FullError:
             self.tally.n_refused += 1
             raise self._busy() from None
-        begun = asyncio.ensure_future(self._begin(requests))
+        try:
+            messages = await self.media.resolved(requests[0].prompt)
+        except BaseException:
+            self.queue.leave(n)
+            raise
+        ready = [replace(request, prompt=messages) for request in requests]
+        begun = asyncio.ensure_future(self._begin(ready))
         try:
             return await asyncio.shield(begun)
         except asyncio.CancelledError:
@@ -162,12 +168,9 @@ class Service:
         ears: Sequence[Ear],
         streams: list[Stream],
     ) -> None:
-        """Reads the pictures and begins; `streams` gets what has begun."""
-        messages = requests[0].prompt
-        assert not isinstance(messages, str)
-        resolved = self.media.resolved(messages)
+        """Begins; `streams` gets what has begun."""
         for request, ear in zip(requests, ears, strict=True):
-            streams.append(vlm.stream(replace(request, prompt=resolved), heard=ear.hear))
+            streams.append(vlm.stream(request, heard=ear.hear))
 
     def _guidance(self, cmg: object) -> Guidance:
         if cmg is None:
