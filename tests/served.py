@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -101,10 +100,3 @@ def asking(scene: int | None = 0, text: str = QUESTION, **fields: Any) -> dict[s
     parts = [image, {"type": "text", "text": text}] if image else text
     messages = [{"role": "user", "content": parts}]
     return {"messages": messages, "temperature": 0, "max_tokens": 24, **fields}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port

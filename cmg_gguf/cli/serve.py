@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +50,9 @@ def serve(
     from cmg_gguf.vlm import GuidedVLM
 
     model.check()
-    options = server.options(guidance.guidance(model.own_settings), media.media(model.max_pixels))
+    options = replace(
+        server.options(guidance.guidance(model.own_settings)), media=media.media(model.max_pixels)
+    )
     err = Screen(progress=not model.verbose)
     note_built_in(err, model, guidance.told(model.own_settings))
     files = fetched(err, model)
@@ -59,6 +63,8 @@ def serve(
     name = server.alias or ("tiny-llava" if model.built_in else Path(files[0]).stem)
     running = Server(vlm, load, options, name=name)
     running.on_start = partial(_tell, err, running, server)
+    # uvicorn raises the signal again when it has drained: that is the end that was asked for.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     running.run()
 
 

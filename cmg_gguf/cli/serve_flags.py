@@ -15,7 +15,6 @@ from cmg_gguf.errors import CMGError
 if TYPE_CHECKING:
     from cmg_gguf.guidance import Guidance
     from cmg_gguf.server.limits import Limits
-    from cmg_gguf.server.media import Media
     from cmg_gguf.server.running import Options
 
 NO_LIMIT = -1
@@ -171,7 +170,7 @@ class ServeFlags:
         ),
     ] = None
 
-    def options(self, guidance: Guidance, media: Media) -> Options:
+    def options(self, guidance: Guidance) -> Options:
         """The same as the server takes it. Raises BadParameter, CMGError."""
         from cmg_gguf.server.running import Options
         from cmg_gguf.server.service import Defaults
@@ -191,7 +190,6 @@ class ServeFlags:
             n_waiting=self.queue,
             sleep_seconds=self.sleep_idle_seconds,
             limits=self._limits(),
-            media=media,
             defaults=Defaults(guidance=guidance, temperature=self.temp),
         )
 
