@@ -12,7 +12,7 @@ goes to this module's log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -76,7 +76,7 @@ class Media:
         Raises PromptError for too many pictures and what has another form (see
         `cmg_gguf.prompt.parts`), ImageError for a picture that is not allowed or cannot be had.
         """
-        if not isinstance(messages, list):
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
             return messages
         named = [found for i, message in enumerate(messages) for found in _pictures(message, i)]
         if len(named) > self.max_pictures:
@@ -97,12 +97,12 @@ class Media:
 
 def _pictures(message: Any, i: int) -> Iterator[tuple[ImageSource, str]]:
     """Every picture of a message and where it stands, in the order of `_holding`."""
-    if not isinstance(message, dict):
+    if not isinstance(message, Mapping):
         return
     for j, picture in enumerate(attached(message, f"message {i}")):
         yield picture.source, f"message {i}, image {j}"
     content = message.get("content")
-    for j, part in enumerate(content if isinstance(content, list) else ()):
+    for j, part in enumerate(content if isinstance(content, list | tuple) else ()):
         where = f"message {i}, part {j}"
         if isinstance(read := read_part(part, where), Picture):
             yield read.source, where
@@ -110,12 +110,12 @@ def _pictures(message: Any, i: int) -> Iterator[tuple[ImageSource, str]]:
 
 def _holding(message: Any, sources: Iterator[ImageSource]) -> Any:
     """The message with the next of `sources` for each picture."""
-    if not isinstance(message, dict):
+    if not isinstance(message, Mapping):
         return message
     held = dict(message)
     if message.get("images") is not None:
         held["images"] = [next(sources) for _ in message["images"]]
-    if isinstance(content := message.get("content"), list):
+    if isinstance(content := message.get("content"), list | tuple):
         held["content"] = [
             {"type": "image", "image": next(sources)}
             if isinstance(read_part(part, ""), Picture)
