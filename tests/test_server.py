@@ -267,15 +267,43 @@ def test_it_tells_what_it_is_and_does(served: Served) -> None:
     figures = dict(
         line.rsplit(" ", 1) for line in metrics.splitlines() if line and not line.startswith("#")
     )
-    assert float(figures["llamacpp:tokens_predicted_total"]) > 0
+    for name in ("llamacpp:tokens_predicted", "llamacpp:n_decode", "cmg:degraded_rows"):
+        assert float(figures[f"{name}_total"]) > 0
+    assert float(figures["llamacpp:n_busy_slots_per_decode"]) >= 1
     assert float(figures["llamacpp:requests_processing"]) == 0
+
+
+def test_rows_of_the_degraded_branch_and_encoded_pictures_are_counted(served: Served) -> None:
+    def counted() -> tuple[float, ...]:
+        with served.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        names = (
+            "cmg:degraded_rows_total",
+            "cmg:image_cache_hits_total",
+            "cmg:image_cache_misses_total",
+        )
+        return tuple(float(x.rsplit(" ", 1)[1]) for n in names for x in lines if x.startswith(n))
+
+    def more(**fields: Any) -> tuple[float, ...]:
+        served.vlm.engine.forget()
+        before = counted()
+        n = served.post(asking(5, **fields)).json()["usage"]["completion_tokens"]
+        assert n > 2
+        return (n, *(b - a for a, b in zip(before, counted(), strict=True)))
+
+    served.vlm.forget()
+    _, *plain = more(cmg="off")
+    assert plain == [0, 0, 1]
+    n, n_degraded, *images = more(cmg={"scope": "decode"})  # one of the prompt, one a token
+    assert images == [1, 0]
+    assert n_degraded in (n, n + 1)  # behind the last token no other is drawn
 
 
 def test_data_urls_of_a_picture_are_kept_prompts(served: Served) -> None:
     served.vlm.forget()
     first, second = (
-        served.post(asking(7, text=text)).json()["usage"] for text in ("Is it big?", "Is it red?")
+        served.post(asking(4, text=text)).json()["usage"] for text in ("Is it big?", "Is it red?")
     )
     assert first["prompt_tokens_details"]["cached_tokens"] == 0
     assert second["prompt_tokens_details"]["cached_tokens"] > 0
-    assert data_url(7) == data_url(7)
+    assert data_url(4) == data_url(4)

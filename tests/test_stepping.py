@@ -266,7 +266,7 @@ def test_a_batch_is_not_filled_up_where_cells_are_taken() -> None:
     rig = FakeRig(n_ctx=22)
     rig.engine.stepping = ADAPTIVE
     rig.engine.whole._pace = SharePace(1.0)
-    rig.engine.whole._decoder = Decoder(FilledUp())
+    rig.engine.whole.decoder = Decoder(FilledUp())
     rig.asked(PROMPT, Guidance())
     assert rig.engine.degraded_address
     for token in (1, 2, 3):

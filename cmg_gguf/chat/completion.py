@@ -92,6 +92,7 @@ def sampling_of(
     presence_penalty: float | None = 0.0,
     frequency_penalty: float | None = 0.0,
     repeat_penalty: float | None = 1.0,
+    penalty_last_n: int | None = None,
     mirostat_mode: int | None = 0,
     mirostat_tau: float | None = 5.0,
     mirostat_eta: float | None = 0.1,
@@ -101,9 +102,9 @@ def sampling_of(
 ) -> Sampling:
     """The sampling of a chat completion, with llama-cpp-python's defaults, also for None.
 
-    grammar: a `LlamaGrammar` or GBNF text. Tools, functions and tail-free sampling are not
-    supported: UnsupportedError, unless they are none, or left to the model ("auto") with none.
-    Raises what `Sampling` raises.
+    grammar: a `LlamaGrammar` or GBNF text. penalty_last_n: see `Sampling`. Tools, functions and
+    tail-free sampling are not supported: UnsupportedError, unless they are none, or left to the
+    model ("auto") with none. Raises what `Sampling` raises.
     """
     _refuse(unsupported)
     wanted: dict[str, Any] = {  # those that are None are left to `Sampling`
@@ -115,6 +116,7 @@ def sampling_of(
         "repeat_penalty": repeat_penalty,
         "frequency_penalty": frequency_penalty,
         "presence_penalty": presence_penalty,
+        "penalty_last_n": penalty_last_n,
         "mirostat_mode": mirostat_mode,
         "mirostat_tau": mirostat_tau,
         "mirostat_eta": mirostat_eta,
@@ -256,7 +258,9 @@ def _choice(reply: Reply, index: int, token_bytes: TokenBytes) -> dict[str, Any]
     }
 
 
-def _logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> dict[str, Any] | None:
+def token_logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> list[dict[str, Any]] | None:
+    """Each token with its log-probability and the likeliest ones; None where none were asked
+    for."""
     if not tokens or tokens[0].logprob is None:
         return None
 
@@ -268,11 +272,15 @@ def _logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> dict[str, Any
             "logprob": max(logprob, MIN_LOGPROB),
         }
 
-    content = [
+    return [
         {**entry(t.id, t.logprob or 0.0), "top_logprobs": [entry(*best) for best in t.top]}
         for t in tokens
     ]
-    return {"content": content, "refusal": None}
+
+
+def _logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> dict[str, Any] | None:
+    content = token_logprobs(tokens, token_bytes)
+    return None if content is None else {"content": content, "refusal": None}
 
 
 def _head(model: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 from cmg_gguf.cli.asker import fetched, note_built_in
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
+from cmg_gguf.cli.media_flags import MediaFlags
 from cmg_gguf.cli.model_flags import ModelFlags
 from cmg_gguf.cli.screen import Screen
 from cmg_gguf.cli.serve_flags import ServeFlags
@@ -33,7 +36,9 @@ Examples:
 
 
 @manners()
-def serve(*, server: ServeFlags, guidance: GuidanceFlags, model: ModelFlags) -> None:
+def serve(
+    *, server: ServeFlags, media: MediaFlags, guidance: GuidanceFlags, model: ModelFlags
+) -> None:
     """Serve the model to OpenAI's clients, its answers guided.
 
     Where it is reached, and how to ask it, goes to standard error. It ends with Ctrl-C or SIGTERM,
@@ -45,7 +50,9 @@ def serve(*, server: ServeFlags, guidance: GuidanceFlags, model: ModelFlags) -> 
     from cmg_gguf.vlm import GuidedVLM
 
     model.check()
-    options = server.options(guidance.guidance(model.own_settings))
+    options = replace(
+        server.options(guidance.guidance(model.own_settings)), media=media.media(model.max_pixels)
+    )
     err = Screen(progress=not model.verbose)
     note_built_in(err, model, guidance.told(model.own_settings))
     files = fetched(err, model)
@@ -56,6 +63,8 @@ def serve(*, server: ServeFlags, guidance: GuidanceFlags, model: ModelFlags) -> 
     name = server.alias or ("tiny-llava" if model.built_in else Path(files[0]).stem)
     running = Server(vlm, load, options, name=name)
     running.on_start = partial(_tell, err, running, server)
+    # uvicorn raises the signal again when it has drained: that is the end that was asked for.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     running.run()
 
 

@@ -73,7 +73,7 @@ class Engine:
         self._is_alone = False
         self._context = self._contexts[0]
         self._pace = pace or Pace()
-        self._decoder = Decoder(filling or Filling())
+        self.decoder = Decoder(filling or Filling(), [lane.degraded for lane in self.lanes])
         self.lock = threading.RLock()
         for branches in self.lanes:
             _clear(branches)
@@ -249,7 +249,7 @@ class Engine:
         with self.lock:
             fills = self.strategy.waiting == "cheapest" and not self._is_alone
             n_free = self._context.n_ctx - self.n_cells if fills else 0
-            came = self._decoder.decode(batches, n_free)
+            came = self.decoder.decode(batches, n_free)
             if any(isinstance(one, Exception) for one in came):
                 self.prefixes.forget()  # it is not known what of a failed decode the cells hold
             return came

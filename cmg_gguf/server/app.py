@@ -9,11 +9,11 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from cmg_gguf import __version__
-from cmg_gguf.server import about, chat, failures, metrics
+from cmg_gguf.server import about, chat, failures, metrics, ollama, responses
 from cmg_gguf.server.guard import Guard, Keys
 from cmg_gguf.server.service import Service
 
-ROUTERS = (chat.router, about.router, metrics.router)
+ROUTERS = (chat.router, responses.router, ollama.router, about.router, metrics.router)
 
 
 def new_app(service: Service, *, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> FastAPI:

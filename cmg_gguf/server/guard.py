@@ -70,6 +70,7 @@ class Guard:
             return
         try:
             headers, path = Headers(scope=scope), scope["path"]
+            self._check_head(scope)
             if self._keys and path not in self._free:
                 scope["cmg_salt"] = self._keys.salt(headers)
             if scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -81,6 +82,16 @@ class Guard:
             return
         with self._lifetime.used():
             await self._app(scope, _replayed(body, receive), send)
+
+    def _check_head(self, scope: Scope) -> None:
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self._limits.header_bytes:
+            raise Refused(
+                f"the head has {size} bytes and the limit is {self._limits.header_bytes}; send "
+                "fewer headers",
+                431,
+            )
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body. Raises Refused where it is too large, or does not come in time."""

@@ -1,39 +1,162 @@
-"""Which pictures a request may name: data URLs, and nothing else."""
+"""Which pictures a request may name: the one place where a request reaches files or hosts.
+
+    await Media().resolved(messages)                          # data: URLs and base64, nothing else
+    await Media(folder=Path("/pictures")).resolved(messages)  # and files below that folder
+    await Media(hosts=[Host.of("pics.example.org")]).resolved(messages)  # and that host's
+
+What is handed on holds every picture itself and names none. A picture that is named and cannot be
+had is told in the same words, whatever is there: a client learns nothing of files and hosts. Why
+goes to this module's log.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from cmg_gguf.errors import ImageError
+import anyio.to_thread
+
+from cmg_gguf.errors import ImageError, PromptError, shown
+from cmg_gguf.prompt.images import load_image
+from cmg_gguf.prompt.limits import checked_max_pixels
 from cmg_gguf.prompt.parts import Picture, attached, read_part
-from cmg_gguf.request import Messages
+from cmg_gguf.prompt.sources import ImageSource, image_of_base64
+from cmg_gguf.server.files import read_below
+from cmg_gguf.server.remote import Host, fetched, is_remote
+
+MAX_BYTES = 32 << 20
+MAX_PICTURES = 16
+SECONDS = 20.0
+
+_LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Media:
-    """What is allowed."""
+    """What a request's pictures may be, besides data: URLs and base64.
 
-    def resolved(self, messages: Messages) -> list[dict[str, Any]]:
-        """The messages, with nothing in them that names a file or a host. Raises ImageError,
-        PromptError."""
-        return [self._message(message, f"message {i}") for i, message in enumerate(messages)]
+    folder: files below it; None = none. hosts: whose http and https URLs are fetched. max_bytes: of
+    a file or of what a host sends. max_pixels: see `load_image`. max_pictures: of one request.
+    seconds: for all that a request names, together.
 
-    def _message(self, message: Mapping[str, Any], where: str) -> dict[str, Any]:
-        for picture in attached(message, where):
-            self._check(picture, where)
-        content = message.get("content")
-        for i, part in enumerate(content if isinstance(content, list) else ()):
-            if not isinstance(part, str):
-                read = read_part(part, f"{where}, part {i}")
-                if isinstance(read, Picture):
-                    self._check(read, f"{where}, part {i}")
-        return dict(message)
+    Raises ImageError for a folder that is none, and for limits that are not above 0.
+    """
 
-    def _check(self, picture: Picture, where: str) -> None:
-        source = picture.source
-        if not (isinstance(source, str) and source[:5].lower() == "data:"):
-            raise ImageError(
-                f"{where} has a picture that this server does not read: send it as a data: URL"
+    folder: Path | None = None
+    hosts: Sequence[Host] = ()
+    max_bytes: int = MAX_BYTES
+    max_pixels: int | None = None
+    max_pictures: int = MAX_PICTURES
+    seconds: float = SECONDS
+
+    def __post_init__(self) -> None:
+        checked_max_pixels(self.max_pixels)
+        for name in ("max_bytes", "max_pictures", "seconds"):
+            if not getattr(self, name) > 0:
+                raise ImageError(f"{name}={shown(getattr(self, name))} is out of range: above 0")
+        if self.folder is not None:
+            if not Path(self.folder).is_dir():
+                raise ImageError(
+                    f"media path {shown(str(self.folder))} is no folder: name one that is there"
+                )
+            object.__setattr__(self, "folder", Path(self.folder).resolve())
+
+    async def resolved(self, messages: Any) -> Any:
+        """The messages with each picture in place of what names it: data: URLs as they are, base64
+        as bytes, files and what hosts send as (H, W, 3) uint8 arrays.
+
+        messages: as in `Request`, out of JSON. What is no list of messages is given back: it names
+        no picture, and `Request` says what is wrong with it.
+
+        Raises PromptError for too many pictures and what has another form (see
+        `cmg_gguf.prompt.parts`), ImageError for a picture that is not allowed or cannot be had.
+        """
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            return messages
+        named = [found for i, message in enumerate(messages) for found in _pictures(message, i)]
+        if len(named) > self.max_pictures:
+            raise PromptError(
+                f"the messages have {len(named)} pictures and the limit is {self.max_pictures}: "
+                "send fewer"
             )
+        sources: list[ImageSource] = []
+        with anyio.move_on_after(self.seconds) as limit:
+            for source, where in named:
+                sources.append(await _taken(source, where, self))
+        if limit.cancelled_caught:
+            where = named[len(sources)][1]
+            raise _refusal(f"not there within {self.seconds:g} seconds", where, self)
+        there = iter(sources)
+        return [_holding(message, there) for message in messages]
+
+
+def _pictures(message: Any, i: int) -> Iterator[tuple[ImageSource, str]]:
+    """Every picture of a message and where it stands, in the order of `_holding`."""
+    if not isinstance(message, Mapping):
+        return
+    for j, picture in enumerate(attached(message, f"message {i}")):
+        yield picture.source, f"message {i}, image {j}"
+    content = message.get("content")
+    for j, part in enumerate(content if isinstance(content, list | tuple) else ()):
+        where = f"message {i}, part {j}"
+        if isinstance(read := read_part(part, where), Picture):
+            yield read.source, where
+
+
+def _holding(message: Any, sources: Iterator[ImageSource]) -> Any:
+    """The message with the next of `sources` for each picture."""
+    if not isinstance(message, Mapping):
+        return message
+    held = dict(message)
+    if message.get("images") is not None:
+        held["images"] = [next(sources) for _ in message["images"]]
+    if isinstance(content := message.get("content"), list | tuple):
+        held["content"] = [
+            {"type": "image", "image": next(sources)}
+            if isinstance(read_part(part, ""), Picture)
+            else part
+            for part in content
+        ]
+    return held
+
+
+async def _taken(source: object, where: str, media: Media) -> ImageSource:
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return source
+        if (content := image_of_base64(source.encode("ascii", "replace"))) is not None:
+            return content
+    try:
+        return await _fetched(source, media)
+    except ImageError as exc:
+        raise _refusal(str(exc), where, media) from None
+
+
+async def _fetched(source: object, media: Media) -> ImageSource:
+    """The pixels of what a file or a host holds. Raises ImageError that says why there are none."""
+    if isinstance(source, str) and is_remote(source):
+        content = await fetched(source, media.hosts, max_bytes=media.max_bytes)
+    elif not isinstance(source, str | PathLike):
+        raise ImageError(f"{shown(source)} is of type {type(source).__name__}")
+    elif (folder := media.folder) is None:
+        raise ImageError(f"{shown(source)} is no base64 of an image, and no folder is open")
+    else:
+        read = partial(read_below, folder, source, max_bytes=media.max_bytes)
+        content = await anyio.to_thread.run_sync(read)
+    # Decoded here: what is wrong within a file is told no otherwise than that there is none.
+    return await anyio.to_thread.run_sync(partial(load_image, content, max_pixels=media.max_pixels))
+
+
+def _refusal(reason: str, where: str, media: Media) -> ImageError:
+    _LOG.info("%s: picture refused: %s", where, " ".join(reason.split()))
+    files = ", a file below this server's media path" if media.folder is not None else ""
+    hosts = ", a URL at one of the hosts that this server fetches from" if media.hosts else ""
+    return ImageError(
+        f"{where}: the picture cannot be had: give the base64 or data: URL of a whole image file"
+        f"{files}{hosts}"
+    )

@@ -57,6 +57,14 @@ def _counters(service: Service) -> Iterator[tuple[str, str, float]]:
     yield f"{ours}prompt_tokens_reused", "Prompt tokens found kept.", tally.n_reused_tokens
     yield f"{ours}image_tokens", "Image tokens of prompts.", tally.n_image_tokens
     yield f"{ours}tokens_changed", "Tokens that guidance changed.", tally.n_changed_tokens
+    if (vlm := service.lifetime.vlm) is None:
+        return
+    counts, images = vlm.engine.decoder.counts, vlm.projector.embeddings  # since it was loaded
+    yield f"{theirs}n_decode", "Decodes.", counts.n_decodes
+    yield f"{ours}rows", "Rows decoded.", counts.n_rows
+    yield f"{ours}degraded_rows", "Rows decoded for degraded branches.", counts.n_degraded_rows
+    yield f"{ours}image_cache_hits", "Pictures found encoded.", images.n_found
+    yield f"{ours}image_cache_misses", "Pictures that were encoded.", images.n_missed
 
 
 def _gauges(service: Service) -> Iterator[tuple[str, str, float]]:
@@ -64,6 +72,10 @@ def _gauges(service: Service) -> Iterator[tuple[str, str, float]]:
     n_active = len(vlm.engine.sessions) if vlm is not None else 0
     n_held = vlm.engine.n_cells if vlm is not None else 0
     theirs = "llamacpp:"
+    if vlm is not None:
+        counts = vlm.engine.decoder.counts
+        each = _rate(counts.n_batches, counts.n_decodes)
+        yield f"{theirs}n_busy_slots_per_decode", "Answers in a decode, on average.", each
     yield (
         f"{theirs}prompt_tokens_seconds",
         "Prompt tokens a second.",

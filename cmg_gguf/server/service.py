@@ -110,7 +110,7 @@ class Service:
             raise refused(exc, _wrong_setting(given)) from exc
 
     async def open(self, request: Request) -> Answer:
-        """Waits for a place, reads the pictures, and begins. Raises Refused where too many wait,
+        """Waits for a place, has the pictures read, and begins. Raises Refused where too many wait,
         and what the pictures or the prompt's length are refused with. Cancelled, it ends the
         answer."""
         return (await self.open_all([request]))[0]
@@ -128,7 +128,13 @@ class Service:
         except FullError:
             self.tally.n_refused += 1
             raise self._busy() from None
-        begun = asyncio.ensure_future(self._begin(requests))
+        ears = [Ear(self.queue.leave) for _ in requests]
+        try:
+            messages = await self.media.resolved(requests[0].prompt)
+        except BaseException:
+            _give_back(ears)
+            raise
+        begun = asyncio.ensure_future(self._begin(requests, messages, ears))
         try:
             return await asyncio.shield(begun)
         except asyncio.CancelledError:
@@ -140,34 +146,24 @@ class Service:
         async with await self.open(request) as answer:
             return await answer.whole()
 
-    async def _begin(self, requests: Sequence[Request]) -> list[Answer]:
+    async def _begin(
+        self, requests: Sequence[Request], messages: Messages, ears: Sequence[Ear]
+    ) -> list[Answer]:
         """Answers in places that are taken; each gives its own back when it is over."""
-        ears = [Ear(self.queue.leave) for _ in requests]
         streams: list[Stream] = []
+
+        def submit(vlm: GuidedVLM) -> None:
+            for request, ear in zip(requests, ears, strict=True):
+                streams.append(vlm.stream(replace(request, prompt=messages), heard=ear.hear))
+
         try:
-            vlm = await self.lifetime.awake()
-            await asyncio.to_thread(self._submit, vlm, requests, ears, streams)
+            await asyncio.to_thread(submit, await self.lifetime.awake())
         except BaseException:
             for stream in streams:
                 stream.cancel()
-            for ear in ears[len(streams) :]:
-                ear.hear(True)
+            _give_back(ears[len(streams) :])
             raise
         return [Answer(s, ear, self.tally.note) for s, ear in zip(streams, ears, strict=True)]
-
-    def _submit(
-        self,
-        vlm: GuidedVLM,
-        requests: Sequence[Request],
-        ears: Sequence[Ear],
-        streams: list[Stream],
-    ) -> None:
-        """Reads the pictures and begins; `streams` gets what has begun."""
-        messages = requests[0].prompt
-        assert not isinstance(messages, str)
-        resolved = self.media.resolved(messages)
-        for request, ear in zip(requests, ears, strict=True):
-            streams.append(vlm.stream(replace(request, prompt=resolved), heard=ear.hear))
 
     def _guidance(self, cmg: object) -> Guidance:
         if cmg is None:
@@ -204,6 +200,12 @@ def facts_of(vlm: GuidedVLM) -> dict[str, Any]:
         "layers": model.n_layer,
         "attention_layers": list(model.attention_layers),
     }
+
+
+def _give_back(ears: Sequence[Ear]) -> None:
+    """The places of answers that never began."""
+    for ear in ears:
+        ear.hear(True)
 
 
 def _end_all(begun: asyncio.Future[list[Answer]]) -> None:
