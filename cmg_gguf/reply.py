@@ -12,6 +12,23 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What both branches say of a token: see `cmg_gguf.evidence`.
+
+    log_p_o, log_p_d: its log-probability in nats, <= 0, in the model's own distribution and with
+    every image token hidden; both before guidance and samplers. divergence: the two distributions'
+    Jensen-Shannon divergence in nats, 0 to ln 2. entropy: of the model's own, in nats. score: 0 to
+    1, higher = the picture supports it more.
+    """
+
+    log_p_o: float
+    log_p_d: float
+    divergence: float
+    entropy: float
+    score: float
+
+
+@dataclass(frozen=True)
 class Token:
     """One token of an answer.
 
@@ -19,6 +36,7 @@ class Token:
     plain decoding would have drawn here, from the same logits with the same settings and seed.
     logprob: log-probability in the guided distribution before other samplers, where asked for.
     top: the likeliest tokens of that distribution with their log-probabilities, best first.
+    evidence: where it was asked for; a `Piece` comes before it is known.
     """
 
     id: int
@@ -26,11 +44,30 @@ class Token:
     plain: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    evidence: Evidence | None = None
 
     @property
     def changed(self) -> bool:
         """Whether guidance changed this token."""
         return self.id != self.plain
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of an answer's text: letters, digits, and what joins them ("o'clock", "T-shirt");
+    where a script puts no spaces between words, one character.
+
+    text: itself. start, stop: `Reply.text[start:stop]` is it. first, last: the tokens within which
+    it begins and ends, counted from 0. evidence: the score of the first of them, where it was asked
+    for: what follows within a word mostly follows from its beginning.
+    """
+
+    text: str
+    start: int
+    stop: int
+    first: int
+    last: int
+    evidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +106,7 @@ class Reply:
     layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
     prompt tokens whose KV cells were there from an earlier prompt that began alike. scores: of the
     first `Request.n_scores` draws, the end token's included: (n_vocab,) float32, the logits under
-    guidance before the plausibility cut and all samplers.
+    guidance before the plausibility cut and all samplers. words: those of the text, in order.
     """
 
     text: str
@@ -84,6 +121,7 @@ class Reply:
     n_reused_tokens: int = 0
     reasoning: str = ""
     n_reasoning_tokens: int = 0
+    words: tuple[Word, ...] = ()
     scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
 
     @property

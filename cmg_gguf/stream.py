@@ -202,6 +202,7 @@ class Run:
             yield from self._prefilled(session, prompt)
             self._seconds = Seconds(encoded - started, time.perf_counter() - encoded)
             yield from self._generation.run(session)
+            yield from self._generation.weigh(partial(engine.replaying, session))
             self.reply = self._finished(session)
         except Exception:
             if session is not None:
@@ -213,6 +214,7 @@ class Run:
 
     def ended(self, error: BaseException | None) -> None:
         """Nothing of it will come any more."""
+        self._generation.close()
         self._outbox.end(error)
         self._at_end()
 
@@ -222,12 +224,20 @@ class Run:
         limit = min(self._request.max_tokens or MOST_COUNTED, MOST_COUNTED)
         n_tokens = n_said + max(1, round(ANSWER_SHARE * (limit - n_said)))
         if self._contrasted is None:
-            return engine.cells(self._prompt, self._request.guidance, n_tokens)
+            return engine.cells(
+                self._prompt, self._request.guidance, n_tokens, replays=self._replays
+            )
         return engine.contrast_cells(self._prompt, self._contrasted, n_tokens)
 
     def _opened(self) -> Session:
         guidance, n_cells = self._request.guidance, self._n_cells()
-        return self._pair.engine.open(self._prompt, guidance, n_reserved=n_cells)
+        return self._pair.engine.open(
+            self._prompt, guidance, n_reserved=n_cells, replays=self._replays
+        )
+
+    @property
+    def _replays(self) -> bool:
+        return self._request.evidence_model is not None
 
     def _opened_contrast(self, original: Prompt, degraded: Prompt) -> ContrastSession:
         n_cells = self._n_cells()
@@ -271,6 +281,7 @@ class Run:
             layers=session.layers,
             seed=self._seed,
             seconds=replace(self._seconds, decode=answer.seconds),
+            words=answer.words,
             scores=tuple(answer.scores),
         )
 
@@ -288,7 +299,7 @@ def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
     )
     prompt, contrast = tokens_of(request.prompt, request.images), request.contrast
     if contrast is None:
-        pair.engine.check(prompt, request.guidance)
+        pair.engine.check(prompt, request.guidance, replays=request.evidence_model is not None)
         return prompt, None
     degraded = tokens_of(contrast.prompt, contrast.images)
     pair.engine.check_contrast(prompt, degraded)

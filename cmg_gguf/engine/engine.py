@@ -21,12 +21,14 @@ from typing import TypeAlias, TypeVar
 
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Batch, Decoded, Decodes, ImageBatch
-from cmg_gguf.engine.context import Branches, Context
+from cmg_gguf.engine.checks import check_cells, check_prompt
+from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.contrast import PLAIN, ContrastSession, cells_of_both
 from cmg_gguf.engine.decoding import Decoder, Failure, together
 from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
+from cmg_gguf.engine.replay import first_blind
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.engine.session import Session, cells_of
 from cmg_gguf.engine.steps import AUTO, Filling, Pace, Strategy
@@ -34,12 +36,10 @@ from cmg_gguf.errors import (
     BackendError,
     ContextLengthError,
     GuidanceError,
-    PromptError,
-    UnsupportedError,
     shown,
 )
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.prompt.segments import ImageSegment, Prompt
+from cmg_gguf.prompt.segments import Prompt
 
 Progress: TypeAlias = Callable[[int, int], None]
 AnySession: TypeAlias = Session | ContrastSession
@@ -82,26 +82,31 @@ class Engine:
         once."""
         return max(self._n_own() + self.prefixes.n_held(), self._n_unshared())
 
-    def check(self, prompt: Prompt, guidance: Guidance) -> None:
+    def check(self, prompt: Prompt, guidance: Guidance, *, replays: bool = False) -> None:
         """Raises what `open` would raise about its arguments: PromptError, ContextLengthError,
         GuidanceError, UnsupportedError. Computes nothing."""
-        _check_prompt(prompt, self._context)
-        needed, n_tokens = self.cells(prompt, guidance, 1), prompt.n_tokens
-        n_images = prompt.n_image_tokens
-        self._check_cells(needed, "prompt needs", f"{n_tokens} tokens, {n_images} of them image")
+        check_prompt(prompt, self._context)
+        needed = self.cells(prompt, guidance, 1, replays=replays)
+        counts = f"{prompt.n_tokens} tokens, {prompt.n_image_tokens} of them image"
+        check_cells(needed, self._context.n_ctx, "prompt needs", counts)
 
     def check_contrast(self, original: Prompt, degraded: Prompt) -> None:
         """Raises what `open_contrast` would raise about its arguments."""
         for prompt in (original, degraded):
-            _check_prompt(prompt, self._context)
+            check_prompt(prompt, self._context)
         needed = self.contrast_cells(original, degraded, 1)
         counts = f"{original.n_tokens} and {degraded.n_tokens}"
-        self._check_cells(needed, "two prompts need", counts)
+        check_cells(needed, self._context.n_ctx, "two prompts need", counts)
 
-    def cells(self, prompt: Prompt, guidance: Guidance, n_tokens: int) -> int:
-        """KV cells of a prompt and n_tokens of its answer, if nothing of it is kept."""
+    def cells(
+        self, prompt: Prompt, guidance: Guidance, n_tokens: int, *, replays: bool = False
+    ) -> int:
+        """KV cells of a prompt and n_tokens of its answer, if nothing of it is kept. replays: it
+        will be read blind too."""
         rows, paired = self._rows_of(prompt, guidance), self.lanes[0].paired
-        return cells_of(rows, paired=paired) + (2 if rows.guided and paired else 1) * n_tokens
+        blind = self._first_blind(prompt) if replays else None
+        a_step = 2 if paired and (rows.guided or replays) else 1
+        return cells_of(rows, paired=paired, first_blind=blind) + a_step * n_tokens
 
     def contrast_cells(self, original: Prompt, degraded: Prompt, n_tokens: int) -> int:
         """The same of two prompts."""
@@ -135,18 +140,21 @@ class Engine:
             for session in self.sessions
         )
 
-    def open(self, prompt: Prompt, guidance: Guidance, *, n_reserved: int = 0) -> Session:
+    def open(
+        self, prompt: Prompt, guidance: Guidance, *, n_reserved: int = 0, replays: bool = False
+    ) -> Session:
         """An answer to this prompt.
 
         The images need not be encoded: `Session.first_row` says from where on they must be for
-        `prefill`. n_reserved: KV cells to set aside, see `fits`. Raises what `check` raises;
-        BackendError if no lane is free.
+        `prefill`. n_reserved: KV cells to set aside, see `fits`. replays: `replaying` will be asked
+        for. Raises what `check` raises; BackendError if no lane is free.
         """
-        self.check(prompt, guidance)
+        self.check(prompt, guidance, replays=replays)
+        blind = self._first_blind(prompt) if replays else None
         with self.lock:
             branches = self._free_lane()
             return self._opened(
-                branches, n_reserved, lambda: self._new_session(prompt, guidance, branches)
+                branches, n_reserved, lambda: self._new_session(prompt, guidance, branches, blind)
             )
 
     def open_contrast(
@@ -187,6 +195,17 @@ class Engine:
         yield from session.prefill()
         if len(self.lanes) > 1 and isinstance(session, Session) and session.decoded_pictures:
             self.keep(session)
+
+    def replaying(
+        self, session: AnySession, tokens: Sequence[int], take: Callable[[FloatArray], None]
+    ) -> Decodes:
+        """What reading an answer blind decodes, see `Session.replay`. What the session has decoded
+        is kept before, as at its end."""
+        assert isinstance(session, Session)
+        assert session.first_blind is not None
+        self.keep(session)
+        self.prefixes.part(session.lease, session.first_blind)
+        yield from session.replay(tokens, take)
 
     def step(self, session: AnySession, token: int) -> None:
         """Decodes one token, the same in both branches. Raises ContextLengthError when full."""
@@ -271,7 +290,13 @@ class Engine:
         attending = context.attention_layers if guided else None
         return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
 
-    def _new_session(self, prompt: Prompt, guidance: Guidance, branches: Branches) -> Session:
+    def _first_blind(self, prompt: Prompt) -> int:
+        attending = self._context.attention_layers
+        return first_blind(prompt, attending, paired=self.lanes[0].paired)
+
+    def _new_session(
+        self, prompt: Prompt, guidance: Guidance, branches: Branches, blind: int | None
+    ) -> Session:
         rows = self._rows_of(prompt, guidance)
         if rows.guided and self.strategy.fork and branches.paired:
             if not is_surveyed(self._context) and self.make_room(max(SURVEYED)):
@@ -287,6 +312,7 @@ class Engine:
             strategy=self.strategy,
             pace=self._pace,
             note_images=self.prefixes.keeps,
+            first_blind=blind,
         )
 
     def _opened(
@@ -362,32 +388,9 @@ class Engine:
         if not self._is_open(session):
             raise BackendError("this answer has ended; open another")
 
-    def _check_cells(self, needed: int, who: str, why: str) -> None:
-        if needed > self._context.n_ctx:
-            raise ContextLengthError(
-                f"the {who} {needed} KV cells ({why} tokens) and the context has "
-                f"{self._context.n_ctx}; raise n_ctx or shorten the prompt"
-            )
-
 
 def _n_named(session: AnySession) -> int:
     return len(session.lease.cells) if isinstance(session, Session) else 0
-
-
-def _check_prompt(prompt: Prompt, context: Context) -> None:
-    if prompt.n_tokens == 0:
-        raise PromptError("the prompt is empty; give at least one token")
-    if isinstance(prompt.segments[-1], ImageSegment):
-        raise PromptError("the prompt ends with an image; put text behind it")
-    for segment in prompt.segments:
-        # A context of fewer cells is too short for the prompt, whatever n_ubatch is.
-        n_ubatch = context.n_ubatch
-        needed = segment.needs_ubatch if isinstance(segment, ImageSegment) else 0
-        if n_ubatch < min(needed, context.n_ctx):
-            raise UnsupportedError(
-                f"this model decodes the {segment.n_tokens} tokens of an image at once and "
-                f"n_ubatch is {n_ubatch}; raise n_ubatch"
-            )
 
 
 def _clear(branches: Branches) -> None:

@@ -170,16 +170,19 @@ class PromptRows:
         return self.first_masked if paired else 0
 
     def batches(
-        self, branch: Branch, first: int, plan: PlanOf
+        self, branch: Branch, first: int, plan: PlanOf, *, most_text: int | None = None
     ) -> Iterator[tuple[slice, Batch | ImageBatch]]:
-        """The rows from `first` on, in batches of up to the context's n_ubatch rows. The logits of
-        the last row are wanted. plan: what the patch does with some rows."""
+        """The rows from `first` on, in batches of up to the context's n_ubatch rows, of text up to
+        `most_text`. The logits of the last row are wanted. plan: what the patch does with some
+        rows."""
         n_ubatch = branch.context.n_ubatch
+        n_text = n_ubatch if most_text is None else min(n_ubatch, most_text)
         row = position = 0
         for segment in self.prompt.segments:
             n = segment.n_tokens
-            for start in range(max(0, first - row), n, n_ubatch):
-                stop = min(start + n_ubatch, n)
+            most = n_ubatch if isinstance(segment, ImageSegment) else n_text
+            for start in range(max(0, first - row), n, most):
+                stop = min(start + most, n)
                 part = slice(row + start, row + stop)
                 if isinstance(segment, ImageSegment):
                     image = ImageBatch(branch, segment, start, stop - start, position, plan(part))
