@@ -24,6 +24,23 @@ llama.cpp's."""
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What both branches say of a token: see `cmg_gguf.evidence`.
+
+    log_p_o, log_p_d: its log-probability in nats, <= 0, in the model's own distribution and with
+    every image token hidden; both before guidance and samplers. divergence: the two distributions'
+    Jensen-Shannon divergence in nats, 0 to ln 2. entropy: of the model's own, in nats. score: 0 to
+    1, higher = the picture supports it more.
+    """
+
+    log_p_o: float
+    log_p_d: float
+    divergence: float
+    entropy: float
+    score: float
+
+
+@dataclass(frozen=True)
 class Token:
     """One token of an answer.
 
@@ -31,6 +48,7 @@ class Token:
     plain decoding would have drawn here, from the same logits with the same settings and seed.
     logprob: log-probability in the guided distribution before other samplers, where asked for.
     top: the likeliest tokens of that distribution with their log-probabilities, best first.
+    evidence: where it was asked for; a `Piece` comes before it is known.
     """
 
     id: int
@@ -38,11 +56,30 @@ class Token:
     plain: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    evidence: Evidence | None = None
 
     @property
     def changed(self) -> bool:
         """Whether guidance changed this token."""
         return self.id != self.plain
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of an answer's text: letters, digits, and what joins them ("o'clock", "T-shirt");
+    where a script puts no spaces between words, one character.
+
+    text: itself. start, stop: `Reply.text[start:stop]` is it. first, last: the tokens within which
+    it begins and ends, counted from 0. evidence: the score of the first of them, where it was asked
+    for: what follows within a word mostly follows from its beginning.
+    """
+
+    text: str
+    start: int
+    stop: int
+    first: int
+    last: int
+    evidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +119,8 @@ class Reply:
     prompt tokens whose KV cells were there from an earlier prompt that began alike. mended: what
     was put right in the image encoder for its pictures, names of `MENDS`, sorted. scores: of the
     first `Request.n_scores` draws, the end token's included: (n_vocab,) float32, the logits under
-    guidance before the plausibility cut and all samplers. heat: what each token attended to in the
-    pictures, where asked for.
+    guidance before the plausibility cut and all samplers. words: those of the text, in order. heat:
+    what each token attended to in the pictures, where asked for.
     """
 
     text: str
@@ -100,6 +137,7 @@ class Reply:
     reasoning: str = ""
     n_reasoning_tokens: int = 0
     mended: tuple[str, ...] = ()
+    words: tuple[Word, ...] = ()
     scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
     heat: Heat | None = field(default=None, repr=False, compare=False)
 

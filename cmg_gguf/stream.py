@@ -236,6 +236,7 @@ class Run:
             yield from self._prefilled(session, prompt)
             self._seconds = Seconds(encoded - started, time.perf_counter() - encoded)
             yield from self._generation.run(session)
+            yield from self._generation.weigh(partial(engine.replaying, session))
             self.reply = self._finished(session)
         except Exception:
             if session is not None:
@@ -247,6 +248,7 @@ class Run:
 
     def ended(self, error: BaseException | None) -> None:
         """Nothing of it will come any more."""
+        self._generation.close()
         self._outbox.end(error)
         self._at_end()
 
@@ -256,15 +258,23 @@ class Run:
         limit = min(self._request.max_tokens or MOST_COUNTED, MOST_COUNTED)
         n_tokens = n_said + max(1, round(ANSWER_SHARE * (limit - n_said)))
         if self._contrasted is None:
-            return engine.cells(self._prompt, self._request.guidance, n_tokens)
+            return engine.cells(
+                self._prompt, self._request.guidance, n_tokens, replays=self._replays
+            )
         return engine.contrast_cells(self._prompt, self._contrasted, n_tokens)
 
     def _opened(self) -> Session:
         engine, guidance, n_cells = self._pair.engine, self._request.guidance, self._n_cells()
-        session = engine.open(self._prompt, guidance, n_reserved=n_cells, alone=self.alone)
+        session = engine.open(
+            self._prompt, guidance, n_reserved=n_cells, alone=self.alone, replays=self._replays
+        )
         if self._request.heat:
             session.record()
         return session
+
+    @property
+    def _replays(self) -> bool:
+        return self._request.evidence_model is not None
 
     def _opened_contrast(self, original: Prompt, degraded: Prompt) -> ContrastSession:
         engine, n_cells = self._pair.engine, self._n_cells()
@@ -315,6 +325,7 @@ class Run:
             seed=self._seed,
             seconds=replace(self._seconds, decode=answer.seconds),
             mended=self._mended(),
+            words=answer.words,
             scores=tuple(answer.scores),
             heat=self._heat(session),
         )
@@ -341,7 +352,7 @@ def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
     )
     prompt, contrast = tokens_of(request.prompt, request.images), request.contrast
     if contrast is None:
-        pair.engine.check(prompt, request.guidance)
+        pair.engine.check(prompt, request.guidance, replays=request.evidence_model is not None)
         return prompt, None
     degraded = tokens_of(contrast.prompt, contrast.images)
     pair.engine.check_contrast(prompt, degraded)

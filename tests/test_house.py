@@ -16,7 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "cmg_gguf"
 
-VALUES = "errors arrays guidance settings sampling heat reply"
+VALUES = "errors arrays guidance evidence settings sampling heat reply"
 ASKING = f"{VALUES} request"
 HOUSE = {
     # A room: what it may know. Lower rooms come first, so no arrow leads up.
@@ -24,7 +24,8 @@ HOUSE = {
     "errors": "",
     "arrays": "",
     "guidance": "errors arrays",
-    "settings": "errors guidance",
+    "evidence": "errors",
+    "settings": "errors guidance evidence",
     "sampling": "errors arrays",
     "heat": "errors arrays",
     "reply": "errors arrays guidance heat",

@@ -22,6 +22,8 @@ PUBLIC = [
     "CumulativeMass",
     "Disagreement",
     "EvaluationError",
+    "Evidence",
+    "EvidenceModel",
     "Guidance",
     "GuidanceError",
     "GuidedVLM",
@@ -48,6 +50,7 @@ PUBLIC = [
     "Token",
     "TopRatio",
     "UnsupportedError",
+    "Word",
     "__version__",
     "caption",
 ]

@@ -291,13 +291,13 @@ def test_answers_at_once_are_those_made_one_by_one(pair: TinyPair) -> None:
         expected = [ids(vlm.generate(request)) for request in requests]
     with open_vlm(pair, n_ctx=1024, n_parallel=3) as vlm:
         n_rows: list[int] = []
-        decode = vlm.engine._decoder.decode
+        decode = vlm.engine.decoder.decode
 
         def spy(batches: Any, n_free: int) -> Any:
             n_rows.append(len(batches))
             return decode(batches, n_free)
 
-        vlm.engine._decoder.decode = spy  # type: ignore[method-assign]
+        vlm.engine.decoder.decode = spy  # type: ignore[method-assign]
         found = {o.index: ids(o.reply) for o in vlm.generate_many(requests) if o.reply}
     assert max(n_rows) == 3  # steps of three answers in one decode
     assert [found[i] for i in range(len(requests))] == expected

@@ -29,7 +29,7 @@ class ContrastSession:
 
     guided = True
     is_whole = False
-    n_reused = first_row = 0
+    n_reused = first_row = n_named = 0
     layers: tuple[int, ...] = ()
     recording = None
 

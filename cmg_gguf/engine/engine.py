@@ -23,21 +23,18 @@ from typing import TypeAlias, TypeVar
 
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Batch, Decoded, Decodes, ImageBatch
+from cmg_gguf.engine.checks import check_cells, check_prompt
 from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.contrast import PLAIN, ContrastSession, cells_of_both
 from cmg_gguf.engine.decoding import Decoder, Failure, together
 from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
-from cmg_gguf.engine.rows import PromptRows, check_prompt
+from cmg_gguf.engine.replay import first_blind
+from cmg_gguf.engine.rows import rows_of
 from cmg_gguf.engine.session import Session, cells_of
 from cmg_gguf.engine.steps import AUTO, Filling, Pace, Strategy
-from cmg_gguf.errors import (
-    BackendError,
-    ContextLengthError,
-    GuidanceError,
-    shown,
-)
+from cmg_gguf.errors import BackendError, ContextLengthError
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.segments import Prompt
 
@@ -84,13 +81,13 @@ class Engine:
         once."""
         return max(self._n_own() + self.prefixes.n_held(), self._n_unshared())
 
-    def check(self, prompt: Prompt, guidance: Guidance) -> None:
+    def check(self, prompt: Prompt, guidance: Guidance, *, replays: bool = False) -> None:
         """Raises what `open` would raise about its arguments: PromptError, ContextLengthError,
         GuidanceError, UnsupportedError. Computes nothing."""
         check_prompt(prompt, self._context)
-        needed, n_tokens = self.cells(prompt, guidance, 1), prompt.n_tokens
-        n_images = prompt.n_image_tokens
-        self._check_cells(needed, "prompt needs", f"{n_tokens} tokens, {n_images} of them image")
+        needed = self.cells(prompt, guidance, 1, replays=replays)
+        counts = f"{prompt.n_tokens} tokens, {prompt.n_image_tokens} of them image"
+        check_cells(needed, self._context.n_ctx, "prompt needs", counts)
 
     def check_contrast(self, original: Prompt, degraded: Prompt) -> None:
         """Raises what `open_contrast` would raise about its arguments."""
@@ -98,17 +95,22 @@ class Engine:
             check_prompt(prompt, self._context)
         needed = self.contrast_cells(original, degraded, 1)
         counts = f"{original.n_tokens} and {degraded.n_tokens}"
-        self._check_cells(needed, "two prompts need", counts)
+        check_cells(needed, self._context.n_ctx, "two prompts need", counts)
 
-    def cells(self, prompt: Prompt, guidance: Guidance, n_tokens: int) -> int:
-        """KV cells of a prompt and n_tokens of its answer, if nothing of it is kept."""
-        rows, paired = self._rows_of(prompt, guidance), self.lanes[0].paired
-        return cells_of(rows, paired=paired) + (2 if rows.guided and paired else 1) * n_tokens
+    def cells(
+        self, prompt: Prompt, guidance: Guidance, n_tokens: int, *, replays: bool = False
+    ) -> int:
+        """KV cells of a prompt and n_tokens of its answer, if nothing of it is kept. replays: it
+        will be read blind too."""
+        rows, paired = rows_of(prompt, guidance, self._context), self.lanes[0].paired
+        blind = first_blind(prompt, self.lanes[0]) if replays else None
+        a_step = 2 if paired and (rows.guided or replays) else 1
+        return cells_of(rows, paired=paired, first_blind=blind) + a_step * n_tokens
 
     def contrast_cells(self, original: Prompt, degraded: Prompt, n_tokens: int) -> int:
         """The same of two prompts."""
-        n = cells_of_both(original.n_tokens, degraded.n_tokens, self.lanes[0])
-        return n + (2 if self.lanes[0].paired else 1) * n_tokens
+        both = original.n_tokens + n_tokens, degraded.n_tokens + n_tokens
+        return cells_of_both(*both, self.lanes[0])
 
     def fits(self, n_cells: int, prompt: Prompt | None = None, guidance: Guidance = PLAIN) -> bool:
         """Whether an answer of n_cells can begin: a lane is free, and every session gets the cells
@@ -117,10 +119,10 @@ class Engine:
         with self.lock:
             if len(self.sessions) == len(self.lanes):
                 return False
-            rows = None if prompt is None else self._rows_of(prompt, guidance)
+            rows = None if prompt is None else rows_of(prompt, guidance, self._context)
             n_leased, n_shared = self.prefixes.n_leased(prompt, rows)
             counted = [max(s.n_cells, s.n_reserved) for s in self.sessions]
-            own = sum(counted) - sum(map(_n_named, self.sessions))
+            own = sum(counted) - sum(session.n_named for session in self.sessions)
             needed = own + n_leased + n_cells - n_shared
             if not self.lanes[0].paired:
                 needed = max(needed, sum(counted) + n_cells)
@@ -138,19 +140,27 @@ class Engine:
         )
 
     def open(
-        self, prompt: Prompt, guidance: Guidance, *, n_reserved: int = 0, alone: bool = False
+        self,
+        prompt: Prompt,
+        guidance: Guidance,
+        *,
+        n_reserved: int = 0,
+        alone: bool = False,
+        replays: bool = False,
     ) -> Session:
         """An answer to this prompt.
 
         The images need not be encoded: `Session.first_row` says from where on they must be for
         `prefill`. n_reserved: KV cells to set aside, see `fits`. alone: it begins in empty caches
         and goes one fixed way, so that the same gives the same bits; no other may be open
-        meanwhile. Raises what `check` raises; BackendError if no lane is free.
+        meanwhile. replays: `replaying` will be asked for. Raises what `check` raises; BackendError
+        if no lane is free.
         """
-        self.check(prompt, guidance)
+        self.check(prompt, guidance, replays=replays)
+        blind = first_blind(prompt, self.lanes[0]) if replays else None
         with self.lock:
             branches = self._free_lane()
-            new = partial(self._new_session, prompt, guidance, branches, alone)
+            new = partial(self._new_session, prompt, guidance, branches, alone, blind)
             return self._opened(branches, n_reserved, alone, new)
 
     def open_contrast(
@@ -191,6 +201,17 @@ class Engine:
         if len(self.lanes) > 1 and isinstance(session, Session) and session.decoded_pictures:
             self.keep(session)
 
+    def replaying(
+        self, session: AnySession, tokens: Sequence[int], take: Callable[[FloatArray], None]
+    ) -> Decodes:
+        """What reading an answer blind decodes, see `Session.replay`. What the session has decoded
+        is kept before, as at its end."""
+        assert isinstance(session, Session)
+        assert session.first_blind is not None
+        self.keep(session)
+        self.prefixes.part(session.lease, session.first_blind)
+        yield from session.replay(tokens, take)
+
     def step(self, session: AnySession, token: int) -> None:
         """Decodes one token, the same in both branches. Raises ContextLengthError when full."""
         self._check_open(session)
@@ -199,10 +220,8 @@ class Engine:
         self.finish(session.step(token))
 
     def degraded(self, session: AnySession) -> FloatArray | None:
-        """l_d of the newest row: (n_vocab,) float32; None without guidance.
-
-        Rows of the degraded branch that waited are decoded first.
-        """
+        """l_d of the newest row: (n_vocab,) float32; None without guidance. Rows of the degraded
+        branch that waited are decoded first."""
         self._check_open(session)
         self.finish(session.catch_up())
         return session.l_d
@@ -266,20 +285,17 @@ class Engine:
             fits = self.prefixes.make_room(self._n_own() + n_more)
             return fits and unshared <= self._context.n_ctx
 
-    def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
-        if not isinstance(guidance, Guidance):
-            raise GuidanceError(f"{shown(guidance)} is no Guidance; write Guidance(alpha=1.0)")
-        guided = guidance.contrasts and prompt.n_image_tokens > 0
-        context = self._context
-        attending = context.attention_layers if guided else None
-        return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
-
     def _new_session(
-        self, prompt: Prompt, guidance: Guidance, branches: Branches, alone: bool
+        self,
+        prompt: Prompt,
+        guidance: Guidance,
+        branches: Branches,
+        alone: bool,
+        blind: int | None,
     ) -> Session:
         by_clock = self.strategy.waiting == "cheapest"
         strategy = replace(self.strategy, waiting="never") if alone and by_clock else self.strategy
-        rows = self._rows_of(prompt, guidance)
+        rows = rows_of(prompt, guidance, self._context)
         if rows.guided and self.strategy.fork and branches.paired:
             if not is_surveyed(self._context) and self.make_room(max(SURVEYED)):
                 survey(self._context)
@@ -294,6 +310,7 @@ class Engine:
             strategy=strategy,
             pace=self._pace,
             prefixes=self.prefixes if self.prefixes.keeps else None,
+            first_blind=blind,
         )
 
     def _opened(
@@ -335,7 +352,7 @@ class Engine:
 
     def _n_own(self) -> int:
         """KV cells of all sessions that no prefix names."""
-        return sum(session.n_cells - _n_named(session) for session in self.sessions)
+        return sum(session.n_cells - session.n_named for session in self.sessions)
 
     def _n_unshared(self) -> int:
         """KV cells of degraded branches in a context of their own, where nothing is kept."""
@@ -374,17 +391,6 @@ class Engine:
     def _check_open(self, session: AnySession) -> None:
         if not self._is_open(session):
             raise BackendError("this answer has ended; open another")
-
-    def _check_cells(self, needed: int, who: str, why: str) -> None:
-        if needed > self._context.n_ctx:
-            raise ContextLengthError(
-                f"the {who} {needed} KV cells ({why} tokens) and the context has "
-                f"{self._context.n_ctx}; raise n_ctx or shorten the prompt"
-            )
-
-
-def _n_named(session: AnySession) -> int:
-    return len(session.lease.cells) if isinstance(session, Session) else 0
 
 
 def _clear(branches: Branches) -> None:

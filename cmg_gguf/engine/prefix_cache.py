@@ -213,6 +213,13 @@ class PrefixCache:
         self._n_held = None
         self._unsettled.discard(slot)
 
+    def part(self, lease: Lease, n_rows: int) -> None:
+        """The answer's degraded branch goes back to its first n_rows rows, and on from there on its
+        own: what prefixes hold of it beyond is theirs alone."""
+        lease.variant, lease.is_complete = None, False
+        lease.name(lease.original, lease.degraded[:n_rows])
+        self._n_held = None
+
     def end(self, lease: Lease) -> None:
         """The answer holds nothing any more. Does nothing for one that ended."""
         if lease in self._leases:

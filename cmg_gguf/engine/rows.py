@@ -17,7 +17,7 @@ from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.batch import NONE, Batch, ImageBatch, RowPlan, text_batch
 from cmg_gguf.engine.context import Branch, Context
-from cmg_gguf.errors import PromptError, UnsupportedError
+from cmg_gguf.errors import GuidanceError, UnsupportedError, shown
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -55,22 +55,13 @@ def masked_rows(prompt: Prompt, scope: Scope) -> npt.NDArray[np.bool_]:
     return np.asarray(behind_first if scope == "all" else behind_first & ~in_picture)
 
 
-def check_prompt(prompt: Prompt, context: Context) -> None:
-    """Raises PromptError for a prompt that is empty or ends with an image, UnsupportedError where
-    an image does not fit into a micro-batch that must."""
-    if prompt.n_tokens == 0:
-        raise PromptError("the prompt is empty; give at least one token")
-    if isinstance(prompt.segments[-1], ImageSegment):
-        raise PromptError("the prompt ends with an image; put text behind it")
-    for segment in prompt.segments:
-        # A context of fewer cells is too short for the prompt, whatever n_ubatch is.
-        n_ubatch = context.n_ubatch
-        needed = segment.needs_ubatch if isinstance(segment, ImageSegment) else 0
-        if n_ubatch < min(needed, context.n_ctx):
-            raise UnsupportedError(
-                f"this model decodes the {segment.n_tokens} tokens of an image at once and "
-                f"n_ubatch is {n_ubatch}; raise n_ubatch"
-            )
+def rows_of(prompt: Prompt, guidance: Guidance, context: Context) -> PromptRows:
+    """The rows of a prompt under guidance. Raises GuidanceError for what is none."""
+    if not isinstance(guidance, Guidance):
+        raise GuidanceError(f"{shown(guidance)} is no Guidance; write Guidance(alpha=1.0)")
+    guided = guidance.contrasts and prompt.n_image_tokens > 0
+    attending = context.attention_layers if guided else None
+    return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
 
 
 def core_policy(policy: TokenPolicy) -> _core.TokenPolicy:
@@ -197,16 +188,24 @@ class PromptRows:
         return self.first_masked if paired else 0
 
     def batches(
-        self, branch: Branch, first: int, plan: PlanOf, *, cuts: Sequence[int] = ()
+        self,
+        branch: Branch,
+        first: int,
+        plan: PlanOf,
+        *,
+        cuts: Sequence[int] = (),
+        most_text: int | None = None,
     ) -> Iterator[tuple[slice, Batch | ImageBatch]]:
-        """The rows from `first` on, in batches of up to the context's n_ubatch rows. The logits of
-        the last row are wanted. plan: what the patch does with some rows. cuts: rows that a batch
-        begins with."""
+        """The rows from `first` on, in batches of up to the context's n_ubatch rows, of text up to
+        `most_text`. The logits of the last row are wanted. plan: what the patch does with some
+        rows. cuts: rows that a batch begins with."""
         n_ubatch = branch.context.n_ubatch
+        n_text = n_ubatch if most_text is None else min(n_ubatch, most_text)
         row = position = 0
         for segment in self.prompt.segments:
             n = segment.n_tokens
-            for start, stop in _spans(max(0, first - row), n, n_ubatch, [c - row for c in cuts]):
+            most = n_ubatch if isinstance(segment, ImageSegment) else n_text
+            for start, stop in _spans(max(0, first - row), n, most, [c - row for c in cuts]):
                 part = slice(row + start, row + stop)
                 if isinstance(segment, ImageSegment):
                     image = ImageBatch(branch, segment, start, stop - start, position, plan(part))

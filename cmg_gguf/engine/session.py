@@ -12,7 +12,7 @@ what came of them (`cmg_gguf.engine.batch`). A session knows its two branches an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -23,6 +23,7 @@ from cmg_gguf.engine.batch import NONE, Decodes, copied_row, text_batch
 from cmg_gguf.engine.context import Branch, Branches
 from cmg_gguf.engine.fork import Forking
 from cmg_gguf.engine.prefix_cache import Lease, PrefixCache
+from cmg_gguf.engine.replay import replay
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.engine.steps import Masking, Pace, Strategy
 from cmg_gguf.errors import BackendError
@@ -51,14 +52,16 @@ class Session:
         strategy: Strategy,
         pace: Pace,
         prefixes: PrefixCache | None = None,
+        first_blind: int | None = None,
     ) -> None:
-        """prefixes: where what is decoded may be kept, for prompts that go on from it."""
+        """prefixes: where what is decoded may be kept, for prompts that go on from it. first_blind:
+        the first row that `replay` decodes itself; None = it will not be asked for."""
         context = branches.original.context
         self.branches, self.rows, self.lease = branches, rows, lease
         self.guided = rows.guided
         self.layers: tuple[int, ...] = ()
         self.n_past = 0
-        self.n_cells = cells_of(rows, paired=branches.paired)
+        self.n_cells = cells_of(rows, paired=branches.paired, first_blind=first_blind)
         self.n_reserved = 0
         self.is_whole = False
         self.l_o: FloatArray = np.zeros(context.n_vocab, np.float32)
@@ -79,15 +82,16 @@ class Session:
         self._asked = False  # whether l_d of the newest row was needed
         own = rows.first_own(paired=branches.paired)
         self._own = lease.start.degraded or own
+        self.first_blind = None if first_blind is None else min(first_blind, own)
         if lease.start.original > self._own:  # only where no degraded rows are kept
             rows.fork_at(0)  # nothing notes the residuals of what is not decoded
 
     @property
     def first_row(self) -> int:
         """First row that is decoded: images before it need not be encoded."""
-        if not self.guided:
-            return self.lease.start.original
-        return min(self.lease.start.original, self._own)
+        own = self._own if self.guided else self.rows.n
+        blind = self.rows.n if self.first_blind is None else self.first_blind
+        return min(self.lease.start.original, own, blind)
 
     @property
     def n_ahead(self) -> int:
@@ -101,6 +105,11 @@ class Session:
         return bool(self.rows.is_image[self.lease.start.original :].any())
 
     @property
+    def n_named(self) -> int:
+        """Of its cells, those that kept prompts may share: they are known by name."""
+        return len(self.lease.cells)
+
+    @property
     def n_reused(self) -> int:
         """Rows of the prompt whose KV cells were there."""
         return self.lease.start.original
@@ -108,7 +117,8 @@ class Session:
     @property
     def cells_a_step(self) -> int:
         """KV cells that a token takes in one context."""
-        return 2 if self.guided and self.branches.paired else 1
+        twice = self.guided or self.first_blind is not None
+        return 2 if twice and self.branches.paired else 1
 
     @property
     def has_room(self) -> bool:
@@ -125,20 +135,28 @@ class Session:
         layers = list(self.branches.original.context.attention_layers)
         self.recording = _core.Recording(layers, self.rows.n_image_tokens)
 
+    @property
+    def _notes_images(self) -> bool:
+        """Whether the patch must know the image's cells: for who masks, observes or goes on."""
+        wanted = self.recording, self._prefixes, self.first_blind
+        return any(who is not None for who in wanted)
+
     def prefill(self) -> Decodes:
         """The prompt's rows, its images encoded from `first_row` on. Where degraded rows may wait,
         those of the prompt do."""
         rows, start, own = self.rows, self.lease.start, self._own
         original, selections = self.branches.original, self.selections
         selections.resize(rows.n_slots)
-        shares = self.guided and self.branches.paired and not start.degraded
-        if shares and start.original > 0:
+        if not self.guided and self.first_blind is not None:
+            own = self.first_blind
+        shares = self.cells_a_step == 2 and not start.degraded
+        if shares and min(start.original, own) > 0:
             self._share_prefix(min(start.original, own))
         plan = rows.original_plan(
             selections,
             self._residuals,
             own,
-            note_images=self._prefixes is not None or self.recording is not None,
+            note_images=self._notes_images,
             recording=self.recording,
         )
         picture_end = rows.picture_end
@@ -209,6 +227,13 @@ class Session:
     def _slot_recorded(self) -> int:
         """Where the row that is decoded next is recorded: the prompt's last row has slot 0."""
         return self._n_drawn + 1
+
+    def replay(self, tokens: Sequence[int], take: Callable[[FloatArray], None]) -> Decodes:
+        """The whole answer, `tokens`, read blind, see `cmg_gguf.engine.replay`: take(l_d) of each.
+        Behind it there is no degraded branch to go on with, and nothing to keep."""
+        assert self.first_blind is not None
+        self.is_whole, self.l_d = False, None
+        yield from replay(self.branches, self.rows.prompt, self.first_blind, tokens, take)
 
     def _prepare_steps(self) -> None:
         context, rows = self.branches.original.context, self.rows
@@ -328,9 +353,11 @@ class Session:
         self._waiting.clear()
 
 
-def cells_of(rows: PromptRows, *, paired: bool) -> int:
-    """KV cells that a prompt takes in the fullest context, before any answer."""
-    return 2 * rows.n - rows.first_masked if rows.guided and paired else rows.n
+def cells_of(rows: PromptRows, *, paired: bool, first_blind: int | None = None) -> int:
+    """KV cells that a prompt takes in the fullest context, before any answer. first_blind: see
+    `Session`."""
+    first = rows.n if first_blind is None else first_blind
+    return 2 * rows.n - min(rows.first_masked, first) if paired else rows.n
 
 
 def cut_back(branches: Sequence[Branch], positions: Sequence[int]) -> None:
