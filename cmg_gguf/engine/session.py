@@ -124,7 +124,6 @@ class Session:
         that attend. Before `prefill`."""
         layers = list(self.branches.original.context.attention_layers)
         self.recording = _core.Recording(layers, self.rows.n_image_tokens)
-        self._note_images = True
 
     def prefill(self) -> Decodes:
         """The prompt's rows, its images encoded from `first_row` on. Where degraded rows may wait,
@@ -139,7 +138,7 @@ class Session:
             selections,
             self._residuals,
             own,
-            note_images=self._prefixes is not None,
+            note_images=self._prefixes is not None or self.recording is not None,
             recording=self.recording,
         )
         picture_end = rows.picture_end
