@@ -268,8 +268,9 @@ class Engine:
     def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
         if not isinstance(guidance, Guidance):
             raise GuidanceError(f"{shown(guidance)} is no Guidance; write Guidance(alpha=1.0)")
-        guided = guidance.contrasts and prompt.n_image_tokens > 0
-        context = self._context
+        guided, context = guidance.contrasts and prompt.n_image_tokens > 0, self._context
+        if guided and guidance.states == "unread" and not context.has_state:
+            raise GuidanceError('states="unread": no layer of this model has one; use "read"')
         attending = context.attention_layers if guided else None
         return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
 
