@@ -119,18 +119,23 @@ def open_pair(
     n_parallel = _n_parallel(options, model)
     n_slots = 0 if options.prefix_cells == 0 else _n_slots(model, paired=paired)
     n_seqs = n_parallel + n_slots
+    n_aside = n_parallel if model.has_recurrent_layers else 0
     contexts: tuple[LlamaContext, ...]
     if paired:
-        contexts = (LlamaContext(model, context, n_seq_max=2 * n_seqs),)
+        contexts = (LlamaContext(model, context, n_seq_max=2 * n_seqs + n_aside),)
         seqs = [(2 * i, 2 * i + 1) for i in range(n_seqs)]
     else:
         contexts = (
             LlamaContext(model, context, n_seq_max=n_seqs),
-            LlamaContext(model, context, n_seq_max=n_parallel),
+            LlamaContext(model, context, n_seq_max=n_parallel + n_aside),
         )
         seqs = [(i, i if i < n_parallel else 0) for i in range(n_seqs)]
     first, second = contexts[0], contexts[-1]
-    lanes = [Branches(Branch(first, a), Branch(second, b)) for a, b in seqs[:n_parallel]]
+    asides = range(second.n_seq_max - n_aside, second.n_seq_max) if n_aside else [None] * n_parallel
+    lanes = [
+        Branches(Branch(first, a), Branch(second, b), aside)
+        for (a, b), aside in zip(seqs[:n_parallel], asides, strict=True)
+    ]
     max_cells = _checked_cells(options.prefix_cells, first.n_ctx)
     prefixes = PrefixCache((first, second), seqs[n_parallel:], max_cells)
     strategy = STEPS[options.strategy] if paired else EAGER

@@ -69,6 +69,8 @@ def guidance_to_json(guidance: Guidance) -> dict[str, Any]:
         "tokens": _rule_to_json("tokens", guidance.tokens),
         "layers": _rule_to_json("layers", guidance.layers),
     }
+    if guidance.states == "read":  # as files had it before there was another
+        content.pop("states")
     gate = content.pop("gate")
     return content if gate is None else {**content, "gate": _rule_to_json("gate", gate)}
 

@@ -4,7 +4,7 @@
     python scripts/bench_states.py --rounds 3 | tail -n 1 | jq .results
 
 A table for people on stdout, and one JSON object as its last line for programs. Progress is on
-stderr.
+stderr. With --threads 1 --cpu others on the machine do not count.
 
 In every round each way is asked two questions about a picture that it has not seen, by turns: the
 time until the first token, and of a token after that. Ratios are medians of a round's ratios. The
@@ -67,7 +67,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._request = Request(40, args.side**2, 6)
-        pair = hybrid_pair(args.cache, side=args.side)
+        pair = args.pair or hybrid_pair(args.cache, side=args.side)
+        self._clock = time.process_time if args.cpu else time.perf_counter
         self._models = [
             GuidedVLM(*pair, n_ctx=args.n_ctx, n_threads=args.threads, n_gpu_layers=0, **w.settings)
             for w in WAYS
@@ -87,7 +88,7 @@ class Bench:
     def _ask(self, way: int, image: int, question: int) -> tuple[float, float, Reply]:
         """Seconds until the first token, and of one behind it."""
         words = " ".join(f"w{2000 + 100 * question + i}" for i in range(18))
-        started = time.perf_counter()
+        started = self._clock()
         stream = self._models[way].stream(
             f"{self._request.text('<__media__>')} {words}",
             [np.roll(self._request.image(), image + 1, axis=0)],
@@ -96,7 +97,7 @@ class Bench:
             sampling=Sampling(logit_bias={END_TOKEN: -1e9}),
             max_tokens=self._args.steps + 1,
         )
-        times = [(time.perf_counter(), len(piece.tokens)) for piece in stream if piece.tokens]
+        times = [(self._clock(), len(piece.tokens)) for piece in stream if piece.tokens]
         (first, n_first), (last, _), reply = times[0], times[-1], stream.reply
         return first - started, (last - first) / (len(reply.tokens) - n_first), reply
 
@@ -135,6 +136,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What guidance costs a hybrid, random weights.")
     add = parser.add_argument
     add("--cache", type=Path, default=cache_folder(), help="folder of the random models")
+    add("--pair", type=Path, nargs=2, help="another hybrid: its model and its mmproj")
+    add("--cpu", action="store_true", help="CPU time, for a machine that others use")
     add("--side", type=int, default=24, help="of a picture: squared, its image tokens")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=16, help="tokens of an answer behind its first")
@@ -146,7 +149,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints, returns 0."""
     args = _arguments(argv)
-    about: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "cache"}
+    about: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("cache", "pair")}
     about |= {"load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
     bench = Bench(args)
     bench.round(0)  # graphs are made, and pages read

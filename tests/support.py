@@ -178,13 +178,15 @@ class Rig:
         n_seq_max = max(n_seq_max, 2 + 2 * n_slots)
         self.selections = _core.Selections(tiny.model.n_layer)
         self.contexts = [
-            Counted(tiny.model, options, n_seq_max=n_seq_max)
+            Counted(tiny.model, options, n_seq_max=n_seq_max + 1)
             for _ in range(1 if pairing == "pair" else 2)
         ]
         branches = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
         slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
         reuse = PrefixCache((self.contexts[0], self.contexts[-1]), slots, max_cells)
-        self.engine = PairedEngine(*branches, reuse, stepping=stepping, pace=pace, filling=filling)
+        self.engine = PairedEngine(
+            *branches, reuse, stepping=stepping, pace=pace, filling=filling, aside=n_seq_max
+        )
 
     def n_decoded(self) -> tuple[int, int]:
         """Rows that each branch has decoded since the last call."""
@@ -292,7 +294,10 @@ class Lanes:
         pairs = [(2 * i, 2 * i + 1) for i in range(n_pairs)]
         contexts = self.context, self.context
         self.engine = Engine(
-            [Branches(*(Branch(self.context, seq) for seq in pair)) for pair in pairs[:n_lanes]],
+            [
+                Branches(Branch(self.context, first), Branch(self.context, second))
+                for first, second in pairs[:n_lanes]
+            ],
             PrefixCache(contexts, pairs[n_lanes:], max_cells),
             strategy=strategy,
             pace=pace,

@@ -8,12 +8,20 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from commands import invoke
-from prompts import ONE_IMAGE, PICTURE
+from prompts import ONE_IMAGE, PICTURE, TWO_IMAGES, TWO_IN_A_ROW
 from support import APART, TOLERANCE, Pairing, Rig, Tiny
 from tiny_llava import TinyConfig, TinyPair
 
+from cmg_gguf.engine.steps import Strategy
 from cmg_gguf.errors import GuidanceError
-from cmg_gguf.guidance import AttentionMass, Guidance, LayerPolicy, LayerRange, LowestCosine
+from cmg_gguf.guidance import (
+    AttentionMass,
+    Guidance,
+    LayerPolicy,
+    LayerRange,
+    LowestCosine,
+    Scope,
+)
 
 CONFIG = TinyConfig(arch="lfm2")
 ATTENDING = CONFIG.attending
@@ -44,6 +52,29 @@ def test_both_branches_of_a_hybrid_are_the_judges(
     assert errors.max() <= TOLERANCE
     assert verdict.gaps.min() > APART
     assert set(verdict.layers) <= set(ATTENDING)
+
+
+@pytest.mark.parametrize("pairing", ["pair", "contexts"])
+@pytest.mark.parametrize("scope", ["text", "all"])
+@pytest.mark.parametrize("text", [ONE_IMAGE, TWO_IMAGES, TWO_IN_A_ROW, "<__media__> A dog? No:"])
+def test_a_state_that_never_read_the_pictures_is_the_judges(
+    hybrid: Tiny, text: str, scope: Scope, pairing: Pairing
+) -> None:
+    prompt = hybrid.prompt(text, *(PICTURE, 4)[: text.count("<")])
+    guidance = Guidance(scope=scope, states="unread")
+    verdict = hybrid.verdict(prompt, guidance)
+    rig = Rig(hybrid, pairing=pairing, stepping=Strategy(waiting="always"))
+    assert rig.follow(prompt, guidance, verdict, asked=lambda i: i % 3 == 0).max() <= TOLERANCE
+    read = hybrid.verdict(prompt, Guidance(scope=scope))
+    assert np.abs(read.steps[0].degraded - verdict.steps[0].degraded).max() > 100 * TOLERANCE
+
+
+def test_states_are_of_models_that_have_them(llama: Tiny) -> None:
+    rig = Rig(llama)
+    with pytest.raises(GuidanceError, match='no layer of this model has one; use "read"'):
+        rig.engine.prefill(llama.prompt(ONE_IMAGE, PICTURE), Guidance(states="unread"))
+    with pytest.raises(GuidanceError, match='use scope="text" or "all"'):
+        Guidance(states="unread", scope="decode")
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -168,6 +168,17 @@ def test_a_state_is_shared_where_it_stands_or_not_at_all(stateful: Tiny) -> None
         rig.contexts[0].share(0, 1, 5)
 
 
+@every_arch
+@pytest.mark.parametrize("scope", ["text", "all"])
+@pytest.mark.parametrize("text", [ONE_IMAGE, TWO_IMAGES], ids=["one", "two"])
+def test_a_state_that_never_read_the_pictures_is_two_contexts(
+    stateful: Tiny, text: str, scope: Scope
+) -> None:
+    prompt = stateful.prompt(text, *(3, 4)[: text.count("<")])
+    rig = Rig(stateful, stepping=WAITS, n_slots=2)
+    agree(rig, prompt, Guidance(scope=scope, states="unread"))
+
+
 # --- kept states ---------------------------------------------------------------------------------
 
 
@@ -235,6 +246,8 @@ GUIDANCES = [
     Guidance(layers=LayerSet((1, 4))),
     Guidance(layers=AttentionMass(0.5)),
     Guidance(layers=LowestCosine(0.9), refresh="prompt"),
+    Guidance(states="unread"),
+    Guidance(states="unread", scope="all", refresh="prompt"),
 ]
 
 

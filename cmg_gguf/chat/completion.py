@@ -209,6 +209,7 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
         "gate": guidance_to_json(reply.guidance).get("gate"),
         "scope": reply.guidance.scope,
         "refresh": reply.guidance.refresh,
+        "states": reply.guidance.states,
         "layers": list(reply.layers),
         "n_image_tokens": reply.n_image_tokens,
         "mended": list(reply.mended),

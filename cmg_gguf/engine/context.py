@@ -76,6 +76,15 @@ class Context(Protocol):
         """Makes `target` share positions start to stop - 1 of `source` too."""
         ...
 
+    def set_aside(self, source: int, target: int) -> None:
+        """Makes `target` hold the state of `source` as it stands, and nothing else."""
+        ...
+
+    def take_state(self, source: int, target: int, n_pos: int) -> None:
+        """Gives `target`, which has n_pos positions, the state that was set aside in `source` in
+        place of its own; `source` is empty then."""
+        ...
+
     def truncate(self, seq: int, n_pos: int) -> None:
         """Drops positions n_pos and up of `seq`."""
         ...
@@ -95,10 +104,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class Branches:
-    """Both branches of an answer: in one context ("pair"), or in one each ("contexts")."""
+    """Both branches of an answer: in one context ("pair"), or in one each ("contexts").
+
+    aside: a sequence of the degraded branch's context, where a state may be set aside.
+    """
 
     original: Branch
     degraded: Branch
+    aside: int | None = None
 
     @property
     def paired(self) -> bool:

@@ -256,7 +256,7 @@ class PrefixCache:
         if same and both > rows.first_masked:
             return Start(both, both)
         if self._has_state:
-            return Start(common if common <= min(rows.first_observed, rows.first_masked) else 0)
+            return Start(common if common <= min(rows.first_observed, rows.first_changed) else 0)
         return Start(min(common, rows.first_observed))
 
     def _variant(self, rows: PromptRows) -> Hashable:

@@ -60,6 +60,8 @@ def rows_of(prompt: Prompt, guidance: Guidance, context: Context) -> PromptRows:
     if not isinstance(guidance, Guidance):
         raise GuidanceError(f"{shown(guidance)} is no Guidance; write Guidance(alpha=1.0)")
     guided = guidance.contrasts and prompt.n_image_tokens > 0
+    if guided and guidance.states == "unread" and not context.has_state:
+        raise GuidanceError('states="unread": no layer of this model has one; use "read"')
     attending = context.attention_layers if guided else None
     return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
 
@@ -125,13 +127,14 @@ class PromptRows:
             else None
         )
         self.observe_layers = self._attending if self.layers is None else self.layers
+        self.unread = guided and guidance.states == "unread"
         self.first_masked = int(self.masked.argmax()) if guided else self.n
         observed = self.observed != NONE
         self.first_observed = int(observed.argmax()) if observed.any() else self.n
         self.fork_layer = 0
         self._variant: Hashable = None
         if guided and self.layers and guidance.refresh == "step" and guidance.scope != "decode":
-            self._variant = (guidance.scope, guidance.tokens, self.layers)
+            self._variant = (guidance.scope, guidance.tokens, self.layers, guidance.states)
             if guidance.scope == "question":  # rows do not tell what a later picture makes of them
                 self._variant += (self.first_masked,)
 
@@ -142,13 +145,23 @@ class PromptRows:
         return None if self._variant is None else (self._variant, self.fork_layer)
 
     @property
+    def first_changed(self) -> int:
+        """First row before which both branches are alike, state and all."""
+        first = self.first_masked
+        return min(first, self.pictures[0].start) if self.unread else first
+
+    @property
+    def pictures(self) -> list[slice]:
+        """The rows of each picture, ascending; text between its tiles is part of it."""
+        edges = np.flatnonzero(np.diff(np.r_[False, self.prompt.in_picture, False]))
+        return [slice(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+    @property
     def picture_end(self) -> int:
         """Row behind the last picture up to which no row is masked or observed; 0 = there is none.
         As far as that both branches are alike, whatever is asked next."""
-        in_picture = np.append(self.prompt.in_picture, False)
-        ends = np.flatnonzero(in_picture[:-1] & ~in_picture[1:]) + 1
-        before = ends[ends <= min(self.first_masked, self.first_observed, self.n - 1)]
-        return int(before[-1]) if len(before) else 0
+        most = min(self.first_masked, self.first_observed, self.n - 1)
+        return max((p.stop for p in self.pictures if p.stop <= most), default=0)
 
     def fork_at(self, layer: int) -> None:
         """Lets the degraded branch's rows enter at this layer; 0 = at none. Images never do: where

@@ -159,12 +159,14 @@ class Session:
             note_images=self._notes_images,
             recording=self.recording,
         )
-        picture_end = rows.picture_end
-        cuts = (own, picture_end) if self._has_state else ()
+        picture_end, unread = rows.picture_end, self._unread(0, own) if shares else []
+        cuts = (own, picture_end, *_edges(unread)) if self._has_state else ()
         for part, batch in rows.batches(original, start.original, plan, cuts=cuts):
+            self._set_state_aside(original, part, unread)
             decoded = yield batch
             if shares and part.start < own:
                 self._share_prefix(min(part.stop, own))
+                self._take_state(part, unread)
             if part.stop == picture_end:
                 self._keep_state(part.stop)
         self.l_o = decoded.logits[-1]
@@ -261,6 +263,23 @@ class Session:
         n_images = int(self.rows.is_image[:n].sum())
         degraded.context.patch.copy_image_tokens(original.seq, degraded.seq, n_images)
 
+    def _unread(self, first: int, stop: int) -> list[slice]:
+        """The pictures among these rows that the degraded branch's state is not to have read."""
+        pictures = self.rows.pictures if self.rows.unread else []
+        return [p for p in pictures if first <= p.start and p.stop <= stop]
+
+    def _set_state_aside(self, branch: Branch, part: slice, unread: Sequence[slice]) -> None:
+        """Before a picture: as it stands in the branch that is to decode it."""
+        aside = self.branches.aside
+        if aside is not None and any(part.start == picture.start for picture in unread):
+            branch.context.set_aside(branch.seq, aside)
+
+    def _take_state(self, part: slice, unread: Sequence[slice]) -> None:
+        """Behind a picture: the degraded branch goes on as if it had not read it."""
+        aside, degraded = self.branches.aside, self.branches.degraded
+        if aside is not None and any(part.stop == picture.stop for picture in unread):
+            degraded.context.take_state(aside, degraded.seq, self.rows.position(part.stop))
+
     def _keep_state(self, n: int) -> None:
         """Keeps n rows, behind which a state stands that it will be gone from. Rows without a state
         are kept when all are there."""
@@ -276,8 +295,11 @@ class Session:
         context.truncate(seq, rows.position(own))
         context.patch.truncate_image_tokens(seq, int(rows.is_image[:own].sum()))
         plan = rows.degraded_plan(self.selections, self._residuals, self.layers, own)
-        for _, batch in rows.batches(degraded, own, plan):
+        unread = self._unread(own, rows.n)
+        for part, batch in rows.batches(degraded, own, plan, cuts=_edges(unread)):
+            self._set_state_aside(degraded, part, unread)
             decoded = yield batch
+            self._take_state(part, unread)
         self.l_d = decoded.logits[-1]
         self._prompt_waits = False
         self.lease.is_complete = True
@@ -365,3 +387,7 @@ def cut_back(branches: Sequence[Branch], positions: Sequence[int]) -> None:
     for branch, position in zip(branches, positions, strict=True):
         with suppress(BackendError):
             branch.context.truncate(branch.seq, position)
+
+
+def _edges(pictures: Sequence[slice]) -> list[int]:
+    return [row for picture in pictures for row in (picture.start, picture.stop)]

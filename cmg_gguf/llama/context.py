@@ -209,6 +209,23 @@ class LlamaContext:
         self._check_open()
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, stop)
 
+    def set_aside(self, source: int, target: int) -> None:
+        """See `Context.set_aside`."""
+        self._check_open()
+        llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, 0)  # rows of no position
+
+    def take_state(self, source: int, target: int, n_pos: int) -> None:
+        """See `Context.take_state`."""
+        self._check_open()
+        newest = llama_cpp.llama_memory_seq_pos_min(self._memory, source)
+        # Where positions may leap (M-RoPE), a state may stay behind.
+        if newest >= 0 and not self.model.positions_leap:
+            shift = n_pos - 1 - newest
+            llama_cpp.llama_memory_seq_add(self._memory, source, newest, newest + 1, shift)
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, 0)
+        llama_cpp.llama_memory_seq_rm(self._memory, source, -1, -1)
+
     def truncate(self, seq: int, n_pos: int) -> None:
         """See `Context.truncate`. Nothing is left to drop after `close`."""
         if not self._finalizer.alive:

@@ -48,6 +48,10 @@ class Model:
         self.has_recurrent_layers: bool = llama_cpp.llama_model_is_recurrent(
             handle
         ) or llama_cpp.llama_model_is_hybrid(handle)
+        self.positions_leap: bool = llama_cpp.llama_model_rope_type(handle) in (
+            llama_cpp.LLAMA_ROPE_TYPE_MROPE,
+            llama_cpp.LLAMA_ROPE_TYPE_IMROPE,
+        )
         self.has_windows: bool = llama_cpp.llama_model_n_swa(handle) > 0
         self._token_bytes = functools.lru_cache(maxsize=65536)(
             functools.partial(_piece, self.vocab)
