@@ -11,6 +11,7 @@ import numpy as np
 
 from cmg_gguf.llama.about import devices, features
 from cmg_gguf.llama.header import projector_facts
+from cmg_gguf.llama.layers import layer_places
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
@@ -31,10 +32,14 @@ def system_facts() -> dict[str, Any]:
     }
 
 
-def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
-    """What the files hold. Raises ModelError, ProjectorError."""
+def pair_facts(
+    path: Path, mmproj: Path | None, *, offload_kqv: bool = True, **placed: Any
+) -> dict[str, Any]:
+    """What the files hold, and where their layers lie. placed: see `Placement`. Raises ModelError,
+    ProjectorError, BackendError, UnsupportedError."""
     set_verbose(False)
-    model = Model.load(path, n_gpu_layers=0)
+    model = Model.load(path, **placed)
+    places = layer_places(model.handle, model.n_layer, offload_kqv=offload_kqv)
     return {
         "model": {
             "path": str(path),
@@ -42,6 +47,8 @@ def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
             "bytes": model.size,
             "layers": model.n_layer,
             "attention_layers": list(model.attention_layers),
+            "layer_devices": places.weights,
+            "cache_devices": places.caches,
             "vocabulary": model.n_vocab,
             "context": model.n_ctx_train,
             "chat_template": "own" if model.chat_template() else DEFAULT_TEMPLATE,

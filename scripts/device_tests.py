@@ -70,7 +70,10 @@ CHOSEN = (
     f"{_STEPPING}nothing_is_left_out_below_layer_0_or_without_layers[fork]",
     f"{_STEPPING}no_count_of_heads_is_taken_for_the_rows[2-2-llama-fork-False]",
     f"{_STEPPING}no_count_of_heads_is_taken_for_the_rows[4-1-gemma3-lazy_fork-False]",
-    f"{_STEPPING}graphs_that_were_forked_are_left_as_they_were",
+    *(
+        f"{_STEPPING}graphs_that_were_forked_are_left_as_they_were[{tiny}-float-{way}]"
+        for tiny, way in (("llama", "fork"), ("gemma", "lazy_fork"))
+    ),
     "test_plan_forks.py::test_any_rows_fork_behind_any_others[llama-2-4]",
     "test_plan_forks.py::test_any_rows_fork_behind_any_others[gemma-1-5]",
     "test_plan_forks.py::test_the_stream_is_read_of_rows_below_a_fork[llama]",

@@ -1,4 +1,4 @@
-"""Which layers of a model attend, as the graph shows it that llama.cpp makes of the model."""
+"""Which layers of a model attend, and where they lie, as llama.cpp's graph of it shows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,25 @@ def attending_layers(model: Any, n_layer: int) -> tuple[int, ...]:
     Decodes one token in a small context of its own. Raises BackendError if that cannot be done.
     """
     patch = _core.GraphPatch(n_layer)
+    _decode_one(model, _params(patch))
+    return tuple(patch.attended_layers)
+
+
+def layer_places(model: Any, n_layer: int, *, offload_kqv: bool) -> _core.LayerPlaces:
+    """On which devices weights and KV cells of each layer lie. model: llama_model pointer.
+
+    Nothing is computed. Raises BackendError if a small context cannot be made.
+    """
+    places = _core.LayerPlaces(n_layer)
+    params = _params(places)
+    params.offload_kqv = offload_kqv
+    _decode_one(model, params)
+    return places
+
+
+def _decode_one(model: Any, params: Any) -> None:
     with captured_errors() as errors:
-        context = llama_cpp.llama_init_from_model(model, _params(patch))
+        context = llama_cpp.llama_init_from_model(model, params)
         if context:
             try:
                 token = (llama_cpp.llama_token * 1)(0)
@@ -28,18 +45,17 @@ def attending_layers(model: Any, n_layer: int) -> tuple[int, ...]:
                 llama_cpp.llama_free(context)
     if not context or code != 0:
         raise BackendError(
-            "llama.cpp cannot decode one token, which would show the layers of this model that "
-            f"attend: {errors[0] if errors else 'no reason given'}"
+            "llama.cpp cannot decode one token, which would show the layers of this model: "
+            f"{errors[0] if errors else 'no reason given'}"
         )
-    return tuple(patch.attended_layers)
 
 
-def _params(patch: _core.GraphPatch) -> Any:
+def _params(asked: _core.GraphPatch | _core.LayerPlaces) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 8
     params.n_seq_max = 1
     params.kv_unified = True
     params.no_perf = True
-    params.cb_eval = ctypes.cast(patch.callback, llama_cpp.ggml_backend_sched_eval_callback)
-    params.cb_eval_user_data = patch.user_data
+    params.cb_eval = ctypes.cast(asked.callback, llama_cpp.ggml_backend_sched_eval_callback)
+    params.cb_eval_user_data = asked.user_data
     return params
