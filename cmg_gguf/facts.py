@@ -13,6 +13,7 @@ import PIL
 
 from cmg_gguf.llama.about import devices, features, library
 from cmg_gguf.llama.header import open_header, projector_facts, read_architecture
+from cmg_gguf.llama.layers import layer_places
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
@@ -39,10 +40,14 @@ def system_facts() -> dict[str, Any]:
     }
 
 
-def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
-    """What the files hold. Raises ModelError, ProjectorError."""
+def pair_facts(
+    path: Path, mmproj: Path | None, *, offload_kqv: bool = True, **placed: Any
+) -> dict[str, Any]:
+    """What the files hold, and where their layers lie. placed: see `Placement`. Raises ModelError,
+    ProjectorError, BackendError, UnsupportedError."""
     set_verbose(False)
-    model = Model.load(path, n_gpu_layers=0)
+    model = Model.load(path, **placed)
+    places = layer_places(model.handle, model.n_layer, offload_kqv=offload_kqv)
     return {
         "model": {
             "path": str(path),
@@ -50,6 +55,8 @@ def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
             "bytes": model.size,
             "layers": model.n_layer,
             "attention_layers": list(model.attention_layers),
+            "layer_devices": places.weights,
+            "cache_devices": places.caches,
             "vocabulary": model.n_vocab,
             "context": model.n_ctx_train,
             "chat_template": "own" if model.chat_template() else DEFAULT_TEMPLATE,

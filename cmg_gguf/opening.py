@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import llama_cpp
 
@@ -17,6 +17,7 @@ from cmg_gguf.engine.steps import Strategy as Steps
 from cmg_gguf.errors import BackendError, UnsupportedError
 from cmg_gguf.llama.context import DEFAULT_N_UBATCH, ContextOptions, LlamaContext
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.placement import Placement
 from cmg_gguf.llama.projector import Encoder as Encoder
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.llama.repacking import REMEDY, is_safe
@@ -102,6 +103,14 @@ class Pair:
             context.close()
         self.projector.close()
         self.model.close()
+
+
+Options = TypeVar("Options", PairOptions, ContextOptions, Placement)
+
+
+def taken(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """The options of one kind among others, by name."""
+    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
 
 
 def open_pair(
@@ -256,7 +265,8 @@ def _n_parallel(options: PairOptions, model: Model) -> int:
         return options.n_parallel
     if model.has_recurrent_layers:
         return 1  # each takes two states, and prompts never share a decode
-    on_device = options.use_gpu and llama_cpp.llama_supports_gpu_offload()
+    placed = model.placement is None or model.placement.on_device
+    on_device = placed and llama_cpp.llama_supports_gpu_offload()
     return PARALLEL_ON_DEVICE if on_device else PARALLEL_ON_CPU
 
 

@@ -20,6 +20,7 @@ from cmg_gguf.hub import fetch_pair
 from cmg_gguf.llama.context import ContextOptions, usable_threads
 from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
+from cmg_gguf.llama.placement import Placement, SplitMode
 from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.many import Outcome, generate_many
 from cmg_gguf.opening import (
@@ -31,6 +32,7 @@ from cmg_gguf.opening import (
     Strategy,
     open_files,
     open_on_llama,
+    taken,
 )
 from cmg_gguf.prompt.images import ImageSource
 from cmg_gguf.prompt.segments import Prompt
@@ -48,10 +50,12 @@ class GuidedVLM:
     model_path, mmproj_path: the two GGUF files. n_ctx: KV cells for both branches together: the
     prompt once, the part behind its first image twice, two for each token of the answer.
     n_threads: 0 = all usable CPUs up to 4, else half of them (hyper-threads only get in the way).
-    n_gpu_layers: layers on the accelerator, -1 = all (nothing changes without one). chat_template:
-    None = the model's own, "vicuna" if it has none; or a name ("vicuna", "mistral", "chatml"), or a
-    Jinja template. chat_template_kwargs: what the template sees besides the messages, as
-    {"enable_thinking": False}, unless a request says otherwise.
+    n_gpu_layers: layers on the accelerator, -1 = all (nothing changes without one). devices,
+    split_mode, tensor_split, main_gpu: on which ones, see `cmg_gguf.llama.placement.Placement`.
+    use_gpu: False keeps the image encoder on the CPU. offload_kqv: False keeps the KV cache there.
+    chat_template: None = the model's own, "vicuna" if it has none; or a name ("vicuna", "mistral",
+    "chatml"), or a Jinja template. chat_template_kwargs: what the template sees besides the
+    messages, as {"enable_thinking": False}, unless a request says otherwise.
     pairing: "pair" = both branches in one context, "contexts" = one each (twice the
     memory and time; the reference), "auto" = a pair unless the model has recurrent layers beside a
     sliding window.
@@ -83,7 +87,11 @@ class GuidedVLM:
         n_ubatch: int | None = None,
         n_threads: int = 0,
         n_gpu_layers: int = -1,
+        devices: Sequence[str] | None = None,
+        split_mode: SplitMode = "layer",
+        tensor_split: Sequence[float] | None = None,
         main_gpu: int = 0,
+        use_gpu: bool = True,
         use_mmap: bool = True,
         flash_attn: bool | None = None,
         type_k: str = "f16",
@@ -103,33 +111,18 @@ class GuidedVLM:
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        options = PairOptions(
-            chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs or {},
-            pairing=pairing,
-            prefix_cells=prefix_cells,
-            image_cache_bytes=image_cache_bytes,
-            strategy=strategy,
-            n_parallel=n_parallel,
-            encoder=encoder,
-            max_pixels=max_pixels,
-            image_min_tokens=image_min_tokens,
-            image_max_tokens=image_max_tokens,
-            use_gpu=n_gpu_layers != 0,
-        )
+        given = {
+            **locals(),
+            "chat_template_kwargs": chat_template_kwargs or {},
+            "n_threads": n_threads or usable_threads(),
+        }
+        options, context = taken(PairOptions, given), taken(ContextOptions, given)
+        placed = vars(taken(Placement, given))
         set_verbose(verbose)
-        context = ContextOptions(
-            n_ctx=n_ctx,
-            n_ubatch=n_ubatch,
-            n_threads=n_threads or usable_threads(),
-            flash_attn=flash_attn,
-            type_k=type_k,
-            type_v=type_v,
-            offload_kqv=offload_kqv,
-        )
-        load = partial(open_files, n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, use_mmap=use_mmap)
         told = progress and partial(progress, "load")
-        self._set_up(load(model_path, mmproj_path, context, options, progress=told))
+        files = model_path, mmproj_path
+        pair = open_files(*files, context, options, progress=told, use_mmap=use_mmap, **placed)
+        self._set_up(pair)
 
     @classmethod
     def from_pretrained(

@@ -70,7 +70,10 @@ CHOSEN = (
     f"{_STEPPING}nothing_is_left_out_below_layer_0_or_without_layers[fork]",
     f"{_STEPPING}no_count_of_heads_is_taken_for_the_rows[2-2-llama-fork-False]",
     f"{_STEPPING}no_count_of_heads_is_taken_for_the_rows[4-1-gemma3-lazy_fork-False]",
-    f"{_STEPPING}graphs_that_were_forked_are_left_as_they_were",
+    *(
+        f"{_STEPPING}graphs_that_were_forked_are_left_as_they_were[{tiny}-float-{way}]"
+        for tiny, way in (("llama", "fork"), ("gemma", "lazy_fork"))
+    ),
     "test_plan_forks.py::test_any_rows_fork_behind_any_others[llama-2-4]",
     "test_plan_forks.py::test_any_rows_fork_behind_any_others[gemma-1-5]",
     "test_plan_forks.py::test_the_stream_is_read_of_rows_below_a_fork[llama]",
@@ -78,13 +81,13 @@ CHOSEN = (
     "test_plan_parts.py::test_each_part_reads_the_stream_of_its_own_last_row",
     "test_masks.py",
     "test_sharing.py::test_layers_that_share_a_cache_attend",
-    "test_sharing.py::test_both_branches_are_the_judges[[4, 5]-step-pair]",
-    "test_sharing.py::test_both_branches_are_the_judges[[5]-prompt-contexts]",
+    *(
+        "test_sharing.py::test_both_branches_are_the_judges"
+        f"[LayerRange(start=0.3333333333333333, stop=1.0)-{case}]"
+        for case in ("step-pair", "prompt-contexts")
+    ),
     "test_hybrid.py::test_both_branches_of_a_hybrid_are_the_judges",
-    "test_batching.py::test_every_row_of_every_session_is_the_judges[2-exact]",
-    "test_batching.py::test_every_row_of_every_session_is_the_judges[2-auto]",
-    "test_batching.py::test_windows_and_sessions_mix[exact]",
-    f"{_REUSE}more_questions_about_an_image_are_the_judges[llama-text-step]",
+    f"{_REUSE}an_answer_takes_the_cells_of_kept_prompts_when_it_needs_them",
     f"{_REUSE}more_questions_about_an_image_are_the_judges[gemma-decode-prompt]",
     f"{_REUSE}a_conversation_goes_on_where_it_stopped[llama-text]",
     "test_graph_patch.py::test_cosines_are_the_judges_and_only_there_when_asked_for",
@@ -108,8 +111,9 @@ LEFT_OUT = {
     "tests of prompts, requests, policies, sampling, evaluation, the command line": "nothing of "
     "them computes on a device",
     "the image encoder on the device": "the tests keep it on the CPU: its judge is exact to 1e-4",
-    "hundreds of requests against a fresh engine": "a choice of tokens that hangs by a hair turns "
-    "where the device rounds otherwise",
+    "many answers with many policies (test_batching, most of test_reuse)": "where a choice of "
+    "tokens hangs by a hair, a device's rounding turns it: of three questions about one picture "
+    "lavapipe takes one token for another once, and that step's logits are .12 off the judge's",
 }
 ON_LAVAPIPE = {
     "flash attention": "lavapipe of Mesa 22.3.6 crashes where a shape of one row is compiled "

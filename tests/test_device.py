@@ -88,7 +88,10 @@ def test_both_branches_are_the_cpus(
     assert error <= tolerance
     assert apart.min() >= max(APART, 10 * tolerance)
     n_left_out = sum(context.patch.n_left_out for context in rig.contexts)
-    assert (n_left_out >= N_STEPS - 1) == stepping.fork
+    # Where the CPU computes K q for a device, rows lie between the heads of what is copied.
+    in_pairs = cache != "q8_0" or FLASH or not ON_DEVICE
+    forks = stepping.fork and (in_pairs or stepping.waiting == "always")
+    assert (n_left_out >= N_STEPS - 1) == forks
 
 
 Half = Literal["none", "half", "all"]
@@ -108,12 +111,14 @@ def test_pairs_fork_wherever_the_layers_lie(
     for layer in range(1, tiny.model.n_layer):
         forking = Forking(context, [layer])
         assert forking.layer == layer
-        assert forking.pairs or not cache_on_device
-    for layers in ([2, 4], [3, 4], [4]):
+        # Where the CPU's layers end, nodes of one name are copied: nobody knows which is which.
+        assert forking.pairs or (half == "half" and layer > tiny.model.n_layer - N_ON["half"])
+    for layers in ([2, 3], [3, 4], [5, 4]):
         guidance = Guidance(layers=layers, tokens=TopRatio(1.0))
         prompt, before = tiny.prompt(ONE_IMAGE, PICTURE), context.patch.n_left_out
         verdict = tiny.verdict(prompt, guidance)
         errors = rig.follow(prompt, guidance, verdict)
         assert errors.max() <= TOLERANCE
         assert verdict.gaps.min() >= APART
-        assert context.patch.n_left_out - before >= len(verdict.steps) - 1
+        n_left_out = context.patch.n_left_out - before
+        assert (n_left_out >= len(verdict.steps) - 1) == Forking(context, sorted(layers)).pairs

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import BackendError, ContextLengthError, UnsupportedError
+from cmg_gguf.llama.about import free_memory
 from cmg_gguf.llama.chunks import image_positions
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
@@ -126,6 +127,8 @@ class LlamaContext:
             handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
             reason = errors[0] if errors else "no reason given"
+            if free := free_memory():
+                reason += f"; {free}; if it does not fit, lower n_ctx, n_ubatch or n_gpu_layers"
             raise BackendError(f"llama.cpp cannot make a context with {options}: {reason}")
         self.handle = handle
         # The patch and the model must outlive the context: the finalizer holds them.

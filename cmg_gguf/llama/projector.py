@@ -26,6 +26,7 @@ from cmg_gguf.llama.header import projector_facts, read_architecture
 from cmg_gguf.llama.legacy import lacks_layer, repaired
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.placement import Placement
 from cmg_gguf.llama.views import View, ViewError, coordinates, levels, view_of
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
 from cmg_gguf.prompt.specials import split_specials
@@ -86,7 +87,9 @@ class Projector:
         self._is_legacy = self._mend is not None and lacks_layer(path)
         # By tokens and positions of an image: its shape decides what its graph is.
         self._mended: dict[tuple[int, int], set[str]] = {}
-        params = self._params(use_gpu, n_threads)
+        placement = model.placement or Placement()
+        params = self._params(use_gpu and placement.on_device, n_threads)
+        params.device = placement.encoder_device()
         params.image_min_tokens = -1 if image_min_tokens is None else image_min_tokens
         params.image_max_tokens = -1 if image_max_tokens is None else image_max_tokens
         with (
