@@ -98,6 +98,15 @@ class ServeFlags:
             "for several. Without it, none may.",
         ),
     ] = None
+    server_name: Annotated[
+        list[str] | None,
+        _reached(
+            "--server-name",
+            metavar="NAME",
+            help="Without keys: a name in a public domain by which the server is asked, as behind "
+            "a proxy; repeat it for several. Its address and local names need none.",
+        ),
+    ] = None
     alias: Annotated[
         str | None,
         _reached(
@@ -187,6 +196,7 @@ class ServeFlags:
             ssl_cert_file=self.ssl_certfile,
             keys=self._keys(),
             origins=tuple(self.cors_origin or ()),
+            names=tuple(self.server_name or ()),
             n_waiting=self.queue,
             sleep_seconds=self.sleep_idle_seconds,
             limits=self._limits(),

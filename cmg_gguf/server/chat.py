@@ -16,7 +16,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from pydantic import Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from cmg_gguf.chat.completion import Chunks, completion_of, completion_of_many
 from cmg_gguf.errors import CMGError
@@ -28,7 +28,7 @@ from cmg_gguf.server.clients import salt_of, unless_gone
 from cmg_gguf.server.failures import refused
 from cmg_gguf.server.service import Service
 from cmg_gguf.server.sse import DONE, Content, events
-from cmg_gguf.server.wire import Wire
+from cmg_gguf.server.wire import Wire, WireResponse
 
 MAX_CHOICES = 64
 
@@ -94,7 +94,7 @@ def router(service: Service) -> APIRouter:
     async def create(body: ChatCompletion, http: HTTPRequest) -> Response:
         requests = _choices(body.request(service, salt_of(http)), body.n or 1)
         if not body.stream:
-            return JSONResponse(await unless_gone(http, _whole(service, requests)))
+            return WireResponse(await unless_gone(http, _whole(service, requests)))
         answers = await unless_gone(http, service.open_all(requests))
         counted = body.stream_options is not None and body.stream_options.include_usage
         return events(service.limits, _chunks(service, answers, counted=counted))

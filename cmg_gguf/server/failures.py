@@ -34,6 +34,7 @@ CLIENT_GONE = 499
 """As nginx logs it; nobody reads it."""
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 OLLAMA = "/api/"
+_SOON = {"Retry-After": "1"}
 
 
 @dataclass(eq=False)
@@ -69,8 +70,9 @@ def refused(exc: Exception, param: str | None = None) -> Refused:
         return Refused(str(exc), param=param or "messages", code="context_length_exceeded")
     if isinstance(exc, PromptError | ImageError):
         return Refused(str(exc), param=param or "messages")
-    if isinstance(exc, ModelError):  # closed meanwhile, or its files are gone
-        return Refused(str(exc), 503, headers={"Retry-After": "1"})
+    if isinstance(exc, ModelError):  # closed meanwhile, or its files are gone: they are not named
+        _logger.warning("the model cannot answer: %s", exc)
+        return Refused("the model is not loaded; try again later", 503, headers=_SOON)
     if isinstance(exc, BackendError):
         return Refused(str(exc), 500)
     if isinstance(exc, CMGError):

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cmg_gguf.server.failures import Refused, response
 from cmg_gguf.server.lifetime import Lifetime
 from cmg_gguf.server.limits import Limits
+from cmg_gguf.server.visitors import Visitors
 
 OPEN = ("/health", "/healthz", "/v1/health")
 """Paths that need no key, beside the page and its files."""
@@ -50,7 +51,8 @@ class Keys:
 
 
 class Guard:
-    """An ASGI application around another. free: paths below it need no key."""
+    """An ASGI application around another. visitors: are asked where there are no keys. free: paths
+    that need no key."""
 
     def __init__(
         self,
@@ -59,10 +61,12 @@ class Guard:
         keys: Keys,
         limits: Limits,
         lifetime: Lifetime,
+        visitors: Visitors,
         free: Sequence[str] = (),
     ) -> None:
         self._app, self._keys, self._limits = app, keys, limits
-        self._lifetime, self._free = lifetime, (*OPEN, *free)
+        self._lifetime, self._visitors, self._free = lifetime, visitors, (*OPEN, *free)
+        self._n_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,7 +75,9 @@ class Guard:
         try:
             headers, path = Headers(scope=scope), scope["path"]
             self._check_head(scope)
-            if self._keys and path not in self._free:
+            if not self._keys:
+                self._visitors.check(headers, scope["method"])
+            elif path not in self._free:
                 scope["cmg_salt"] = self._keys.salt(headers)
             if scope["method"] in ("GET", "HEAD", "OPTIONS"):
                 await self._app(scope, receive, send)
@@ -80,8 +86,11 @@ class Guard:
         except Refused as exc:
             await response(exc, scope["path"])(scope, receive, send)
             return
-        with self._lifetime.used():
-            await self._app(scope, _replayed(body, receive), send)
+        try:
+            with self._lifetime.used():
+                await self._app(scope, _replayed(body, receive), send)
+        finally:
+            self._n_held -= len(body)
 
     def _check_head(self, scope: Scope) -> None:
         size = len(scope["raw_path"]) + len(scope["query_string"])
@@ -94,7 +103,8 @@ class Guard:
             )
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body. Raises Refused where it is too large, or does not come in time."""
+        """The whole body, which counts as held. Raises Refused where it is too large, or does not
+        come in time, or too much is held already."""
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:20]) > self._limits.body_bytes:
             raise self._too_large()
@@ -109,15 +119,31 @@ class Guard:
 
     async def _read(self, receive: Receive) -> bytes:
         parts = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Refused("the client went away", 499)
-            parts += message.get("body", b"")
-            if len(parts) > self._limits.body_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return bytes(parts)
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused("the client went away", 499)
+                part = message.get("body", b"")
+                parts += part
+                self._n_held += len(part)
+                self._check_held(len(parts))
+                if not message.get("more_body", False):
+                    return bytes(parts)
+        except BaseException:
+            self._n_held -= len(parts)
+            raise
+
+    def _check_held(self, n_own: int) -> None:
+        if n_own > self._limits.body_bytes:
+            raise self._too_large()
+        if self._n_held > self._limits.held_bytes:
+            raise Refused(
+                f"the requests under way have {self._n_held} bytes and the limit is "
+                f"{self._limits.held_bytes}; try again soon",
+                503,
+                headers={"Connection": "close", "Retry-After": "1"},
+            )
 
     def _too_large(self) -> Refused:
         return Refused(

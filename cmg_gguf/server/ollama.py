@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from pydantic import BeforeValidator
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from cmg_gguf.chat.ollama import (
     OPTIONS,
@@ -35,7 +35,7 @@ from cmg_gguf.server.answer import Answer
 from cmg_gguf.server.clients import salt_of, unless_gone
 from cmg_gguf.server.failures import Refused, refused
 from cmg_gguf.server.service import Service
-from cmg_gguf.server.wire import Wire
+from cmg_gguf.server.wire import Wire, WireResponse, as_json
 
 API_VERSION = "0.12.0"
 """Ollama's whose API this follows: clients refuse older ones."""
@@ -192,9 +192,9 @@ async def _answered(
     request = body.request(service, salt_of(http))
     if request is None:
         await service.lifetime.awake()
-        return JSONResponse(lines.loaded())
+        return WireResponse(lines.loaded())
     if body.stream is False:
-        return JSONResponse(await unless_gone(http, _whole(service, request, lines)))
+        return WireResponse(await unless_gone(http, _whole(service, request, lines)))
     answer = await unless_gone(http, service.open(request))
     return StreamingResponse(_written(answer, lines), media_type="application/x-ndjson")
 
@@ -208,7 +208,7 @@ async def _written(answer: Answer, lines: Lines) -> AsyncGenerator[bytes, None]:
     """One object a line, as the answer comes. One that breaks off ends them with an error."""
     async with answer, aclosing(_said(answer, lines)) as said:
         async for line in said:
-            yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
+            yield as_json(line) + b"\n"
 
 
 async def _said(answer: Answer, lines: Lines) -> AsyncGenerator[dict[str, Any], None]:

@@ -5,7 +5,6 @@ Beside OpenAI's fields those of chat completions that say how a token is drawn, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from sse_starlette import ServerSentEvent
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from cmg_gguf.chat.responses import Answering, Event, head_of, messages_of, settings_of
 from cmg_gguf.errors import CMGError
@@ -23,7 +22,7 @@ from cmg_gguf.server.clients import salt_of, unless_gone
 from cmg_gguf.server.failures import Refused, refused
 from cmg_gguf.server.service import Service
 from cmg_gguf.server.sse import events
-from cmg_gguf.server.wire import Wire
+from cmg_gguf.server.wire import Wire, WireResponse, as_json
 
 _STATE = ("previous_response_id", "conversation", "prompt")
 _ECHOED = ("instructions", "metadata", "text", "reasoning")
@@ -100,7 +99,7 @@ def router(service: Service) -> APIRouter:
         echoed = {name: getattr(body, name) for name in _ECHOED}
         answering = Answering(head_of(request, service.name, **echoed), service.token_bytes)
         if not body.stream:
-            return JSONResponse(await unless_gone(http, _whole(service, request, answering)))
+            return WireResponse(await unless_gone(http, _whole(service, request, answering)))
         answer = await unless_gone(http, service.open(request))
         return events(service.limits, _named(answer, answering))
 
@@ -116,8 +115,7 @@ async def _named(answer: Answer, answering: Answering) -> AsyncGenerator[ServerS
     """The events, each with its type as its name."""
     async with aclosing(_events(answer, answering)) as content:
         async for one in content:
-            data = json.dumps(one, ensure_ascii=False)
-            yield ServerSentEvent(data, event=one["type"], sep="\n")
+            yield ServerSentEvent(as_json(one).decode(), event=one["type"], sep="\n")
 
 
 async def _events(answer: Answer, answering: Answering) -> AsyncGenerator[Event, None]:

@@ -7,8 +7,11 @@ Told to end (SIGTERM, Ctrl-C) it takes nothing new, and gives answers under way 
 
 from __future__ import annotations
 
+import os
 import socket
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.server.app import new_app
 from cmg_gguf.server.lifetime import Lifetime
 from cmg_gguf.server.limits import Limits
@@ -26,12 +30,15 @@ from cmg_gguf.vlm import GuidedVLM
 
 N_CONNECTIONS = 512
 """Connections and requests at once, beyond which there is 503 at once."""
+N_TOLD = 128
+"""Connections beyond those that are told so. More are closed: a process has only so many files."""
 KEEP_ALIVE_SECONDS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How it is reached, by whom, and how much it takes. unix_socket: instead of host and port.
+    """How it is reached, by whom, and how much it takes. unix_socket: instead of host and port, for
+    this user and group. names: by which it is asked where there are no keys, see `visitors`.
     sleep_seconds: the model is freed when nobody has asked for so long; None = never."""
 
     host: str = "127.0.0.1"
@@ -41,6 +48,7 @@ class Options:
     ssl_cert_file: Path | None = None
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     n_waiting: int = 32
     sleep_seconds: float | None = None
     limits: Limits = field(default_factory=Limits)
@@ -67,7 +75,8 @@ class Server(uvicorn.Server):
             limits=options.limits,
             n_waiting=options.n_waiting,
         )
-        app = new_app(self.service, keys=options.keys, origins=options.origins)
+        names = (options.host, *options.names)
+        app = new_app(self.service, keys=options.keys, origins=options.origins, names=names)
         super().__init__(uvicorn.Config(app, **_settings(options)))
 
     @property
@@ -87,7 +96,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, and says so."""
-        await super().startup(sockets)
+        path = self._options.unix_socket
+        await super().startup(sockets if path is None else [_private_socket(path)])
         if self.started:
             self.on_start()
 
@@ -101,6 +111,8 @@ class Patient(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Begins to wait."""
         super().connection_made(transport)
+        if len(self.connections) > N_CONNECTIONS + N_TOLD:
+            transport.abort()
         self._waiting = self.loop.call_later(self.read_seconds, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -117,13 +129,31 @@ class Patient(H11Protocol):
         super().connection_lost(exc)
 
 
+def _private_socket(path: Path) -> socket.socket:
+    """A UNIX socket that the user and the group may connect to. One that a server has left there is
+    replaced. Raises UnsupportedError where it cannot be."""
+    with suppress(OSError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    try:
+        made.bind(str(path))
+    except OSError as exc:
+        made.close()
+        raise UnsupportedError(
+            f"the socket {path} cannot be made ({exc.strerror}); name another"
+        ) from exc
+    finally:
+        os.umask(before)
+    return made
+
+
 def _settings(options: Options) -> dict[str, Any]:
     limits = options.limits
-    where: dict[str, Any] = {"host": options.host, "port": options.port}
-    if options.unix_socket is not None:
-        where = {"uds": str(options.unix_socket)}
     return {
-        **where,
+        "host": options.host,
+        "port": options.port,
         "ssl_keyfile": options.ssl_key_file,
         "ssl_certfile": options.ssl_cert_file,
         "http": type("Timed", (Patient,), {"read_seconds": limits.read_seconds}),

@@ -22,6 +22,7 @@ from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Messages, Request, checked_stops
 from cmg_gguf.server.answer import Answer, Ear
+from cmg_gguf.server.extent import check_extent, check_settings
 from cmg_gguf.server.failures import Refused, refused
 from cmg_gguf.server.lifetime import Lifetime
 from cmg_gguf.server.limits import Limits
@@ -104,6 +105,8 @@ class Service:
         except (GuidanceError, TypeError) as exc:
             raise Refused(f"cmg: {exc}", param="cmg") from exc
         try:
+            check_extent(messages, self.n_ctx)
+            check_settings(given)
             made = request_of(messages, guidance=guidance, **given, **own)
             return replace(made, salt=salt, max_tokens=self.limits.tokens(made.max_tokens))
         except CMGError as exc:

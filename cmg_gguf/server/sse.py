@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from cmg_gguf.server.limits import Limits
+from cmg_gguf.server.wire import as_json
 
 Content = str | Mapping[str, Any] | ServerSentEvent
 DONE = "[DONE]"
@@ -32,5 +32,5 @@ async def _events(content: AsyncGenerator[Content, None]) -> AsyncIterator[Serve
             if isinstance(one, ServerSentEvent):
                 yield one
             else:
-                data = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
+                data = one if isinstance(one, str) else as_json(one).decode()
                 yield ServerSentEvent(data, sep="\n")
