@@ -222,7 +222,7 @@ def test_pictures_that_are_not_sent_are_refused_alike_on_every_route(served: Ser
     told: dict[str, set[str]] = {}
     for name in FILES + HOSTS:
         url = {"type": "image_url", "image_url": {"url": name}}
-        bodies = {
+        bodies: dict[str, dict[str, Any]] = {
             "/v1/chat/completions": {"messages": [{"role": "user", "content": [url]}]},
             "/v1/responses": {"input": [{"role": "user", "content": [url]}]},
             "/api/chat": {"messages": [{"role": "user", "content": "", "images": [name]}]},
