@@ -46,7 +46,7 @@ MAX_GROWTH = 0.05
 """Of memory, from the second quarter of the requests to the last."""
 SEED = 20260101
 Run = Callable[[httpx.AsyncClient, random.Random], Awaitable[str]]
-"""Asks one thing. What came of it: "answered", "refused", "left", "queue full", or what is wrong."""
+"""Asks one thing: "answered", "refused", "left", "queue full", or what is wrong."""
 
 
 @dataclass
@@ -268,6 +268,8 @@ async def soak(url: str, process: psutil.Process, n_requests: int, n_clients: in
                     account.wrong.append(f"{kind}: {came}")
                     came = "wrong"
                 account.came[kind, came] += 1
+                if came == "queue full":
+                    await asyncio.sleep(draws.uniform(0.1, 0.5))
                 memory = process.memory_info().rss
                 account.samples.append((account.n_done, memory, process.num_fds()))
 
