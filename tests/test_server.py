@@ -203,6 +203,11 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"stream_options": {"include_usage": 3}}, "stream_options"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"response_format": {"type": "json_object"}, "grammar": 'root ::= "a"'}, None),
+    # --- what only this model cannot do
+    ({"logit_bias": {"99999999": 1.0}}, "logit_bias"),
+    ({"grammar": "root ::= nowhere"}, "grammar"),
+    ({"response_format": {"type": "json_object", "schema": {"$ref": "#/x"}}}, "response_format"),
+    ({"cmg": {"layers": {"rule": "layer_set", "layers": [99]}}}, "cmg"),
 ]
 
 
@@ -253,6 +258,17 @@ def test_errors_of_http_have_the_same_shape(
         response = client.request(method, path, content=content)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_is_nested_too_deeply_is_refused(served: Served) -> None:
+    deep: Any = 1
+    for _ in range(900):
+        deep = {"a": deep}
+    for fields in ({"x": deep}, {"cmg": deep}, {"chat_template_kwargs": {"x": deep}}):
+        body = asking(None, **fields)
+        body["messages"][0]["x"] = deep
+        assert served.post(body).status_code == 400
+    assert served.is_idle
 
 
 def test_it_tells_what_it_is_and_does(served: Served) -> None:

@@ -40,6 +40,15 @@ class MediaFlags:
     max_images: Annotated[
         int, _flag("--max-images", min=1, metavar="N", help="Most pictures of a request.")
     ] = 16
+    max_request_pixels: Annotated[
+        int,
+        _flag(
+            "--max-request-pixels",
+            min=1,
+            metavar="N",
+            help="Most pixels of all pictures of a request together.",
+        ),
+    ] = 128_000_000
     max_image_bytes: Annotated[
         int,
         _flag(
@@ -67,5 +76,6 @@ class MediaFlags:
             max_bytes=self.max_image_bytes,
             max_pixels=max_pixels,
             max_pictures=self.max_images,
+            max_request_pixels=self.max_request_pixels,
             seconds=self.image_timeout,
         )

@@ -33,6 +33,48 @@ from cmg_gguf.server.wire import Wire, WireResponse
 MAX_CHOICES = 64
 
 
+MESSAGE: dict[str, Any] = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant"]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "anyOf": [
+                            {
+                                "type": "object",
+                                "required": ["type", "text"],
+                                "properties": {
+                                    "type": {"const": "text"},
+                                    "text": {"type": "string"},
+                                },
+                            },
+                            {
+                                "type": "object",
+                                "required": ["type", "image_url"],
+                                "properties": {
+                                    "type": {"const": "image_url"},
+                                    "image_url": {
+                                        "type": "object",
+                                        "required": ["url"],
+                                        "properties": {"url": {"type": "string"}},
+                                    },
+                                },
+                            },
+                        ]
+                    },
+                },
+            ]
+        },
+    },
+}
+"""What a message is, for who reads the server's description; the prompt knows more spellings."""
+
+
 class StreamOptions(Wire):
     """include_usage: a last chunk of counts."""
 
@@ -42,7 +84,7 @@ class StreamOptions(Wire):
 class ChatCompletion(Wire):
     """A chat completion that is asked for."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, Any]] = Field(min_length=1, json_schema_extra={"items": MESSAGE})
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

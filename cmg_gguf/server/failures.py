@@ -77,6 +77,8 @@ def refused(exc: Exception, param: str | None = None) -> Refused:
         return Refused(str(exc), 500)
     if isinstance(exc, CMGError):
         return Refused(str(exc), param=param)
+    if isinstance(exc, RecursionError):
+        return Refused("the request nests too many objects and lists in each other; flatten it")
     _logger.error("a request failed", exc_info=exc)
     return Refused("the server failed; its log says more", 500)
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from cmg_gguf.chat.completion import request_of, sampling_of
-from cmg_gguf.errors import CMGError, GuidanceError, shown
+from cmg_gguf.errors import CMGError, GuidanceError, SamplingError, shown
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Messages, Request, checked_stops
@@ -99,14 +99,14 @@ class Service:
         server's default. cmg: None, "off", or guidance settings over the server's. salt: see
         `clients.salt_of`. Raises Refused, which names the setting."""
         given = {name: value for name, value in settings.items() if value is not None}
+        check_extent(messages, self.n_ctx)
+        check_settings(given)
         own = {k: v for k, v in vars(self.defaults).items() if k != "guidance" and k not in given}
         try:
             guidance = self._guidance(cmg)
         except (GuidanceError, TypeError) as exc:
             raise Refused(f"cmg: {exc}", param="cmg") from exc
         try:
-            check_extent(messages, self.n_ctx)
-            check_settings(given)
             made = request_of(messages, guidance=guidance, **given, **own)
             return replace(made, salt=salt, max_tokens=self.limits.tokens(made.max_tokens))
         except CMGError as exc:
@@ -161,10 +161,12 @@ class Service:
 
         try:
             await asyncio.to_thread(submit, await self.lifetime.awake())
-        except BaseException:
+        except BaseException as exc:
             for stream in streams:
                 stream.cancel()
             _give_back(ears[len(streams) :])
+            if isinstance(exc, GuidanceError | SamplingError):
+                raise refused(exc, _setting_beside_model(requests[0], exc)) from exc
             raise
         return [Answer(s, ear, self.tally.note) for s, ear in zip(streams, ears, strict=True)]
 
@@ -226,6 +228,15 @@ def _wrong_setting(given: Mapping[str, Any]) -> str | None:
         except CMGError:
             return name
     return None
+
+
+def _setting_beside_model(request: Request, exc: Exception) -> str | None:
+    """The setting that this model cannot do; None where several may be meant."""
+    if isinstance(exc, GuidanceError):
+        return "cmg"
+    names = ("logit_bias", "grammar", "response_format")
+    given = [name for name in names if getattr(request.sampling, name)]
+    return given[0] if len(given) == 1 else None
 
 
 def _check_sampled(name: str, value: Any) -> None:
