@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cmg_gguf.arrays import FloatArray
+from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.guidance import Guidance
 
 FinishReason = Literal["stop", "length"]
@@ -106,7 +107,8 @@ class Reply:
     layers: those that are masked in the degraded branch; () without guidance. n_reused_tokens:
     prompt tokens whose KV cells were there from an earlier prompt that began alike. scores: of the
     first `Request.n_scores` draws, the end token's included: (n_vocab,) float32, the logits under
-    guidance before the plausibility cut and all samplers. words: those of the text, in order.
+    guidance before the plausibility cut and all samplers. words: those of the text, in
+    order. evidence: the weights of their scores; None = none were asked for.
     """
 
     text: str
@@ -122,6 +124,7 @@ class Reply:
     reasoning: str = ""
     n_reasoning_tokens: int = 0
     words: tuple[Word, ...] = ()
+    evidence: EvidenceModel | None = None
     scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
 
     @property

@@ -282,6 +282,7 @@ class Run:
             seed=self._seed,
             seconds=replace(self._seconds, decode=answer.seconds),
             words=answer.words,
+            evidence=self._request.evidence_model,
             scores=tuple(answer.scores),
         )
 

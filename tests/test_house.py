@@ -27,7 +27,7 @@ HOUSE = {
     "evidence": "errors",
     "settings": "errors guidance evidence",
     "sampling": "errors arrays",
-    "reply": "errors arrays guidance",
+    "reply": "errors arrays guidance evidence",
     # --- prompts, and requests made of all that -------------------------------------------------
     "prompt": "errors arrays",
     "request": f"{VALUES} prompt",

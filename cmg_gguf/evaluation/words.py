@@ -94,14 +94,20 @@ class Lexicon:
 
     def find(self, text: str) -> list[str]:
         """What the text names, in order, each as often as it is named."""
-        words = tokens(text)
-        found: list[str] = []
+        return [name for name, _ in self.located(text)]
+
+    def located(self, text: str) -> list[tuple[str, int]]:
+        """The same, each with the character at which it is named."""
+        # In lower case a text can be longer: each word has the place that it has in the text.
+        places = [(match[0].lower(), match.start()) for match in _WORD.finditer(text)]
+        words = [word for word, _ in places]
+        found: list[tuple[str, int]] = []
         start = 0
         while start < len(words):
             length = self._match(words, start)
             node = self._forms[tuple(words[start : start + length])] if length else None
             if node is not None:
-                found.append(node)
+                found.append((node, places[start][1]))
             start += max(length, 1)
         return found
 

@@ -93,6 +93,9 @@ class Chair:
     def counts(self, item: Item, answer: str) -> dict[str, float]:
         return caption_counts(answer, self._lexicon.find(answer), item.truth["objects"])
 
+    def located(self, answer: str) -> list[tuple[str, int]]:
+        return self._lexicon.located(answer)
+
     def figures(self, sums: Sums) -> dict[str, Floats]:
         return caption_figures(sums)
 

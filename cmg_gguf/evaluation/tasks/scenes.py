@@ -96,6 +96,9 @@ class SceneCaptions(_Pictures):
     def counts(self, item: Item, answer: str) -> dict[str, float]:
         return caption_counts(answer, _NAMES.find(answer), item.truth["objects"])
 
+    def located(self, answer: str) -> list[tuple[str, int]]:
+        return _NAMES.located(answer)
+
     def figures(self, sums: Sums) -> dict[str, Floats]:
         return caption_figures(sums)
 
