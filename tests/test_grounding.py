@@ -17,6 +17,7 @@ from cmg_gguf.evaluation.grounding import (
     left,
     mentions_in,
     rescored,
+    words_told,
 )
 from cmg_gguf.evaluation.words import Lexicon
 from cmg_gguf.evidence import EvidenceModel
@@ -135,23 +136,14 @@ def test_a_mention_is_measured_where_its_first_word_begins() -> None:
         ("cat", 16, 5, 5),
     )
     words = tuple(Word(w, at, at + len(w), first, last) for w, at, first, last in places)
-    reply = Reply(text, tokens, "stop", 1, 1, Guidance(), (), 0, Seconds(), words=words)
-    found = mentions_in(reply, lexicon.located(text), ["cat"], "p")
+    made = {"evidence": EvidenceModel(), "words": words}
+    reply = Reply(text, tokens, "stop", 1, 1, Guidance(), (), 0, Seconds(), **made)  # type: ignore[arg-type]
+    told = words_told(reply)
+    assert told is not None
+    assert told[2] == [8, 12, 0, 0, 0, 0, 0.2]
+    found = mentions_in(told, lexicon.located(text), ["cat"], "p")
     assert [(m.name, m.present, m.evidence.score) for m in found] == [
         ("hot dog", False, 0.1),
         ("cat", True, 0.5),
     ]
-    bare = Reply(
-        text,
-        tuple(Token(t.id, t.text, t.plain) for t in tokens),
-        "stop",
-        1,
-        1,
-        Guidance(),
-        (),
-        0,
-        Seconds(),
-        words=words,
-    )
-    with pytest.raises(EvaluationError, match="no evidence"):
-        mentions_in(bare, lexicon.located(text), ["cat"], "p")
+    assert words_told(Reply(text, tokens, "stop", 1, 1, Guidance(), (), 0, Seconds())) is None

@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cmg_gguf.errors import BackendError, CMGError, ImageError, PromptError
+from cmg_gguf.evaluation.grounding import words_told
 from cmg_gguf.evaluation.items import seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles
 from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.task import Item, Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
+from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.prompt.images import image_id, load_image
 from cmg_gguf.request import Request
 
@@ -36,12 +38,16 @@ PROBLEMS = (ImageError, PromptError, BackendError)
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of a run is told; values only, so that it can be sent."""
+    """What every process of a run is told; values only, so that it can be sent.
+
+    evidence: of every answer about an image whose degraded branch has no prompt of its own.
+    """
 
     task: Task
     model: ModelFiles
     methods: tuple[Method, ...]
     seed: int
+    evidence: EvidenceModel | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,8 @@ class Answerer:
             salt = f"{method.name} of {items[0].id}"
             try:
                 request = replace(method.request(question), n_scores=1, salt=salt)
+                if image is not None and request.contrast is None:
+                    request = replace(request, evidence=self._job.evidence or False)
             except PROBLEMS as exc:
                 problems.append(_problem(item, method.name, exc))
             else:
@@ -185,6 +193,7 @@ class Answerer:
             finish=reply.finish_reason,
             seconds=seconds.encode + seconds.prefill + seconds.decode,
             parallel=self.n_parallel,
+            words=words_told(reply),
             **(self._yes_no(reply) if "label" in asked.item.truth else {}),
         )
 

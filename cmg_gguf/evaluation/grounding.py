@@ -1,6 +1,6 @@
 """What tells objects that are there from those that are not, at the words that name them.
 
-    mentions = mentions_in(reply, lexicon.located(reply.text), present, cluster)
+    mentions = mentions_in(words_told(reply), lexicon.located(reply.text), present, cluster)
     areas(mentions)["evidence"].own          # AUROC in percent, with its interval
     calibration(mentions)                    # expected calibration error, in percent
     left(mentions, 0.2)                      # CHAIR_i without the least supported 20 %
@@ -13,7 +13,8 @@ of it is measured at the token in which its first word begins.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +31,15 @@ _RIDGE = 1e-4
 _STEPS = 100
 
 
+@runtime_checkable
+class NamesObjects(Protocol):
+    """A task whose items have `truth["objects"]`: what is there."""
+
+    def located(self, answer: str) -> list[tuple[str, int]]:
+        """Objects that an answer names, and the character at which each is named."""
+        ...
+
+
 @dataclass(frozen=True)
 class Mention:
     """An object that an answer names.
@@ -43,18 +53,31 @@ class Mention:
     evidence: Evidence
 
 
+WordsTold = list[list[float]]
+"""As in `Record.words`."""
+
+
+def words_told(reply: Reply) -> WordsTold | None:
+    """What a record says of an answer's words; None without evidence."""
+    if reply.evidence is None:
+        return None
+    told = []
+    for word in reply.words:
+        evidence = reply.tokens[word.first].evidence
+        assert evidence is not None
+        told.append([word.start, word.stop, *astuple(evidence)])
+    return told
+
+
 def mentions_in(
-    reply: Reply, named: Iterable[tuple[str, int]], present: Collection[str], cluster: str
+    words: WordsTold, named: Iterable[tuple[str, int]], present: Collection[str], cluster: str
 ) -> list[Mention]:
-    """The mentions of an answer that has evidence. named: objects, and the character of the text at
-    which each is named."""
+    """The mentions of an answer. named: objects, and the character of the text at which each is
+    named."""
     found = []
     for name, place in named:
-        word = next(word for word in reply.words if word.start <= place < word.stop)
-        evidence = reply.tokens[word.first].evidence
-        if evidence is None:
-            raise EvaluationError("the answer has no evidence: ask for it with evidence=True")
-        found.append(Mention(name, name in present, cluster, evidence))
+        told = next(told for told in words if told[0] <= place < told[1])
+        found.append(Mention(name, name in present, cluster, Evidence(*told[2:])))
     return found
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cmg_gguf.errors import EvaluationError
+from cmg_gguf.evaluation.grounding_report import Grounding, groundings
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.run import Run
 from cmg_gguf.evaluation.statistics import Estimate, Result, bootstrap, bootstrap_auc, table
@@ -59,12 +60,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the items, or all of them."""
+    """A part of the items, or all of them. groundings: by method, where there is evidence."""
 
     name: str
     n_items: int
     n_clusters: int
     rows: tuple[Row, ...]
+    groundings: Mapping[str, Grounding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ def _part(
                 changes=_changes(task, items, told[bs.baseline], found),
             )
         )
-    return Part(name, len(items), len(tables[bs.baseline].clusters), tuple(rows))
+    grounded = groundings(task, items, told, n=bs.n, seed=bs.seed)
+    return Part(name, len(items), len(tables[bs.baseline].clusters), tuple(rows), grounded)
 
 
 def _areas(items: Sequence[Item], told: Told, bs: _Bootstrap) -> dict[str, dict[str, Result]]:

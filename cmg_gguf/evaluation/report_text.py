@@ -13,6 +13,7 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cmg_gguf.evaluation.grounding_report import HEADER, LEFT_HEADER, area_rows, left_rows
 from cmg_gguf.evaluation.records import write_whole
 from cmg_gguf.evaluation.report import ALL, Part, Report, Row, verdict
 from cmg_gguf.evaluation.statistics import LEVEL, Estimate
@@ -29,6 +30,8 @@ def rendered(report: Report) -> RenderableType:
     blocks: list[RenderableType] = [Text(line) for line in heading(report)]
     for part in report.parts:
         blocks += [Text(), _grid(_title(part), *figure_table(part))]
+        for title, header, cells in _groundings(part):
+            blocks += [Text(), _grid(title, header, cells)]
     if rows := list(difference_rows(report, report.parts[0])):
         title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals"
         blocks += [Text(), _grid(title, DIFFERENCES, rows)]
@@ -41,6 +44,8 @@ def markdown(report: Report) -> str:
     lines = [f"# {report.run.task.name}", "", *(f"- {line}" for line in heading(report))]
     for part in report.parts:
         lines += ["", f"## {_title(part)}", "", *_markdown_table(*figure_table(part))]
+        for title, header, cells in _groundings(part):
+            lines += ["", f"{title}:", "", *_markdown_table(header, cells)]
         if rows := list(difference_rows(report, part)):
             title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals:"
             lines += ["", title, "", *_markdown_table(DIFFERENCES, rows)]
@@ -166,6 +171,14 @@ def difference_rows(report: Report, part: Part) -> Iterator[list[str]]:
                     _interval(gap),
                     verdict(gap, part.n_clusters),
                 ]
+
+
+def _groundings(part: Part) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    if part.groundings:
+        title = "AUROC of objects that are there against invented ones, in percent"
+        yield title, HEADER, area_rows(part.groundings)
+        title = "CHAIR_i where the least supported mentions are dropped"
+        yield title, LEFT_HEADER, left_rows(part.groundings)
 
 
 def _figure_row(row: Row, names: Sequence[str]) -> list[str]:

@@ -29,6 +29,7 @@ from cmg_gguf.evaluation.grounding import (
     mentions_in,
     rescored,
     scores,
+    words_told,
 )
 from cmg_gguf.evaluation.statistics import Result
 from cmg_gguf.evaluation.tasks.scenes import SceneCaptions
@@ -77,7 +78,10 @@ def gathered(job: Job) -> list[dict[str, Any]]:
     rows = []
     for outcome in _vlm(job.models).generate_many(requests):
         item, reply = items[outcome.index], outcome.unwrap()
-        found = mentions_in(reply, task.located(reply.text), item.truth["objects"], item.cluster)
+        told = words_told(reply)
+        assert told is not None
+        named, present = task.located(reply.text), item.truth["objects"]
+        found = mentions_in(told, named, present, item.cluster)
         condition = {"kind": job.kind, "guided": job.guided}
         rows += [{**condition, **dataclasses.asdict(mention)} for mention in found]
     return rows

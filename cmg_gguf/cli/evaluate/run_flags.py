@@ -128,6 +128,16 @@ class RunFlags:
         ),
     ] = False
 
+    evidence: Annotated[
+        bool,
+        _flag(
+            "--evidence",
+            help="Note of every word how much the picture supports it, by the weights of "
+            "--settings; of captions, the report says how well that tells invented objects from "
+            "real ones. Not of vcd, no-image, m3id, icd.",
+        ),
+    ] = False
+
     @property
     def folder(self) -> Path:
         """Where the run is kept. Raises BadParameter if that is not said."""
