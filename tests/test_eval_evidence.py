@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from commands import flat, invoke
 
 from cmg_gguf import EvidenceModel, Guidance, GuidedVLM
 from cmg_gguf.errors import EvaluationError
-from cmg_gguf.evaluation.grounding import areas, mentions_in
+from cmg_gguf.evaluation.grounding import areas, fitted, mentions_in
+from cmg_gguf.evaluation.grounding_report import mentions_of
+from cmg_gguf.evaluation.items import item_hash
 from cmg_gguf.evaluation.manifest import ModelFiles
 from cmg_gguf.evaluation.methods import chosen
 from cmg_gguf.evaluation.report import make_report
 from cmg_gguf.evaluation.report_text import markdown
 from cmg_gguf.evaluation.run import Run, evaluate, read_run
 from cmg_gguf.evaluation.tasks.scenes import SceneCaptions, ScenePope
+from cmg_gguf.settings import Settings, load_settings, save_settings
 from cmg_gguf.tiny.pair import embedded_pair
 
 N = 8
@@ -87,3 +91,29 @@ def test_a_run_with_evidence_is_another_run(run: Run, tmp_path: Path) -> None:
     other = evaluate(task, MODEL, chosen(["greedy"], Guidance()), tmp_path / "pope")
     assert all(record.words is None for record in other.records)
     assert "AUROC" not in markdown(make_report(other, n_samples=10))
+
+
+def test_weights_are_fitted_to_runs_and_their_items_remembered(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    save_settings(path, Settings(Guidance(alpha=2.0), {"by": "me", "items": ["x"]}))
+    result = invoke("eval", "weights", str(run.folder), "--settings", str(path))
+    assert result.exit_code == 0, result.stderr
+    found = load_settings(path)
+    mentions = mentions_of(run)
+    assert found.evidence == fitted(mentions, found.evidence.fitted_on)
+    assert f"{len(mentions)} mentions" in found.evidence.fitted_on
+    assert found.guidance == Guidance(alpha=2.0)
+    assert found.tuned["by"] == "me"
+    hashes = {item_hash(TASK.name, item) for item in run.items}
+    assert found.tuned_on == hashes | {"x"}
+    with pytest.raises(EvaluationError, match="tuned on 8 of these 8 items"):
+        evaluate(TASK, MODEL, METHODS, tmp_path / "again", tuned_on=found.tuned_on)
+
+
+def test_weights_need_a_run_with_evidence(tmp_path: Path) -> None:
+    task = ScenePope("tune", "counter", 1)
+    evaluate(task, MODEL, chosen(["greedy"], Guidance()), tmp_path / "pope", evidence=WEIGHTS)
+    result = invoke("eval", "weights", str(tmp_path / "pope"), "--settings", str(tmp_path / "s"))
+    assert result.exit_code == 1
+    assert "has no objects with evidence" in flat(result.stderr)
+    assert not (tmp_path / "s").exists()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cmg_gguf.errors import EvaluationError
 from cmg_gguf.evaluation.grounding import (
     Mention,
     NamesObjects,
@@ -16,6 +17,7 @@ from cmg_gguf.evaluation.grounding import (
     scores,
 )
 from cmg_gguf.evaluation.records import Record
+from cmg_gguf.evaluation.run import Run
 from cmg_gguf.evaluation.statistics import Result
 from cmg_gguf.evaluation.task import Item, Task
 
@@ -43,15 +45,33 @@ def groundings(
     n, seed: of the bootstrap. {} for a task that names no objects."""
     if not isinstance(task, NamesObjects):
         return {}
-    found = {}
-    for method, records in told.items():
-        if any(record.words is None for record in records):
-            continue
-        mentions: list[Mention] = []
-        for item, record in zip(items, records, strict=True):
-            named = task.located(record.answer)
-            mentions += mentions_in(record.words or [], named, item.truth["objects"], item.cluster)
-        found[method] = _grounding(mentions, n, seed)
+    return {
+        method: _grounding(_mentions(task, items, records), n, seed)
+        for method, records in told.items()
+        if all(record.words is not None for record in records)
+    }
+
+
+def mentions_of(run: Run) -> list[Mention]:
+    """All mentions of a run that have evidence, whoever said them. Raises EvaluationError where
+    there are none."""
+    task, items = run.task, {item.id: item for item in run.items}
+    records = [record for record in run.records if record.words is not None]
+    if not isinstance(task, NamesObjects) or not records:
+        raise EvaluationError(
+            f"{run.folder} has no objects with evidence: run captions (chair, scenes --ask "
+            "captions) with --evidence"
+        )
+    return _mentions(task, [items[record.item] for record in records], records)
+
+
+def _mentions(
+    task: NamesObjects, items: Sequence[Item], records: Sequence[Record]
+) -> list[Mention]:
+    found: list[Mention] = []
+    for item, record in zip(items, records, strict=True):
+        named, present = task.located(record.answer), item.truth["objects"]
+        found += mentions_in(record.words or [], named, present, item.cluster)
     return found
 
 
