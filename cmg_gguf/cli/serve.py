@@ -69,7 +69,7 @@ def serve(
         running.run()
     except SystemExit as exc:  # uvicorn's, which has logged why
         raise UnsupportedError(
-            f"the server cannot listen at {server.host}:{server.port}; name another --port or --host"
+            f"the server cannot listen at {server.host}:{server.port}; name another --port"
         ) from exc
 
 
