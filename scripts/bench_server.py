@@ -104,9 +104,15 @@ class Bench:
     """Measures in turns. times: milliseconds by name, one of each round."""
 
     def __init__(
-        self, vlm: GuidedVLM, subject: Subject, server: Asker, stock: Asker | None
+        self,
+        vlm: GuidedVLM,
+        subject: Subject,
+        server: Asker,
+        stock: Asker | None,
+        n_tokens: int,
     ) -> None:
         self.times: Times = {}
+        self._n_tokens = n_tokens
         self._vlm, self._subject, self._server, self._stock = vlm, subject, server, stock
         self._seeds = count(1)
 
