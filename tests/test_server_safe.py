@@ -35,6 +35,12 @@ def served() -> Iterator[Served]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def slow_served() -> Iterator[Served]:
+    with serving(limits=Limits(read_seconds=1)) as running:
+        yield running
+
+
 def schema(value: Any) -> Any:
     return schema_of({"type": "json_object", "schema": value})
 
@@ -107,27 +113,28 @@ def test_pictures_are_no_text() -> None:
 
 def test_there_are_no_more_stops_and_biases_than_tokens_can_be_compared_with() -> None:
     check_settings({"stop": ["a"] * MAX_STOPS, "logit_bias": None})
-    with pytest.raises(SamplingError, match="stop has 65 entries and the limit is 64"):
+    with pytest.raises(Refused, match="stop has 65 entries and the limit is 64"):
         check_settings({"stop": ["a"] * (MAX_STOPS + 1)})
-    with pytest.raises(SamplingError, match="logit_bias has 4097 entries"):
+    with pytest.raises(Refused, match="logit_bias has 4097 entries"):
         check_settings({"logit_bias": {str(i): 0.0 for i in range(MAX_BIASES + 1)}})
 
 
 @pytest.mark.parametrize(
-    ("more", "code"),
+    ("more", "param"),
     [
-        ({"messages": [{"role": "user", "content": "a " * 200_000}]}, "context_length_exceeded"),
-        ({"stop": ["a"] * 1000}, None),
-        ({"grammar": "[" * 200_000}, None),
+        ({"messages": [{"role": "user", "content": "a " * 200_000}]}, "messages"),
+        ({"stop": ["a"] * 100_000}, "stop"),
+        ({"logit_bias": {str(i): 0 for i in range(50_000)}}, "logit_bias"),
+        ({"grammar": "root ::= (" * 3_000}, "grammar"),
     ],
 )
 def test_such_requests_are_refused_at_once_and_others_go_on(
-    served: Served, more: dict[str, Any], code: str | None
+    served: Served, more: dict[str, Any], param: str | None
 ) -> None:
     started = time.perf_counter()
     got = served.post({**asking(None), **more})
     assert got.status_code == 400
-    assert got.json()["error"]["code"] == code
+    assert got.json()["error"]["param"] == param
     assert time.perf_counter() - started < 5
 
 
@@ -162,6 +169,43 @@ def test_connections_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
             one.close()
         assert served.wait(lambda: served.server.server_state.connections == set())
         assert served.post(asking(None, max_tokens=2)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HT",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n",
+        b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nX: ",
+        b"",
+    ],
+)
+def test_who_sends_a_byte_at_a_time_is_cut_off(slow_served: Served, head: bytes) -> None:
+    """Whether the route reads a body or not."""
+    host, port = slow_served.url.removeprefix("http://").split(":")
+    started = time.monotonic()
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(head)
+        with suppress(ConnectionError):
+            while time.monotonic() < started + 10:
+                client.sendall(b"1" if b"chunked" not in head else b"1\r\n1\r\n")
+                time.sleep(0.05)
+    assert time.monotonic() - started < 4
+
+
+def test_who_is_slow_and_in_time_is_answered(slow_served: Served) -> None:
+    def slowly() -> Iterator[bytes]:
+        for byte in json.dumps(asking(None, max_tokens=2)).encode():
+            yield bytes([byte])
+            time.sleep(0.001)
+
+    with slow_served.client(headers={"Content-Type": "application/json"}) as client:
+        for _ in range(2):  # on the same connection
+            got = client.post("/v1/chat/completions", content=slowly())
+            assert got.status_code == 200
+            time.sleep(1.2)  # idle is not slow
 
 
 # --- whatever is in a text, it is answered ------------------------------------------------------

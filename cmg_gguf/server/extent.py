@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cmg_gguf.errors import ContextLengthError, SamplingError
+from cmg_gguf.errors import ContextLengthError
 from cmg_gguf.prompt.parts import PICTURES
+from cmg_gguf.server.failures import Refused
 
 CHARACTERS = 128
 """Of one token, at most: the longest ones of vocabularies are that many spaces."""
@@ -46,11 +47,13 @@ def check_extent(messages: object, n_ctx: int) -> None:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raises SamplingError for more of something than each token can be compared with."""
+    """Raises Refused for more of something than each token can be compared with."""
     for name, most in (("stop", MAX_STOPS), ("logit_bias", MAX_BIASES)):
         value = settings.get(name)
         if isinstance(value, list | Mapping) and len(value) > most:
-            raise SamplingError(f"{name} has {len(value)} entries and the limit is {most}")
+            raise Refused(
+                f"{name} has {len(value)} entries and the limit is {most}; give fewer", param=name
+            )
 
 
 def _is_picture(part: object) -> bool:

@@ -104,7 +104,7 @@ class Server(uvicorn.Server):
 
 class Patient(H11Protocol):
     """uvicorn's HTTP/1.1, which waits only so long for a head: from the connection on, and from the
-    first byte of each further one."""
+    first byte of each further one; and twice as long for a body, whether it is read or not."""
 
     read_seconds = Limits.read_seconds
 
@@ -113,15 +113,20 @@ class Patient(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > N_CONNECTIONS + N_TOLD:
             transport.abort()
+        self._awaited: Any = h11.IDLE
         self._waiting = self.loop.call_later(self.read_seconds, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Reads what has come, and waits where that is no whole head."""
+        """Reads what has come, and waits where that is no whole request."""
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._waiting.cancel()
-        elif self._waiting.cancelled():
-            self._waiting = self.loop.call_later(self.read_seconds, self.transport.close)
+        state = self.conn.their_state
+        if state is self._awaited:
+            return
+        self._waiting.cancel()
+        seconds = {h11.IDLE: self.read_seconds, h11.SEND_BODY: 2 * self.read_seconds}
+        self._awaited = state if state in seconds else None
+        if self._awaited is not None:
+            self._waiting = self.loop.call_later(seconds[state], self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Waits no longer."""

@@ -99,14 +99,14 @@ class Service:
         server's default. cmg: None, "off", or guidance settings over the server's. salt: see
         `clients.salt_of`. Raises Refused, which names the setting."""
         given = {name: value for name, value in settings.items() if value is not None}
+        check_extent(messages, self.n_ctx)
+        check_settings(given)
         own = {k: v for k, v in vars(self.defaults).items() if k != "guidance" and k not in given}
         try:
             guidance = self._guidance(cmg)
         except (GuidanceError, TypeError) as exc:
             raise Refused(f"cmg: {exc}", param="cmg") from exc
         try:
-            check_extent(messages, self.n_ctx)
-            check_settings(given)
             made = request_of(messages, guidance=guidance, **given, **own)
             return replace(made, salt=salt, max_tokens=self.limits.tokens(made.max_tokens))
         except CMGError as exc:
