@@ -280,6 +280,26 @@ def test_a_model_that_nobody_asks_is_freed_and_loaded_again() -> None:
                 assert served.service.lifetime.vlm is not None
 
 
+def test_a_model_that_cannot_be_loaded_again_is_told_and_holds_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(sleep_seconds=1.0) as served:
+        lifetime, queue = served.service.lifetime, served.service.queue
+        load = lifetime._load
+        assert served.wait(lambda: lifetime.vlm is None)
+
+        def gone() -> Any:
+            raise ModelError("/models/x.gguf is gone")
+
+        monkeypatch.setattr(lifetime, "_load", gone)
+        refused = served.post(asking(0))
+        assert refused.status_code == 503
+        assert "/models" not in refused.text
+        assert served.wait(lambda: queue.n_taken == 0)
+        monkeypatch.setattr(lifetime, "_load", load)
+        assert served.post(asking(0)).status_code == 200
+
+
 def test_told_to_end_it_lets_answers_end_and_takes_no_new_ones() -> None:
     with program() as (process, url), httpx.Client(base_url=url, timeout=60) as client:
         body = {**asking(0, max_tokens=300, logit_bias={"2": -100.0}), "stream": True}
