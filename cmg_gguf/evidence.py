@@ -1,6 +1,6 @@
 """How much the picture supports a word: one number from what both branches say of its token.
 
-    z     = intercept + w1 log p_o + w2 (log p_o - log p_d) + w3 JSD + w4 H + w5 log p_d
+    z     = intercept + w1 log p_o + w2 (log p_o - log p_d) + w3 JSD + w4 H
     score = 1 / (1 + exp(-z))
 
 p_o is the model's own distribution (n_vocab,), before guidance and samplers; p_d the same model's
@@ -32,18 +32,17 @@ from cmg_gguf.errors import GuidanceError
 class EvidenceModel:
     """Weights of the formula above, each finite.
 
-    intercept; log_p_o, difference, divergence, entropy, log_p_d: one for each term, in this order.
+    intercept; log_p_o, difference, divergence, entropy: one for each term, in this order.
     fitted_on: what they were fitted on, in words; "" = they were not.
 
     Raises GuidanceError for a weight that is no finite number.
     """
 
-    intercept: float = 0.0
+    intercept: float = 1.0
     log_p_o: float = 1.0
     difference: float = 1.0
     divergence: float = 0.0
     entropy: float = 0.0
-    log_p_d: float = 0.0
     fitted_on: str = ""
 
     def __post_init__(self) -> None:
@@ -71,7 +70,6 @@ class EvidenceModel:
             + self.difference * (log_p_o - log_p_d)
             + self.divergence * divergence
             + self.entropy * entropy
-            + self.log_p_d * log_p_d
         )
         return 1 / (1 + math.exp(min(-z, 700.0)))
 
@@ -80,8 +78,25 @@ LEAST = -50.0
 """What a log-probability counts as at least, in nats."""
 
 UNFITTED = EvidenceModel()
-"""sigmoid(2 log p_o - log p_d), uncalibrated: 0.5 for a word that is certain with the picture and
-without, more for what the picture makes likelier, less for what it does not make certain."""
+"""sigmoid(1 + 2 log p_o - log p_d), uncalibrated: 0.73 for a word that is certain with the picture
+and without, more for what the picture makes likelier, less for what it does not make certain."""
+
+DOUBTFUL = 0.5
+"""Words of a lower score are marked as doubtful, but for `FUNCTION_WORDS`."""
+_FUNCTION_WORDS = """
+a about all also an and another any are as at be been both but by can could does each for from had
+has have he her here his i image in into is it its may near next no not of on one or other picture
+scene she so some that the their them there these they this those to two was we were what when where
+which while who will with would you
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+"""Words of English that name nothing to see: whether the picture supports them asks nothing. Other
+languages' are not known here, and can be marked."""
+
+
+def is_doubtful(word: str, score: float | None) -> bool:
+    """Whether a word is to be marked. score: None = it has none."""
+    return score is not None and score < DOUBTFUL and word.lower() not in FUNCTION_WORDS
 
 
 def checked_evidence(value: object) -> EvidenceModel | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cmg_gguf.arrays import FloatArray
+from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.heat.maps import Heat
 
@@ -119,8 +120,9 @@ class Reply:
     prompt tokens whose KV cells were there from an earlier prompt that began alike. mended: what
     was put right in the image encoder for its pictures, names of `MENDS`, sorted. scores: of the
     first `Request.n_scores` draws, the end token's included: (n_vocab,) float32, the logits under
-    guidance before the plausibility cut and all samplers. words: those of the text, in order. heat:
-    what each token attended to in the pictures, where asked for.
+    guidance before the plausibility cut and all samplers. words: those of the text, in order.
+    evidence: the weights of their scores; None = none were asked for. heat: what each token
+    attended to in the pictures, where asked for.
     """
 
     text: str
@@ -138,6 +140,7 @@ class Reply:
     n_reasoning_tokens: int = 0
     mended: tuple[str, ...] = ()
     words: tuple[Word, ...] = ()
+    evidence: EvidenceModel | None = None
     scores: tuple[FloatArray, ...] = field(default=(), repr=False, compare=False)
     heat: Heat | None = field(default=None, repr=False, compare=False)
 

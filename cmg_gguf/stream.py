@@ -326,6 +326,7 @@ class Run:
             seconds=replace(self._seconds, decode=answer.seconds),
             mended=self._mended(),
             words=answer.words,
+            evidence=self._request.evidence_model,
             scores=tuple(answer.scores),
             heat=self._heat(session),
         )

@@ -28,7 +28,7 @@ HOUSE = {
     "settings": "errors guidance evidence",
     "sampling": "errors arrays",
     "heat": "errors arrays",
-    "reply": "errors arrays guidance heat",
+    "reply": "errors arrays guidance evidence heat",
     "tiny": VALUES,
     # --- prompts, and requests made of all that -------------------------------------------------
     "prompt": "errors arrays",

@@ -12,10 +12,12 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeGuard
 
 from cmg_gguf.errors import PromptError, SamplingError, UnsupportedError, shown
+from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Piece, Reply, Token
 from cmg_gguf.request import Messages, Request
@@ -49,6 +51,7 @@ def request_of(
     messages: Messages,
     *,
     guidance: Guidance | None = None,
+    evidence: bool | EvidenceModel | None = None,
     max_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
@@ -60,16 +63,17 @@ def request_of(
 ) -> Request:
     """The request of a chat completion.
 
-    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance` is
-    ours. max_tokens: None or <= 0 = until the context is full. logprobs: of the guided
-    distribution, before the other samplers. chat_template_kwargs: as in `Request`, and in
-    llama-server. cache_prompt: False = nothing kept is gone on from, and the same request gives the
-    same bits: `Request.repeatable`, which costs others their kept prompts. sampling: see
-    `sampling_of`. Raises what it, `Request` and `Guidance` raise.
+    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance`
+    and `evidence` are ours, see `Request`. max_tokens: None or <= 0 = until the context is full.
+    logprobs: of the guided distribution, before the other samplers. chat_template_kwargs: as in
+    `Request`, and in llama-server. cache_prompt: False = nothing kept is gone on from, and the same
+    request gives the same bits: `Request.repeatable`, which costs others their kept prompts.
+    sampling: see `sampling_of`. Raises what it, `Request` and `Guidance` raise.
     """
     return Request(
         messages,
         guidance=guidance if guidance is not None else Guidance(),
+        evidence=False if evidence is None else evidence,
         sampling=sampling_of(**sampling),
         max_tokens=None if _is_number(max_tokens) and max_tokens <= 0 else max_tokens,
         stop=stop or (),
@@ -223,6 +227,7 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
             for i, token in enumerate(reply.tokens)
             if token.changed
         ],
+        **_evidence(reply),
         "seed": reply.seed,
         "seconds": {
             "encode": reply.seconds.encode,
@@ -230,6 +235,24 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
             "decode": reply.seconds.decode,
         },
     }
+
+
+def _evidence(reply: Reply) -> dict[str, Any]:
+    """Where it was asked for: each word with its score, what each token is scored by, and what the
+    weights were fitted on ("" = they were not, and scores are no probabilities)."""
+    if reply.evidence is None:
+        return {}
+    words = [
+        {"text": word.text, "start": word.start, "stop": word.stop, "score": word.evidence}
+        for word in reply.words
+    ]
+    tokens = [
+        {"token": token.text, **asdict(token.evidence)}
+        for token in reply.tokens
+        if token.evidence is not None
+    ]
+    fitted_on = reply.evidence.fitted_on
+    return {"evidence": {"fitted_on": fitted_on, "words": words, "tokens": tokens}}
 
 
 def usage(*replies: Reply) -> dict[str, Any]:

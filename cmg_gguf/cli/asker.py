@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from cmg_gguf.cli.guidance_flags import GuidanceFlags
     from cmg_gguf.cli.model_flags import ModelFlags
+    from cmg_gguf.evidence import EvidenceModel
     from cmg_gguf.guidance import Guidance
     from cmg_gguf.reply import Piece, Reply
     from cmg_gguf.sampling import Sampling
@@ -33,12 +34,14 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Asker:
-    """A loaded model, and what all answers of a command share. seconds: loading took."""
+    """A loaded model, and what all answers of a command share. seconds: loading took. evidence: by
+    which weights; None = none."""
 
     vlm: GuidedVLM
     screen: Screen
     max_tokens: int | None
     seconds: float
+    evidence: EvidenceModel | None = None
 
     @classmethod
     def open(
@@ -49,13 +52,21 @@ class Asker:
         *,
         max_tokens: int | None,
         blind: bool = False,
+        evidence: bool = False,
     ) -> Asker:
         """Loads the model, and says so if it is the built-in one. blind: no image is shown.
+        evidence: of each answer about an image; says so where its weights are not fitted.
 
         Raises CMGError; KeyboardInterrupt on Ctrl-C.
         """
         flags.check()
         note_built_in(screen, flags, guidance.told(flags.own_settings, blind=blind))
+        weights = guidance.weights(flags.own_settings) if evidence else None
+        if weights is not None and not weights.is_fitted:
+            screen.note(
+                "no settings file with weights for this model is given, so the evidence is not "
+                "calibrated: its scores put words in an order, and are no probabilities"
+            )
         files = fetched(screen, flags)
         note_unread(screen, flags, files[0])
         started = time.perf_counter()
@@ -72,7 +83,7 @@ class Asker:
                 f"this model decodes a picture at once, so a step has room for {vlm.n_ubatch} "
                 "tokens: more memory (-ub 512 takes small pictures only)"
             )
-        return cls(vlm, screen, max_tokens, time.perf_counter() - started)
+        return cls(vlm, screen, max_tokens, time.perf_counter() - started, weights)
 
     def ask(
         self,
@@ -101,6 +112,7 @@ class Asker:
                 sampling=sampling,
                 max_tokens=self.max_tokens,
                 heat=heat,
+                evidence=self.evidence if _has_images(messages) else None,
                 progress=progress,
             )
             n_tokens = 0

@@ -112,6 +112,14 @@ class CaptionFlags:
             help="Most tokens of an answer; what that cuts off ends at its last whole sentence.",
         ),
     ] = 256
+    evidence: Annotated[
+        bool,
+        _flag(
+            "--evidence",
+            help="Write FOLDER/review.jsonl and review.html: the captions made now, the one with "
+            "the least supported word first, doubtful words marked. By the weights of --settings.",
+        ),
+    ] = False
     limit: Annotated[
         int | None,
         _flag("--limit", min=1, metavar="N", help="The first N pictures alone, by name."),
@@ -184,6 +192,7 @@ def _settings(
         "shard": Shard.parse(flags.shard),
         "guidance": guidance.guidance(model.own_settings),
         "sampling": sampling.sampling(),
+        "evidence": guidance.weights(model.own_settings) if flags.evidence else None,
     }
 
 
@@ -200,6 +209,8 @@ def _captioned(
     before = f", {made.n_resumed} made before" if made.n_resumed else ""
     left = f", {made.n_skipped} left alone that had one" if made.n_skipped else ""
     speed = f" ({made.n_written / seconds:.2f} pictures/s)" if made.n_written else ""
+    if made.review is not None:
+        err.aside(f"{made.review[1]} shows the captions, the least supported word first")
     err.aside(f"{count(made.n_written, 'caption')} in {seconds:.1f} s{speed}{before}{left}")
     return made
 

@@ -18,6 +18,7 @@ from cmg_gguf.cli.options import (
     parse_tokens,
 )
 from cmg_gguf.errors import GuidanceError
+from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.guidance import MAX_ALPHA, Guidance, LayerRange, Refresh, Scope, States
 from cmg_gguf.settings import Settings, load_settings
 
@@ -165,6 +166,11 @@ class GuidanceFlags:
                 )
             return PLAIN
         return replace(self.file(own).guidance, **self._given())
+
+    def weights(self, own: Path | None = None) -> EvidenceModel:
+        """Weights of evidence: what the settings file says, or the model's own. Raises
+        GuidanceError."""
+        return self.file(own).evidence
 
     def file(self, own: Path | None = None) -> Settings:
         """What the settings file says, or `own`; the defaults without any. Raises GuidanceError."""

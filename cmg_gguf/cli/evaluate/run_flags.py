@@ -152,6 +152,15 @@ class RunFlags:
             help="Leave out the items that --settings were tuned on, instead of refusing them.",
         ),
     ] = False
+    evidence: Annotated[
+        bool,
+        _flag(
+            "--evidence",
+            help="Note of every word how much the picture supports it, by the weights of "
+            "--settings; of captions, the report says how well that tells invented objects from "
+            "real ones. Not of vcd, no-image, m3id, icd.",
+        ),
+    ] = False
 
     def chosen(self, guidance: Guidance) -> tuple[Method, ...]:
         """The methods, at their strengths. Raises BadParameter, EvaluationError, GuidanceError."""

@@ -90,6 +90,7 @@ def evaluate_task(
             shard=shard,
             leave_out=tuned_on if run.skip_tuned else frozenset(),
             tuned_on=tuned_on,
+            evidence=guidance.weights(model.own_settings) if run.evidence else None,
             executor=spread.executor(),
             progress=progress,
         )
