@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import re
+import shutil
 
 import pytest
-from served import serving
+from served import data_url, serving
 
 from cmg_gguf.server.web import ASSETS, HEADERS
 
@@ -45,3 +47,73 @@ def test_scripts_make_no_markup_of_text(locked):
         assert not re.search(
             "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", locked.get(path).text
         )
+
+
+HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+SAY = """
+const [text, done] = arguments;
+import("/page/answer.js").then(({ Answer }) => {
+  const token = { token: text, logprob: -1, top_logprobs: [{ token: text, logprob: -1 }] };
+  const answer = new Answer(document.getElementById("guided"));
+  answer.said({ choices: [{ delta: { content: text }, logprobs: { content: [token] } }] });
+  answer.said({ choices: [], cmg: { n_changed: 1, changed: [{ index: 0, plain: text }] } });
+  done();
+});
+"""
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
+    driver.set_script_timeout(10)
+    yield driver
+    driver.quit()
+
+
+def by_id(browser, name):
+    return browser.find_element("id", name)
+
+
+def test_asks_for_the_key_and_marks_what_guidance_changed(browser, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    picture = tmp_path / "<img src=x onerror=alert(1)>.png"
+    picture.write_bytes(base64.b64decode(data_url().partition(",")[2]))
+    with serving(keys=[KEY]) as served:
+        browser.get(served.url)
+        wait = WebDriverWait(browser, 20)
+        by_id(browser, "file").send_keys(str(picture))
+        wait.until(lambda _: by_id(browser, "picture").is_displayed())
+        assert by_id(browser, "name").text == picture.name
+        by_id(browser, "ask").click()
+        wait.until(lambda _: by_id(browser, "key").is_displayed())
+        by_id(browser, "key").send_keys(KEY)
+        wait.until(lambda _: by_id(browser, "ask").is_enabled())
+        by_id(browser, "ask").click()
+        wait.until(lambda _: "complete" in by_id(browser, "status").text)
+        plain, guided = by_id(browser, "plain").text, by_id(browser, "guided").text
+        (mark,) = browser.find_elements("css selector", "#guided mark")
+        assert plain != guided
+        assert guided.partition(mark.text)[0] == plain[: guided.index(mark.text)]
+        assert "Likeliest" in mark.get_attribute("title")
+        assert len(browser.find_elements("css selector", "img")) == 1
+
+
+def test_what_a_model_says_is_never_markup(browser):
+    with serving() as served:
+        browser.get(served.url)
+        title = browser.title
+        browser.execute_async_script(SAY, HOSTILE)
+        assert by_id(browser, "guided").text == HOSTILE
+        assert by_id(browser, "guided").find_elements("css selector", "img, script") == []
+        assert browser.title == title
+        assert browser.get_log("browser") == []

@@ -27,9 +27,11 @@ export class Answer {
     const parts = this.tokens.map((token, i) => {
       const text = token.token.slice(Math.min(cut, token.token.length));
       cut = Math.max(0, cut - token.token.length);
-      return changed.has(i) ? markOf(text, token, changed.get(i)) : text;
+      if (!changed.has(i)) return [text];
+      const word = text.trimStart() || text;
+      return [text.slice(0, text.length - word.length), markOf(word, token, changed.get(i))];
     });
-    this.element.replaceChildren(...parts);
+    this.element.replaceChildren(...parts.flat());
   }
 }
 

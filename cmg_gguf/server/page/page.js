@@ -56,7 +56,8 @@ async function both() {
       ask(body("off"), key, signal, (chunk) => plain.said(chunk)),
       ask(request, key, signal, (chunk) => guided.said(chunk)),
     ]);
-    at("note").textContent = `${guided.cmg.n_changed} tokens changed; alpha ${guided.cmg.alpha}, beta ${guided.cmg.beta}`;
+    const { n_changed: n } = guided.cmg;
+    at("note").textContent = `${n} ${n === 1 ? "token" : "tokens"} changed; alpha ${guided.cmg.alpha}, beta ${guided.cmg.beta}`;
     tell("Both answers are complete.");
   } catch (error) {
     tell(signal.aborted ? "Stopped." : error.message);
