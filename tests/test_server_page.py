@@ -104,7 +104,10 @@ def test_asks_for_the_key_and_marks_what_guidance_changed(browser, tmp_path):
         (mark,) = browser.find_elements("css selector", "#guided mark")
         assert plain != guided
         assert guided.partition(mark.text)[0] == plain[: guided.index(mark.text)]
-        assert "Likeliest" in mark.get_attribute("title")
+        assert by_id(browser, "alpha").get_attribute("value") == "0.5"
+        browser.execute_script("arguments[0].focus()", mark)
+        shown = "return getComputedStyle(arguments[0], '::after').content"
+        assert "Likeliest" in browser.execute_script(shown, mark)
         assert len(browser.find_elements("css selector", "img")) == 1
 
 

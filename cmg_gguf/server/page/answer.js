@@ -40,8 +40,8 @@ function markOf(text, token, plain) {
   mark.textContent = text;
   mark.tabIndex = 0;
   const others = token.top_logprobs.map((other) => `“${other.token}” ${percent(other.logprob)}`);
-  mark.title = `guided “${token.token}” ${percent(token.logprob)}, plain “${plain}”. Likeliest: ${others.join(", ")}`;
-  mark.setAttribute("aria-label", `${text}, ${mark.title}`);
+  mark.dataset.tip = `guided “${token.token}” ${percent(token.logprob)}, plain “${plain}”. Likeliest: ${others.join(", ")}`;
+  mark.setAttribute("aria-label", `${text}, ${mark.dataset.tip}`);
   return mark;
 }
 

@@ -38,6 +38,14 @@ function guidance() {
   return { alpha: Number(at("alpha").value), beta: Number(at("beta").value) };
 }
 
+// As the server was started: what the next question would change.
+function setSliders(cmg) {
+  for (const id of ["alpha", "beta"]) {
+    at(id).value = cmg[id];
+    at(`${id}-out`).textContent = at(id).value;
+  }
+}
+
 async function both() {
   running = new AbortController();
   at("ask").disabled = true;
@@ -58,6 +66,7 @@ async function both() {
     ]);
     const { n_changed: n } = guided.cmg;
     at("note").textContent = `${n} ${n === 1 ? "token" : "tokens"} changed; alpha ${guided.cmg.alpha}, beta ${guided.cmg.beta}`;
+    if (!at("own").checked) setSliders(guided.cmg);
     tell("Both answers are complete.");
   } catch (error) {
     tell(signal.aborted ? "Stopped." : error.message);
