@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SamplingError,
         UnsupportedError,
     )
+    from cmg_gguf.evidence import EvidenceModel
     from cmg_gguf.guidance import (
         AttentionMass,
         CumulativeMass,
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
         TopRatio,
     )
     from cmg_gguf.handler import CMGChatHandler
-    from cmg_gguf.reply import Piece, Reply, Seconds, Token
+    from cmg_gguf.heat.maps import Heat
+    from cmg_gguf.reply import Evidence, Piece, Reply, Seconds, Token, Word
     from cmg_gguf.request import Contrast, Request
     from cmg_gguf.sampling import Sampling
     from cmg_gguf.stream import Stream
@@ -61,9 +63,12 @@ __all__ = [
     "CumulativeMass",
     "Disagreement",
     "EvaluationError",
+    "Evidence",
+    "EvidenceModel",
     "Guidance",
     "GuidanceError",
     "GuidedVLM",
+    "Heat",
     "HubConnectionError",
     "HubError",
     "HubNameError",
@@ -86,6 +91,7 @@ __all__ = [
     "Token",
     "TopRatio",
     "UnsupportedError",
+    "Word",
     "__version__",
     "caption",
 ]
@@ -93,8 +99,10 @@ __all__ = [
 # What is imported on first use, llama.cpp with it: `cmg-gguf --help` needs none. Light ones first.
 _MODULES = (
     "errors",
+    "evidence",
     "guidance",
     "sampling",
+    "heat.maps",
     "reply",
     "request",
     "stream",

@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
+import PIL
 
-from cmg_gguf.llama.about import devices, features
-from cmg_gguf.llama.header import projector_facts
+from cmg_gguf.llama.about import devices, features, library
+from cmg_gguf.llama.header import open_header, projector_facts, read_architecture
+from cmg_gguf.llama.layers import layer_places
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
+from cmg_gguf.llama.repacking import REMEDY, is_safe
 from cmg_gguf.llama.resolution import measured
-from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch
+from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch, named_template
 
 SIZE_IF_UNKNOWN = 336
 """Pixels a side of the image whose tokens are counted, where the projector names no size."""
 
 
 def system_facts() -> dict[str, Any]:
-    """Versions and devices."""
+    """Versions, the libllama that is loaded, devices. repacking_remedy: None where weights may be
+    repacked."""
     return {
         "llama_cpp_python": llama_cpp.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
         "python": platform.python_version(),
+        "library": str(library()),
         "devices": [vars(device) for device in devices()],
         "features": features(),
+        "repacking_remedy": None if is_safe() else REMEDY,
     }
 
 
-def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
-    """What the files hold. Raises ModelError, ProjectorError."""
+def pair_facts(
+    path: Path, mmproj: Path | None, *, offload_kqv: bool = True, **placed: Any
+) -> dict[str, Any]:
+    """What the files hold, and where their layers lie. placed: see `Placement`. Raises ModelError,
+    ProjectorError, BackendError, UnsupportedError."""
     set_verbose(False)
-    model = Model.load(path, n_gpu_layers=0)
+    model = Model.load(path, **placed)
+    places = layer_places(model.handle, model.n_layer, offload_kqv=offload_kqv)
     return {
         "model": {
             "path": str(path),
@@ -42,12 +55,26 @@ def pair_facts(path: Path, mmproj: Path | None) -> dict[str, Any]:
             "bytes": model.size,
             "layers": model.n_layer,
             "attention_layers": list(model.attention_layers),
+            "layer_devices": places.weights,
+            "cache_devices": places.caches,
             "vocabulary": model.n_vocab,
             "context": model.n_ctx_train,
             "chat_template": "own" if model.chat_template() else DEFAULT_TEMPLATE,
         },
         "mmproj": _projector_block(mmproj, model) if mmproj else None,
     }
+
+
+def unread_variables(path: Path, chosen: str | None, names: Iterable[str]) -> list[str]:
+    """Which of these variables the chat template does not read, so that they change nothing.
+
+    path: the model file, of which the header alone is read. chosen: a template in place of its own.
+    Raises ModelError, PromptError.
+    """
+    read_architecture(path, "model")
+    with open_header(path) as header:
+        template = named_template(chosen, header.text("tokenizer.chat_template"))
+    return [name for name in names if not template.reads(name)]
 
 
 def _projector_block(path: Path, model: Model) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from cmg_gguf.errors import GuidanceError
 
 Scope = Literal["decode", "question", "text", "all"]
 Refresh = Literal["prompt", "step"]
+States = Literal["read", "unread"]
 
 MAX_ALPHA = 100.0
 
@@ -180,6 +181,9 @@ class Guidance:
     and what was said between them, to both branches.
     refresh: "prompt" = tokens chosen once, from the last prompt row; "step" = anew for every row,
     from that row's own attention. Dynamic layers are always chosen once.
+    states: of a model with recurrent layers, what these hold behind a picture in the degraded
+    branch: "read" = what they read of it; "unread" = what they held before it. What masked rows
+    read of the question they keep, so "unread" goes with the scopes "text" and "all".
 
     The defaults are argued, not tuned: alpha and beta are those of the closest published relatives
     (VCD), two ablations of related methods found masking from a third of the depth upward best,
@@ -196,6 +200,7 @@ class Guidance:
     scope: Scope = "text"
     refresh: Refresh = "step"
     gate: Disagreement | None = None
+    states: States = "read"
 
     def __post_init__(self) -> None:
         _check_range("alpha", self.alpha, 0.0, MAX_ALPHA, "a strength")
@@ -209,9 +214,14 @@ class Guidance:
             object.__setattr__(self, "layers", _layer_set(self.layers))
         if not isinstance(self.gate, Disagreement | None):
             raise GuidanceError(f"gate={self.gate!r} is no gate: use Disagreement, or None")
-        for name, allowed in (("scope", get_args(Scope)), ("refresh", get_args(Refresh))):
-            if getattr(self, name) not in allowed:
+        for name, kind in (("scope", Scope), ("refresh", Refresh), ("states", States)):
+            if getattr(self, name) not in (allowed := get_args(kind)):
                 raise GuidanceError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
+        if self.states == "unread" and self.scope not in ("text", "all"):
+            raise GuidanceError(
+                f'states="unread" and scope={self.scope!r} do not go together: rows that are not '
+                'masked have read the picture; use scope="text" or "all"'
+            )
 
     @property
     def contrasts(self) -> bool:

@@ -31,9 +31,9 @@ class CMGChatHandler:
     clip_model_path: the image projector, by the name that llama-cpp-python's handlers give it.
     verbose: llama.cpp's log on stderr, as `Llama`'s own argument, which holds where this is None.
     guidance: used for every answer; None = `Guidance()`.
-    chat_template, chat_template_kwargs, pairing, prefix_cells, encoder, use_gpu: as in
-    `GuidedVLM`. A KV cache of its own is made with the first answer, with the context
-    settings of that `Llama`.
+    chat_template, chat_template_kwargs, pairing, prefix_cells, encoder, max_pixels,
+    image_min_tokens, image_max_tokens, use_gpu: as in `GuidedVLM.from_llama`. A KV cache of its
+    own is made with the first answer, with the context settings of that `Llama`.
 
     The options of `Llama.create_chat_completion` have their usual meaning; replies carry a `cmg`
     block. Without a seed of its own, an answer is drawn with that of its `Llama` (constructor and
@@ -53,6 +53,9 @@ class CMGChatHandler:
         pairing: Pairing = "auto",
         prefix_cells: int | None = None,
         encoder: Encoder = "mended",
+        max_pixels: int | None = None,
+        image_min_tokens: int | None = None,
+        image_max_tokens: int | None = None,
         use_gpu: bool = True,
     ) -> None:
         if guidance is not None:
@@ -60,12 +63,17 @@ class CMGChatHandler:
         self.guidance = guidance
         self._clip_model_path = clip_model_path
         self._verbose = verbose
-        self._chat_template = chat_template
-        self._chat_template_kwargs = chat_template_kwargs or {}
-        self._pairing: Pairing = pairing
-        self._prefix_cells = prefix_cells
-        self._encoder: Encoder = encoder
-        self._use_gpu = use_gpu
+        self._options: dict[str, Any] = {
+            "chat_template": chat_template,
+            "chat_template_kwargs": chat_template_kwargs or {},
+            "pairing": pairing,
+            "prefix_cells": prefix_cells,
+            "encoder": encoder,
+            "max_pixels": max_pixels,
+            "image_min_tokens": image_min_tokens,
+            "image_max_tokens": image_max_tokens,
+            "use_gpu": use_gpu,
+        }
         self._vlms: weakref.WeakKeyDictionary[llama_cpp.Llama, GuidedVLM]
         self._vlms = weakref.WeakKeyDictionary()
 
@@ -73,15 +81,7 @@ class CMGChatHandler:
         """The guided model on `llama`'s weights, made on first use."""
         if llama not in self._vlms:
             self._vlms[llama] = GuidedVLM.from_llama(
-                llama,
-                self._clip_model_path,
-                chat_template=self._chat_template,
-                chat_template_kwargs=self._chat_template_kwargs,
-                pairing=self._pairing,
-                prefix_cells=self._prefix_cells,
-                encoder=self._encoder,
-                use_gpu=self._use_gpu,
-                verbose=self._verbose,
+                llama, self._clip_model_path, verbose=self._verbose, **self._options
             )
         return self._vlms[llama]
 

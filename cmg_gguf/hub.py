@@ -68,6 +68,23 @@ def fetch_pair(
     return paths[0], paths[-1] if mmproj is None else Path(mmproj)
 
 
+def held_pair(name: str, mmproj: str | Path | None = None) -> tuple[Path, Path] | None:
+    """What `fetch_pair` gives without a connection; None where the cache has not all of it.
+
+    Raises HubNameError; UnsupportedError without huggingface_hub.
+    """
+    repo, wanted = split_name(name)
+    there = _cached(repo, "")
+    if there is None or there.folder is None:
+        return None
+    try:
+        model = language_files(there, wanted)[0]
+        beside = mmproj or there.folder / projector_file(there, model)
+    except HubError:
+        return None
+    return there.folder / model, Path(beside)
+
+
 def split_name(name: str) -> tuple[str, str | None]:
     """Repository and quant (or file) of "owner/repo[:quant]". Raises HubNameError."""
     found = _NAME.fullmatch(name)
@@ -185,21 +202,23 @@ def _listing(repo: str) -> Listing:
             info = huggingface_hub.HfApi().model_info(repo)
         names = [file.rfilename for file in info.siblings or ()]
         return Listing(repo, names, f"see {huggingface_hub.constants.ENDPOINT}/{repo}")
-    except HubConnectionError as exc:
-        try:
-            folder = huggingface_hub.snapshot_download(
-                repo, local_files_only=True, allow_patterns=[]
-            )
-        except OSError:
-            raise exc from exc.__cause__
-        there = Path(folder)
-        names = [p.relative_to(there).as_posix() for p in there.rglob("*.gguf") if p.is_file()]
-        why = (
-            "HF_HUB_OFFLINE is set"
-            if huggingface_hub.constants.is_offline_mode()
-            else "the hub is not reached"
-        )
-        return Listing(f"the cache of {repo}", names, f"{why}: ask again with a connection", there)
+    except HubConnectionError:
+        offline = huggingface_hub.constants.is_offline_mode()
+        there = _cached(repo, "HF_HUB_OFFLINE is set" if offline else "the hub is not reached")
+        if there is None:
+            raise
+        return there
+
+
+def _cached(repo: str, why: str) -> Listing | None:
+    """What the cache has of a repository; why it is looked at. None = nothing."""
+    try:
+        folder = _library().snapshot_download(repo, local_files_only=True, allow_patterns=[])
+    except OSError:
+        return None
+    there = Path(folder)
+    names = [p.relative_to(there).as_posix() for p in there.rglob("*.gguf") if p.is_file()]
+    return Listing(f"the cache of {repo}", names, f"{why}: ask again with a connection", there)
 
 
 @dataclass(frozen=True)

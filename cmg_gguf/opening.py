@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import llama_cpp
 
@@ -14,11 +14,13 @@ from cmg_gguf.engine.engine import Engine
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, EXACT
 from cmg_gguf.engine.steps import Strategy as Steps
-from cmg_gguf.errors import UnsupportedError
+from cmg_gguf.errors import BackendError, UnsupportedError
 from cmg_gguf.llama.context import DEFAULT_N_UBATCH, ContextOptions, LlamaContext
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.placement import Placement
 from cmg_gguf.llama.projector import Encoder as Encoder
 from cmg_gguf.llama.projector import Projector
+from cmg_gguf.llama.repacking import REMEDY, is_safe
 from cmg_gguf.llama.resolution import ImageTokens, limited
 from cmg_gguf.prompt.limits import checked_max_pixels
 from cmg_gguf.prompt.templates import ChatTemplate
@@ -35,6 +37,8 @@ MAX_PARALLEL = 64
 """Each takes two of llama.cpp's 256 sequences."""
 MAX_PREFIXES = 8
 """Most prompts whose KV cells are kept: each takes two of llama.cpp's sequences."""
+STATES_BYTES = 256 * 2**20
+"""Memory for what recurrent layers hold of kept prompts, where two need no more."""
 IMAGE_SHARE = 0.5
 """Of the context, what one picture takes at most, where its size decides."""
 IMAGE_CACHE_BYTES = 64 * 2**20
@@ -101,6 +105,14 @@ class Pair:
         self.model.close()
 
 
+Options = TypeVar("Options", PairOptions, ContextOptions, Placement)
+
+
+def taken(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """The options of one kind among others, by name."""
+    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+
+
 def open_pair(
     model: Model, mmproj_path: str | Path, context: ContextOptions, options: PairOptions
 ) -> Pair:
@@ -113,22 +125,26 @@ def open_pair(
     projector = _projector(mmproj_path, model, context, options)
     if context.n_ubatch is None:
         context = replace(context, n_ubatch=fitting_n_ubatch(projector))
-    # A recurrent state cannot be cut back to where two prompts part.
-    keeps = options.prefix_cells != 0 and not model.has_recurrent_layers
-    n_parallel, n_slots = _n_parallel(options, model), MAX_PREFIXES if keeps else 0
+    n_parallel = _n_parallel(options, model)
+    n_slots = 0 if options.prefix_cells == 0 else _n_slots(model, paired=paired)
     n_seqs = n_parallel + n_slots
+    n_aside = n_parallel if model.has_recurrent_layers else 0
     contexts: tuple[LlamaContext, ...]
     if paired:
-        contexts = (LlamaContext(model, context, n_seq_max=2 * n_seqs),)
+        contexts = (LlamaContext(model, context, n_seq_max=2 * n_seqs + n_aside),)
         seqs = [(2 * i, 2 * i + 1) for i in range(n_seqs)]
     else:
         contexts = (
             LlamaContext(model, context, n_seq_max=n_seqs),
-            LlamaContext(model, context, n_seq_max=n_parallel),
+            LlamaContext(model, context, n_seq_max=n_parallel + n_aside),
         )
         seqs = [(i, i if i < n_parallel else 0) for i in range(n_seqs)]
     first, second = contexts[0], contexts[-1]
-    lanes = [Branches(Branch(first, a), Branch(second, b)) for a, b in seqs[:n_parallel]]
+    asides = range(second.n_seq_max - n_aside, second.n_seq_max) if n_aside else [None] * n_parallel
+    lanes = [
+        Branches(Branch(first, a), Branch(second, b), aside)
+        for (a, b), aside in zip(seqs[:n_parallel], asides, strict=True)
+    ]
     max_cells = _checked_cells(options.prefix_cells, first.n_ctx)
     prefixes = PrefixCache((first, second), seqs[n_parallel:], max_cells)
     strategy = STEPS[options.strategy] if paired else EAGER
@@ -160,6 +176,16 @@ def fitting_n_ubatch(projector: Projector) -> int:
     return max(DEFAULT_N_UBATCH, projector.rows_at_once())
 
 
+def named_template(chosen: str | None, own: str | None, **texts: str) -> ChatTemplate:
+    """The chosen template, by its name or Jinja text; else the model's own; else vicuna.
+
+    texts: `bos` and `eos`. Raises PromptError.
+    """
+    source = chosen if chosen is not None else own or DEFAULT_TEMPLATE
+    make = ChatTemplate.from_jinja if "{" in source else ChatTemplate.named
+    return make(source, **texts)
+
+
 def open_files(
     model_path: str | Path,
     mmproj_path: str | Path,
@@ -179,7 +205,8 @@ def open_files(
 def open_on_llama(llama: llama_cpp.Llama, mmproj_path: str | Path, options: PairOptions) -> Pair:
     """A pair on the weights of a `llama_cpp.Llama`, in contexts of its own with its settings.
 
-    Raises what `open_pair` raises; UnsupportedError where `llama` has a LoRA adapter.
+    Raises what `open_pair` raises; UnsupportedError where `llama` has a LoRA adapter; BackendError
+    where its weights are repacked and llama.cpp would crash on them.
     """
     if getattr(llama, "_lora_adapter", None) is not None:
         raise UnsupportedError(
@@ -187,17 +214,36 @@ def open_on_llama(llama: llama_cpp.Llama, mmproj_path: str | Path, options: Pair
             "(llama-export-lora)"
         )
     model = Model(llama.model, path=Path(llama.model_path), owner=llama)
+    if llama.model_params.use_extra_bufts and _computes_on_cpu(llama, model) and not is_safe():
+        raise BackendError(
+            "the weights of this Llama are repacked for AMX, and this build of llama.cpp crashes "
+            f"on them, with or without guidance. Build it without: {REMEDY}; or open the files "
+            "with GuidedVLM, which loads them as they are"
+        )
     context = ContextOptions.from_params(llama.context_params)
     return open_pair(model, mmproj_path, context, options)
 
 
+def _computes_on_cpu(llama: llama_cpp.Llama, model: Model) -> bool:
+    """Whether any layer's weights lie in the CPU's memory."""
+    n: int = llama.model_params.n_gpu_layers
+    return not llama_cpp.llama_supports_gpu_offload() or 0 <= n <= model.n_layer
+
+
 def _is_paired(options: PairOptions, model: Model) -> bool:
-    if options.pairing == "pair" and model.has_recurrent_layers:
+    # What a window let go of a sequence is not known where the sequence has a state.
+    hidden = model.has_recurrent_layers and model.has_windows
+    if options.pairing == "pair" and hidden:
         raise UnsupportedError(
-            "this model has recurrent layers, whose state two sequences cannot share; "
-            'use pairing="contexts"'
+            "this model has recurrent layers beside a sliding window, of which two sequences "
+            'cannot share the cells; use pairing="contexts"'
         )
-    paired = options.pairing != "contexts" and not model.has_recurrent_layers
+    paired = options.pairing != "contexts" and not hidden
+    if options.strategy == "approximate" and model.has_recurrent_layers:
+        raise UnsupportedError(
+            'strategy="approximate" leaves rows out that a recurrent layer of this model would '
+            'miss; use "exact"'
+        )
     if options.strategy == "approximate" and not paired:
         raise UnsupportedError(
             'strategy="approximate" shares KV cells and two contexts have none in common; '
@@ -206,12 +252,21 @@ def _is_paired(options: PairOptions, model: Model) -> bool:
     return paired
 
 
+def _n_slots(model: Model, *, paired: bool) -> int:
+    """Prompts that may be kept. One that ends in a picture and one behind it each have a state."""
+    if not model.has_recurrent_layers:
+        return MAX_PREFIXES
+    fitting = STATES_BYTES // (2 * max(1, model.state_bytes))
+    return min(max(2, fitting), MAX_PREFIXES) if paired else 0
+
+
 def _n_parallel(options: PairOptions, model: Model) -> int:
     if options.n_parallel is not None:
         return options.n_parallel
     if model.has_recurrent_layers:
-        return 1  # their rows never share a decode
-    on_device = options.use_gpu and llama_cpp.llama_supports_gpu_offload()
+        return 1  # each takes two states, and prompts never share a decode
+    placed = model.placement is None or model.placement.on_device
+    on_device = placed and llama_cpp.llama_supports_gpu_offload()
     return PARALLEL_ON_DEVICE if on_device else PARALLEL_ON_CPU
 
 
@@ -221,10 +276,8 @@ def _template(model: Model, options: PairOptions) -> ChatTemplate:
         "bos": "" if model.adds_bos else model.special_text("bos"),
         "eos": model.special_text("eos"),
     }
-    chosen = options.chat_template
-    source = chosen if chosen is not None else model.chat_template() or DEFAULT_TEMPLATE
-    make = ChatTemplate.from_jinja if "{" in source else ChatTemplate.named
-    return replace(make(source, **texts), variables=options.chat_template_kwargs)
+    template = named_template(options.chat_template, model.chat_template(), **texts)
+    return replace(template, variables=options.chat_template_kwargs)
 
 
 def _checked_cells(prefix_cells: int | None, n_ctx: int) -> int:

@@ -13,6 +13,7 @@ from numbers import Integral
 from typing import Any
 
 from cmg_gguf.errors import CMGError, GuidanceError, PromptError, SamplingError, shown
+from cmg_gguf.evidence import EvidenceModel, checked_evidence
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.prompt.images import ImageSource
 from cmg_gguf.prompt.templates import checked_variables
@@ -65,9 +66,19 @@ class Request:
     log-probabilities, else how many alternatives a token. logits_processors: change the logits that
     are drawn from, before everything else in the chain; called while other answers wait, so they
     must be quick. n_scores: of so many tokens from the first on, the reply has the scores of the
-    whole vocabulary. salt: kept prompts and images are found by requests of the same salt alone.
-    chat_template_kwargs: what the chat template sees besides the messages, as {"enable_thinking":
-    False}, in place of the model's own; a name that the template does not read changes nothing.
+    whole vocabulary. evidence: how much the picture supports each token and word of the answer, see
+    `cmg_gguf.evidence`: True = by weights that are not fitted, or weights that were
+    (`load_settings(path).evidence`). The tokens are drawn as without; when the last is said, the
+    answer is read once more with the picture hidden: behind the first image, prompt and answer
+    count twice in n_ctx, and each token takes 4 bytes a token of the vocabulary until then, beyond
+    64 MiB in a temporary file. salt: kept prompts and images are found by requests of the same salt
+    alone. repeatable: the same request gives the same bits on this machine, whatever was asked
+    before and is asked beside it: it waits until no answer is under way, lets all kept prompts go,
+    and is made alone. chat_template_kwargs: what the chat template sees besides the messages, as
+    {"enable_thinking": False}, in place of the model's own; a name that the template does not read
+    changes nothing. heat: the reply has what each token attended to in the pictures; changes no
+    token, and costs the attention of one row a layer again. What could take more than 1 GiB is
+    refused.
 
     Raises PromptError, GuidanceError or SamplingError for what cannot be.
     """
@@ -84,8 +95,11 @@ class Request:
     top_logprobs: int | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
     n_scores: int = 0
+    evidence: bool | EvidenceModel = False
     salt: str | None = None
+    repeatable: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    heat: bool = False
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, self.images)
@@ -114,10 +128,20 @@ class Request:
             raise SamplingError(
                 f"n_scores={shown(self.n_scores)} is out of range: whole numbers from 0 up"
             )
+        if checked_evidence(self.evidence) is not None and self.contrast is not None:
+            raise PromptError(
+                "evidence hides the picture in the branch that contrast gives another prompt: ask "
+                "for one of them"
+            )
         if self.salt is not None and not isinstance(self.salt, str):
             raise PromptError(
                 f"salt={shown(self.salt)} is no string; write salt={str(self.salt)!r}"
             )
+
+    @property
+    def evidence_model(self) -> EvidenceModel | None:
+        """The weights that `evidence` means; None = it is not asked for."""
+        return checked_evidence(self.evidence)
 
     @property
     def strength(self) -> Callable[[int], float] | None:
@@ -218,8 +242,14 @@ def _check_settings(request: Request) -> None:
         raise PromptError(
             f"contrast={shown(request.contrast)} is no Contrast; write Contrast(prompt, images)"
         )
-    if not isinstance(request.raw, bool):
-        raise PromptError(f"raw={shown(request.raw)} is neither True nor False; write one of them")
+    for name in ("raw", "repeatable", "heat"):
+        if not isinstance(value := getattr(request, name), bool):
+            raise PromptError(f"{name}={shown(value)} is neither True nor False; write one of them")
+    if request.heat and request.contrast is not None:
+        raise PromptError(
+            "heat=True shows what one prompt's images got, and contrast= has two prompts; leave "
+            "one of them out"
+        )
     processors = request.logits_processors
     if not isinstance(processors, Sequence):
         remedy = "write [process]" if callable(processors) else "write [] for none"

@@ -34,6 +34,8 @@ MAX_GRAMMAR = 250_000
 """Characters of a grammar. llama.cpp's parser recurses; far above this it overflows the stack."""
 MAX_NESTING = 2000
 """Parentheses of a grammar that may be open at once; for the same reason."""
+MAX_SCHEMA_DEPTH = 200
+"""Objects and lists of a JSON schema within each other."""
 MAX_REPEAT = 2000
 """Largest bound in a JSON schema, as in a grammar: each repetition is written out in its text."""
 
@@ -150,7 +152,7 @@ def schema_of(response_format: Mapping[str, Any]) -> Any:
         raise SamplingError(
             f"response_format type {kind!r} is unknown: text, json_object or json_schema"
         )
-    _check_repeats(schema)
+    _check_schema(schema)
     return schema
 
 
@@ -187,25 +189,42 @@ def _is_number(value: object, *, whole: bool) -> bool:
 
 
 _REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
-_BRACES = re.compile(r"\{(\d*),?(\d*)\}")
+_BRACES = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
-def _check_repeats(schema: object) -> None:
+def _check_schema(schema: object, depth: int = 0) -> None:
+    if not isinstance(schema, Mapping | list):
+        return
+    if depth > MAX_SCHEMA_DEPTH:
+        raise SamplingError(
+            f"the JSON schema nests deeper than {MAX_SCHEMA_DEPTH}, which is the limit; flatten it"
+        )
     if isinstance(schema, Mapping):
-        bounds = [(key, schema[key]) for key in _REPEATS if isinstance(schema.get(key), int)]
-        braces = _BRACES.findall(str(schema.get("pattern", "")))
-        bounds += [("pattern", int(n[:9])) for pair in braces for n in pair if n]
-        for key, bound in bounds:
-            if bound > MAX_REPEAT:
-                raise SamplingError(
-                    f"the JSON schema has {key} {bound} and the limit is {MAX_REPEAT}; lower it"
-                )
-    if isinstance(schema, Mapping | list):
-        for part in schema.values() if isinstance(schema, Mapping) else schema:
-            _check_repeats(part)
+        _check_bounds(schema)
+        ref = schema.get("$ref")
+        if isinstance(ref, str) and not ref.startswith("#"):
+            raise SamplingError(
+                f"the JSON schema refers to {shown(ref)} and nothing is fetched: write it into the "
+                'schema itself, as "$defs", and refer to "#/$defs/..."'
+            )
+    for part in schema.values() if isinstance(schema, Mapping) else schema:
+        _check_schema(part, depth + 1)
 
 
-_LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
+def _check_bounds(schema: Mapping[str, Any]) -> None:
+    bounds = [(key, schema[key]) for key in _REPEATS if isinstance(schema.get(key), int)]
+    pattern = schema.get("pattern")
+    braces = _BRACES.findall(pattern) if isinstance(pattern, str) else []
+    bounds += [("pattern", int(n[:9])) for pair in braces for n in pair if n]
+    for key, bound in bounds:
+        if bound > MAX_REPEAT:
+            raise SamplingError(
+                f"the JSON schema has {key} {bound} and the limit is {MAX_REPEAT}; lower it"
+            )
+
+
+# What is not closed goes on to the end: so each character is looked at once.
+_LITERALS = re.compile(r'"(?:\\.?|[^"\\])*(?:"|\Z)|\[(?:\\.?|[^\]\\])*(?:\]|\Z)|#[^\n]*', re.DOTALL)
 
 
 def check_grammar(grammar: object) -> None:

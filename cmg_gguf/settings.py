@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cmg_gguf.errors import GuidanceError, shown
+from cmg_gguf.evidence import UNFITTED, EvidenceModel
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -44,13 +45,15 @@ _RULES: dict[str, dict[str, type[Any]]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """guidance: how to decode. tuned: how it was found, JSON-ready; {} = by hand.
+    """guidance: how to decode. tuned: how it was found, JSON-ready; {} = by hand. evidence: weights
+    for this model, see `cmg_gguf.evidence`.
 
     Of `tuned`, "items" holds the hashes of the items it was tuned on: see `tuned_on`.
     """
 
     guidance: Guidance
     tuned: Mapping[str, Any] = field(default_factory=dict)
+    evidence: EvidenceModel = UNFITTED
 
     @property
     def tuned_on(self) -> frozenset[str]:
@@ -66,6 +69,8 @@ def guidance_to_json(guidance: Guidance) -> dict[str, Any]:
         "tokens": _rule_to_json("tokens", guidance.tokens),
         "layers": _rule_to_json("layers", guidance.layers),
     }
+    if guidance.states == "read":  # as files had it before there was another
+        content.pop("states")
     gate = content.pop("gate")
     return content if gate is None else {**content, "gate": _rule_to_json("gate", gate)}
 
@@ -86,6 +91,8 @@ def guidance_from_json(value: object) -> Guidance:
 def save_settings(path: str | Path, settings: Settings) -> None:
     """Writes the file. Raises GuidanceError if that cannot be done."""
     content = {"guidance": guidance_to_json(settings.guidance)}
+    if settings.evidence != UNFITTED:
+        content["evidence"] = asdict(settings.evidence)
     if settings.tuned:
         content["tuned"] = dict(settings.tuned)
     try:
@@ -108,15 +115,22 @@ def load_settings(path: str | Path) -> Settings:
         raise GuidanceError(f"settings file {path} is no JSON: {exc}") from exc
     try:
         given = _object(content, "the file")
-        _check_names(given, {"guidance", "tuned"}, "the file")
+        _check_names(given, {"guidance", "evidence", "tuned"}, "the file")
         guidance = guidance_from_json(given.get("guidance", {}))
+        evidence = _evidence_from_json(given.get("evidence", {}))
         tuned = _object(given.get("tuned", {}), "tuned")
         items = tuned.get("items", [])
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise GuidanceError(f"items={shown(items)} is no list of hashes")
     except GuidanceError as exc:
         raise GuidanceError(f"settings file {path}: {exc}") from exc
-    return Settings(guidance, tuned)
+    return Settings(guidance, tuned, evidence)
+
+
+def _evidence_from_json(value: object) -> EvidenceModel:
+    given = _object(value, "evidence")
+    _check_names(given, {f.name for f in fields(EvidenceModel)}, "evidence")
+    return EvidenceModel(**given)
 
 
 def _rule_to_json(kind: str, value: TokenPolicy | LayerPolicy | Disagreement) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from cmg_gguf.answer.work import Admission, Encoding, Steps
 from cmg_gguf.engine.contrast import ContrastSession
 from cmg_gguf.engine.engine import AnySession
 from cmg_gguf.engine.session import Session
-from cmg_gguf.errors import BackendError
+from cmg_gguf.errors import BackendError, PromptError
+from cmg_gguf.heat.maps import Heat
+from cmg_gguf.llama.geometry import pictures_of
 from cmg_gguf.llama.projector import PromptEncoding
 from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.llama.sampler import Sampler
@@ -38,6 +40,8 @@ ANSWER_SHARE = 0.5
 """Share of `max_tokens` for which there must be room where an answer begins beside others."""
 MOST_COUNTED = 256
 """What counts as `max_tokens` there, where a request sets none or more: few answers get so far."""
+HEAT_BYTES = 2**30
+"""Memory that the heat of one answer may take."""
 
 
 class Stream(Iterator[Piece]):
@@ -73,6 +77,17 @@ class Stream(Iterator[Piece]):
         self._finalizer()
         self._run.settle()
 
+    def ready(self) -> list[Piece] | None:
+        """The pieces that are there, without waiting; None once there will be no more. For event
+        loops, see `heard` of `GuidedVLM.stream`. Raises what ended the answer."""
+        pieces = self._run.ready()
+        self._text += "".join(p.text for p in pieces or () if not p.reasoning)
+        return pieces
+
+    def cancel(self) -> None:
+        """Ends the answer before its next token, without waiting for that."""
+        self._finalizer()
+
     @property
     def text(self) -> str:
         """What has been read so far of the answer, without its reasoning."""
@@ -106,21 +121,27 @@ class Run:
         request: Request,
         progress: Progress | None = None,
         at_end: Callable[[], None] = lambda: None,
+        heard: Callable[[bool], None] = lambda over: None,
     ) -> None:
-        """at_end: called once nothing of it will come any more.
+        """at_end: called once nothing of it will come any more. heard: called where there is
+        something to read; see `GuidedVLM.stream`.
 
         Raises what is wrong with the request: PromptError, ImageError, ContextLengthError,
         GuidanceError, SamplingError; ModelError if the model is closed.
         """
         self.cancelled = False
+        self.alone = request.repeatable
         self.reply: Reply | None = None
         self._pair, self._scheduler, self._request = pair, scheduler, request
         self._progress, self._at_end = progress, at_end
         sampling, guidance = request.sampling, request.guidance
         self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
-        self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive)
+        self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive, heard)
         with scheduler.held_open():
             self._prompt, self._contrasted = _prompts(pair, request)
+            if request.heat:
+                _check_heat(pair, request, self._prompt)
+                self._pictures = pictures_of(pair.projector, self._prompt)
             sampler = Sampler(
                 pair.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
             )
@@ -166,6 +187,19 @@ class Run:
                 self.settle()
                 raise
 
+    def ready(self) -> list[Piece] | None:
+        """The pieces that are there, without waiting; None behind the last. Raises what ended the
+        answer."""
+        pieces = []
+        for event in self._outbox.take():
+            if isinstance(event, End):
+                if event.error is not None:
+                    raise event.error
+                return None
+            if isinstance(event, Piece):
+                pieces.append(event)
+        return pieces
+
     def settle(self) -> None:
         """Waits until nothing of it will come any more, and passes over what does; not where it
         would wait for itself."""
@@ -202,6 +236,7 @@ class Run:
             yield from self._prefilled(session, prompt)
             self._seconds = Seconds(encoded - started, time.perf_counter() - encoded)
             yield from self._generation.run(session)
+            yield from self._generation.weigh(partial(engine.replaying, session))
             self.reply = self._finished(session)
         except Exception:
             if session is not None:
@@ -213,6 +248,7 @@ class Run:
 
     def ended(self, error: BaseException | None) -> None:
         """Nothing of it will come any more."""
+        self._generation.close()
         self._outbox.end(error)
         self._at_end()
 
@@ -222,16 +258,27 @@ class Run:
         limit = min(self._request.max_tokens or MOST_COUNTED, MOST_COUNTED)
         n_tokens = n_said + max(1, round(ANSWER_SHARE * (limit - n_said)))
         if self._contrasted is None:
-            return engine.cells(self._prompt, self._request.guidance, n_tokens)
+            return engine.cells(
+                self._prompt, self._request.guidance, n_tokens, replays=self._replays
+            )
         return engine.contrast_cells(self._prompt, self._contrasted, n_tokens)
 
     def _opened(self) -> Session:
-        guidance, n_cells = self._request.guidance, self._n_cells()
-        return self._pair.engine.open(self._prompt, guidance, n_reserved=n_cells)
+        engine, guidance, n_cells = self._pair.engine, self._request.guidance, self._n_cells()
+        session = engine.open(
+            self._prompt, guidance, n_reserved=n_cells, alone=self.alone, replays=self._replays
+        )
+        if self._request.heat:
+            session.record()
+        return session
+
+    @property
+    def _replays(self) -> bool:
+        return self._request.evidence_model is not None
 
     def _opened_contrast(self, original: Prompt, degraded: Prompt) -> ContrastSession:
-        n_cells = self._n_cells()
-        return self._pair.engine.open_contrast(original, degraded, n_reserved=n_cells)
+        engine, n_cells = self._pair.engine, self._n_cells()
+        return engine.open_contrast(original, degraded, n_reserved=n_cells, alone=self.alone)
 
     def _encoded(self, prompt: Prompt, first_row: int = 0) -> Generator[Any, Any, Prompt]:
         """The prompt with its images encoded, one at a time, from `first_row` on."""
@@ -256,6 +303,11 @@ class Run:
                 except StopIteration:
                     return
 
+    def _mended(self) -> tuple[str, ...]:
+        mended_in = self._pair.projector.mended_in
+        prompts = [prompt for prompt in (self._prompt, self._contrasted) if prompt is not None]
+        return tuple(sorted(set[str]().union(*map(mended_in, prompts))))
+
     def _finished(self, session: AnySession) -> Reply:
         answer = self._generation.answer
         return Reply(
@@ -272,8 +324,20 @@ class Run:
             layers=session.layers,
             seed=self._seed,
             seconds=replace(self._seconds, decode=answer.seconds),
+            mended=self._mended(),
+            words=answer.words,
+            evidence=self._request.evidence_model,
             scores=tuple(answer.scores),
+            heat=self._heat(session),
         )
+
+    def _heat(self, session: AnySession) -> Heat | None:
+        recording = session.recording
+        if recording is None:
+            return None
+        weights = recording.weights()[: self._generation.n_said]
+        layers = tuple(recording.layers.tolist())
+        return Heat(weights, layers, session.layers, self._pictures)
 
 
 def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
@@ -289,8 +353,24 @@ def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
     )
     prompt, contrast = tokens_of(request.prompt, request.images), request.contrast
     if contrast is None:
-        pair.engine.check(prompt, request.guidance)
+        pair.engine.check(prompt, request.guidance, replays=request.evidence_model is not None)
         return prompt, None
     degraded = tokens_of(contrast.prompt, contrast.images)
     pair.engine.check_contrast(prompt, degraded)
     return prompt, degraded
+
+
+def _check_heat(pair: Pair, request: Request, prompt: Prompt) -> None:
+    """Raises PromptError where there is nothing to look at, or too much to keep."""
+    context, n_images = pair.contexts[0], prompt.n_image_tokens
+    if n_images == 0:
+        raise PromptError("heat=True shows where an answer looks, and there is no image; give one")
+    n_layers = len(context.attention_layers)
+    n_tokens = context.n_ctx - prompt.n_tokens + 1
+    n_tokens = min(request.max_tokens or n_tokens, n_tokens)
+    most = HEAT_BYTES // (4 * n_layers * n_images)
+    if n_tokens > most:
+        raise PromptError(
+            f"heat=True of {n_tokens} tokens, {n_layers} layers and {n_images} image tokens takes "
+            f"more than {HEAT_BYTES // 2**20} MiB; set max_tokens to {most} or less"
+        )

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 
 from cmg_gguf.answer.scheduler import Scheduler
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
+from cmg_gguf.errors import PromptError
+from cmg_gguf.guidance import Guidance
 from cmg_gguf.hub import fetch_pair
 from cmg_gguf.llama.context import ContextOptions, usable_threads
 from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.log import set_verbose
+from cmg_gguf.llama.placement import Placement, SplitMode
 from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.many import Outcome, generate_many
 from cmg_gguf.opening import (
@@ -27,6 +32,7 @@ from cmg_gguf.opening import (
     Strategy,
     open_files,
     open_on_llama,
+    taken,
 )
 from cmg_gguf.prompt.images import ImageSource
 from cmg_gguf.prompt.segments import Prompt
@@ -44,12 +50,15 @@ class GuidedVLM:
     model_path, mmproj_path: the two GGUF files. n_ctx: KV cells for both branches together: the
     prompt once, the part behind its first image twice, two for each token of the answer.
     n_threads: 0 = all usable CPUs up to 4, else half of them (hyper-threads only get in the way).
-    n_gpu_layers: layers on the accelerator, -1 = all (nothing changes without one). chat_template:
-    None = the model's own, "vicuna" if it has none; or a name ("vicuna", "mistral", "chatml"), or a
-    Jinja template. chat_template_kwargs: what the template sees besides the messages, as
-    {"enable_thinking": False}, unless a request says otherwise.
+    n_gpu_layers: layers on the accelerator, -1 = all (nothing changes without one). devices,
+    split_mode, tensor_split, main_gpu: on which ones, see `cmg_gguf.llama.placement.Placement`.
+    use_gpu: False keeps the image encoder on the CPU. offload_kqv: False keeps the KV cache there.
+    chat_template: None = the model's own, "vicuna" if it has none; or a name ("vicuna", "mistral",
+    "chatml"), or a Jinja template. chat_template_kwargs: what the template sees besides the
+    messages, as {"enable_thinking": False}, unless a request says otherwise.
     pairing: "pair" = both branches in one context, "contexts" = one each (twice the
-    memory and time; the reference), "auto" = a pair unless the model has recurrent layers.
+    memory and time; the reference), "auto" = a pair unless the model has recurrent layers beside a
+    sliding window.
     prefix_cells: KV cells that may stay with past prompts, so that one which begins like them (same
     pixels, same tokens) goes on from there; None = half of n_ctx, 0 = none. An answer that needs
     them takes them. image_cache_bytes: memory for encoded images whose cells are gone; 0 = none.
@@ -78,7 +87,11 @@ class GuidedVLM:
         n_ubatch: int | None = None,
         n_threads: int = 0,
         n_gpu_layers: int = -1,
+        devices: Sequence[str] | None = None,
+        split_mode: SplitMode = "layer",
+        tensor_split: Sequence[float] | None = None,
         main_gpu: int = 0,
+        use_gpu: bool = True,
         use_mmap: bool = True,
         flash_attn: bool | None = None,
         type_k: str = "f16",
@@ -98,33 +111,18 @@ class GuidedVLM:
         verbose: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        options = PairOptions(
-            chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs or {},
-            pairing=pairing,
-            prefix_cells=prefix_cells,
-            image_cache_bytes=image_cache_bytes,
-            strategy=strategy,
-            n_parallel=n_parallel,
-            encoder=encoder,
-            max_pixels=max_pixels,
-            image_min_tokens=image_min_tokens,
-            image_max_tokens=image_max_tokens,
-            use_gpu=n_gpu_layers != 0,
-        )
+        given = {
+            **locals(),
+            "chat_template_kwargs": chat_template_kwargs or {},
+            "n_threads": n_threads or usable_threads(),
+        }
+        options, context = taken(PairOptions, given), taken(ContextOptions, given)
+        placed = vars(taken(Placement, given))
         set_verbose(verbose)
-        context = ContextOptions(
-            n_ctx=n_ctx,
-            n_ubatch=n_ubatch,
-            n_threads=n_threads or usable_threads(),
-            flash_attn=flash_attn,
-            type_k=type_k,
-            type_v=type_v,
-            offload_kqv=offload_kqv,
-        )
-        load = partial(open_files, n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, use_mmap=use_mmap)
         told = progress and partial(progress, "load")
-        self._set_up(load(model_path, mmproj_path, context, options, progress=told))
+        files = model_path, mmproj_path
+        pair = open_files(*files, context, options, progress=told, use_mmap=use_mmap, **placed)
+        self._set_up(pair)
 
     @classmethod
     def from_pretrained(
@@ -161,11 +159,11 @@ class GuidedVLM:
 
         The weights are shared; the KV cache is not, for the patch must be in a context from the
         start. Its settings are those of `llama`'s. verbose: as in `GuidedVLM`, for all of
-        llama.cpp; None = as it is. options: chat_template,
-        chat_template_kwargs, pairing, prefix_cells, image_cache_bytes, strategy, n_parallel,
-        encoder as in `GuidedVLM`; use_gpu = False keeps the image encoder on the CPU.
-        Raises UnsupportedError where `llama` has a LoRA adapter: that
-        belongs to its own context.
+        llama.cpp; None = as it is. options: chat_template, chat_template_kwargs, pairing,
+        prefix_cells, image_cache_bytes, strategy, n_parallel, encoder, max_pixels,
+        image_min_tokens, image_max_tokens as in `GuidedVLM`; use_gpu = False keeps the image
+        encoder on the CPU. Raises UnsupportedError where `llama` has a LoRA adapter: that belongs
+        to its own context.
         """
         if verbose is not None:
             set_verbose(verbose)
@@ -239,17 +237,62 @@ class GuidedVLM:
         images: Sequence[ImageSource] = (),
         *,
         progress: Progress | None = None,
+        heard: Callable[[bool], None] = lambda over: None,
         **settings: Any,
     ) -> Stream:
         """An answer as it comes: iterate over its pieces, then read `.reply`. It goes on whether it
         is read or not.
+
+        heard(over): for who must not wait, as an event loop: called by the engine's thread where
+        `Stream.ready` may have something new, at last with True: nothing more will come. It must be
+        quick and raise nothing.
 
         prompt, images, settings: as in `Request`, or one made before; a setting that is None is the
         default. What is wrong with the request is raised here, before anything is computed:
         PromptError, ContextLengthError, ImageError, GuidanceError, SamplingError. While iterating:
         BackendError.
         """
-        return Stream(self._run(request_from(prompt, images, settings), progress))
+        request = request_from(prompt, images, settings)
+        return Stream(self._run(request, progress, heard=heard))
+
+    def heat(
+        self,
+        prompt: str | Messages,
+        images: Sequence[ImageSource] = (),
+        *,
+        answer: str,
+        guidance: Guidance | None = None,
+        raw: bool = False,
+        progress: Progress | None = None,
+    ) -> Reply:
+        """What the tokens of an answer that is given attend to in the pictures: a reply of these
+        tokens with its `heat`, whatever the model would have said.
+
+            vlm.heat("Is there a fork?", [picture], answer="Yes, a fork.").heat.map(0, [3])
+
+        answer: in the tokens that the model's tokenizer makes of it, special ones as text.
+        guidance: tells which layers are masked, and nothing else; None = the default. Takes and
+        raises what `generate` does; PromptError for an empty answer.
+        """
+        tokens = self.model.tokenize(answer)
+        if len(tokens) == 0:
+            raise PromptError("the answer is empty; give at least a word")
+
+        def given(said: IntArray, logits: FloatArray) -> FloatArray:
+            row = np.full_like(logits, -np.inf)
+            row[tokens[len(said)]] = 0.0
+            return row
+
+        return self.generate(
+            prompt,
+            images,
+            guidance=guidance,
+            raw=raw,
+            max_tokens=len(tokens),
+            logits_processors=[given],
+            heat=True,
+            progress=progress,
+        )
 
     def tokenize(
         self,
@@ -299,7 +342,8 @@ class GuidedVLM:
         request: Request,
         progress: Progress | None = None,
         at_end: Callable[[], None] = lambda: None,
+        heard: Callable[[bool], None] = lambda over: None,
     ) -> Run:
-        run = Run(self._pair, self._scheduler, request, progress, at_end)
+        run = Run(self._pair, self._scheduler, request, progress, at_end, heard)
         self._scheduler.submit(run)
         return run

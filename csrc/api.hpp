@@ -23,6 +23,8 @@ namespace cmg {
     X(ggml_backend_buffer_get_type)   \
     X(ggml_backend_buffer_is_host)    \
     X(ggml_backend_buft_alloc_buffer) \
+    X(ggml_backend_buft_get_device)   \
+    X(ggml_backend_dev_name)          \
     X(ggml_backend_tensor_alloc)      \
     X(ggml_backend_tensor_get)        \
     X(ggml_backend_tensor_set)        \

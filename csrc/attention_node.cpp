@@ -51,11 +51,14 @@ AttentionNode from_flash(const ggml_tensor * node) {
 }
 
 // kq = K q, then for some models outer * tanh(inner * kq), then SOFT_MAX(scale * that + mask).
-AttentionNode from_soft_max(const ggml_tensor * node) {
+AttentionNode from_soft_max(const ggml_tensor * node, const ggml_tensor * product) {
     float outer = 1.0f;
     float inner = 1.0f;
     bool capped = false;
     const ggml_tensor * kq = node->src[0];
+    if (product != nullptr && kq->op == GGML_OP_NONE && copied_name(kq) == product->name) {
+        kq = product;
+    }
     for (; kq != nullptr && kq->op != GGML_OP_MUL_MAT; kq = kq->src[0]) {
         if (kq->op == GGML_OP_SCALE && op_param(kq, 1) == 0.0f) {
             (capped ? inner : outer) *= op_param(kq, 0);
@@ -114,6 +117,12 @@ int32_t layer_in_name(const ggml_tensor * t, const char * prefix) {
     return matches ? std::atoi(name + n) : -1;
 }
 
+std::string copied_name(const ggml_tensor * t) {
+    const char * begin = std::strchr(t->name, '#');
+    const char * end = std::strrchr(t->name, '#');
+    return begin != nullptr && end > begin ? std::string(begin + 1, end) : std::string();
+}
+
 std::runtime_error layer_error(int32_t il, const std::string & what) {
     return std::runtime_error("layer " + std::to_string(il) + ": " + what);
 }
@@ -130,9 +139,9 @@ void to_float(ggml_type type, const uint8_t * from, float * to, int64_t n) {
     }
 }
 
-AttentionNode find_attention(const ggml_tensor * node) {
+AttentionNode find_attention(const ggml_tensor * node, const ggml_tensor * product) {
     AttentionNode a = node->op == GGML_OP_FLASH_ATTN_EXT ? from_flash(node)
-                      : node->op == GGML_OP_SOFT_MAX     ? from_soft_max(node)
+                      : node->op == GGML_OP_SOFT_MAX     ? from_soft_max(node, product)
                                                          : AttentionNode{};
     if (a.mask_src >= 0 && node->src[a.mask_src] != nullptr) {
         a.mask = node->src[a.mask_src];

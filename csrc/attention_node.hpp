@@ -17,6 +17,10 @@ const ggml_tensor * root(const ggml_tensor * t);
 // The number behind `prefix` in the tensor's own name, or -1 if that does not start with it.
 int32_t layer_in_name(const ggml_tensor * t, const char * prefix);
 
+// What ggml's scheduler copied for another backend has no source that says so, only a name,
+// "CUDA0#l_out-3#0": that of the tensor it is a copy of. "" = it is no copy.
+std::string copied_name(const ggml_tensor * t);
+
 // Flash attention or not, the same picture. Names alone find nothing: on a GPU split the mask is a
 // copy, and which cache is read is known only from the memory behind K.
 struct AttentionNode {
@@ -35,7 +39,9 @@ struct AttentionNode {
     bool found() const { return cache_il >= 0; }
 };
 
-AttentionNode find_attention(const ggml_tensor * node);
+// product: the K q that was asked about last, or null. A backend that cannot multiply by this cache
+// leaves that to the CPU, and its SOFT_MAX reads a copy.
+AttentionNode find_attention(const ggml_tensor * node, const ggml_tensor * product);
 
 // Attention weights [rows.size(), n_kv] of the given rows, averaged over heads. q and K must have
 // been computed. mask: [rows.size(), n_kv] float32.

@@ -38,7 +38,8 @@ std::vector<Row> to_rows(const Array<int32_t> & rows) {
 Part new_part(std::shared_ptr<Selections> selections, const TokenPolicy & policy,
               int32_t n_image_tokens, const std::vector<int32_t> & observe,
               const std::vector<int32_t> & mask, std::shared_ptr<Residuals> residuals,
-              bool keep_influence, bool read_residual) {
+              bool keep_influence, bool read_residual, std::shared_ptr<Recording> recording,
+              int32_t record) {
     Part part;
     part.policy = policy;
     part.n_image_tokens = n_image_tokens;
@@ -48,6 +49,8 @@ Part new_part(std::shared_ptr<Selections> selections, const TokenPolicy & policy
     part.residuals = std::move(residuals);
     part.keep_influence = keep_influence;
     part.read_residual = read_residual;
+    part.recording = std::move(recording);
+    part.record = record;
     return part;
 }
 
@@ -85,6 +88,16 @@ void bind_selections(py::module_ & m) {
         .def_property_readonly("cosines",
                                [](const Selections & s) { return to_array(s.cosines()); });
     py::class_<Residuals, std::shared_ptr<Residuals>>(m, "Residuals").def(py::init<>());
+    py::class_<Recording, std::shared_ptr<Recording>>(m, "Recording")
+        .def(py::init<std::vector<int32_t>, int32_t>(), py::arg("layers"),
+             py::arg("n_image_tokens"))
+        .def("__len__", &Recording::size)
+        .def_property_readonly("layers", [](const Recording & r) { return to_array(r.layers()); })
+        .def("weights", [](const Recording & r) {
+            const std::vector<py::ssize_t> shape = {
+                r.size(), static_cast<py::ssize_t>(r.layers().size()), r.n_image_tokens()};
+            return py::array_t<float>(shape, r.weights().data());
+        });
 }
 
 void bind_plan(py::module_ & m) {
@@ -93,7 +106,8 @@ void bind_plan(py::module_ & m) {
         py::arg("n_image_tokens"), py::arg("observe_layers") = std::vector<int32_t>{},
         py::arg("mask_layers") = std::vector<int32_t>{},
         py::arg("residuals") = std::shared_ptr<Residuals>(), py::arg("keep_influence") = false,
-        py::arg("read_residual") = false);
+        py::arg("read_residual") = false, py::arg("recording") = std::shared_ptr<Recording>(),
+        py::arg("record") = -1);
     py::class_<ForkPlan>(m, "ForkPlan")
         .def(py::init([](int32_t layer, int32_t n_below, bool survey) {
                  return ForkPlan{layer, n_below, survey};

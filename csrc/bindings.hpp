@@ -14,6 +14,7 @@ void bind_callbacks(py::module_ & m);   // log and load progress
 void bind_policies(py::module_ & m);    // influence and token policies on arrays
 void bind_encoder(py::module_ & m);     // mends in the image encoder's graph
 void bind_graph_patch(py::module_ & m); // plans, selections, the patch
+void bind_layers(py::module_ & m);      // on which devices layers lie
 void bind_sampler(py::module_ & m);     // guidance in llama.cpp's sampler chain
 
 // An array argument: C-contiguous, converted if it has another type.

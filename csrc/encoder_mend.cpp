@@ -78,6 +78,7 @@ bool clears(const ggml_tensor * node) {
 void EncoderMend::begin() {
     n_rows_ = 0;
     is_repeated_ = has_places_ = has_rows_ = false;
+    mended_.clear();
     parked_ = nullptr;
 }
 

@@ -38,7 +38,7 @@ class EncoderMend {
     // A graph is about to run. `end` throws what went wrong in it.
     void begin();
     void end();
-    // What has been mended in any graph so far, in the words above.
+    // What has been mended in the graph since `begin`, in the words above.
     const std::set<std::string> & mended() const { return mended_; }
 
     // ggml_backend_sched_eval_callback, with the address of an EncoderMend.

@@ -1,6 +1,7 @@
 #include "fork.hpp"
 
 #include "api.hpp"
+#include "attention_node.hpp"
 #include "row_dim.hpp"
 
 #include <algorithm>
@@ -45,6 +46,7 @@ void Fork::begin() {
     entered_ = false;
     asked_.clear();
     below_.clear();
+    copies_.clear();
 }
 
 bool Fork::ask(ggml_tensor * node) {
@@ -61,35 +63,67 @@ bool Fork::ask(ggml_tensor * node) {
     if (leaves_out()) {
         leave_out(node);
     }
-    return is_entrance(node);
+    return is_entrance(node) || is_copied(node);
 }
 
 bool Fork::is_entrance(const ggml_tensor * node) const {
     return plan_.forks() && !entered_ && residual_layer(node) == plan_.fork.layer - 1;
 }
 
+bool Fork::is_copied(const ggml_tensor * node) const {
+    const auto it = below_.find(node);
+    if (plan_.fork.n_below == 0 || it == below_.end()) {
+        return false;
+    }
+    const ForkSurvey::Node & surveyed = survey_->nodes()[static_cast<size_t>(it->second)];
+    return surveyed.is_copied && surveyed.row_dim != no_rows;
+}
+
 void Fork::leave_out(ggml_tensor * node) {
-    const auto change = [&] {
-        Changed before{node, {}, {}, node->flags};
-        std::copy_n(node->ne, GGML_MAX_DIMS, before.ne);
-        std::copy_n(node->nb, GGML_MAX_DIMS, before.nb);
-        changed_.push_back(before);
-    };
     const size_t place = below_.size();
     below_.emplace(node, static_cast<int32_t>(place));
     if (plan_.fork.n_below == 0) {
         if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0) {
-            change();
+            note_change(node);
             node->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
         }
         return;
     }
     check_as_surveyed(node, place);
-    const int32_t dim = survey_->nodes()[place].row_dim;
-    if (dim != no_rows) {
-        change();
-        shrink_rows_inplace(node, dim, n_rows(), plan_.fork.n_below);
+    const auto & nodes = survey_->nodes();
+    for (ggml_tensor * src : node->src) {
+        const ForkSurvey::Source source = source_of(src);
+        if (source.is_copy && copies_.insert(src).second) {
+            shrink(src, nodes[static_cast<size_t>(source.place)]);
+        }
     }
+    shrink(node, nodes[place]);
+}
+
+void Fork::shrink(ggml_tensor * t, const ForkSurvey::Node & surveyed) {
+    const int32_t dim = surveyed.row_dim;
+    if (dim == no_rows) {
+        return;
+    }
+    if (t->ne[dim] != surveyed.n_per_row * n_rows()) {
+        throw std::runtime_error(std::string(t->name) + " does not have a row a token");
+    }
+    note_change(t);
+    shrink_rows_inplace(t, dim, n_rows(), plan_.fork.n_below);
+}
+
+ForkSurvey::Source Fork::source_of(const ggml_tensor * src) const {
+    if (src == nullptr) {
+        return {};
+    }
+    const auto it = below_.find(src);
+    const bool is_copy = it == below_.end();
+    const int32_t place = is_copy ? survey_->copied(src) : it->second;
+    const auto & nodes = survey_->nodes();
+    const bool below =
+        place >= 0 && static_cast<size_t>(place) < std::min(below_.size(), nodes.size());
+    const bool rows = below && nodes[static_cast<size_t>(place)].row_dim != no_rows;
+    return rows ? ForkSurvey::Source{place, is_copy} : ForkSurvey::Source{};
 }
 
 void Fork::check_as_surveyed(const ggml_tensor * node, size_t place) const {
@@ -101,18 +135,11 @@ void Fork::check_as_surveyed(const ggml_tensor * node, size_t place) const {
     }
     const auto & surveyed = nodes[place];
     for (size_t i = 0; i < surveyed.sources.size(); i++) {
-        const auto it = below_.find(node->src[i]);
-        const bool rows =
-            it != below_.end() && nodes[static_cast<size_t>(it->second)].row_dim != no_rows;
-        if ((rows ? it->second : -1) != surveyed.sources[i]) {
+        if (!(source_of(node->src[i]) == surveyed.sources[i])) {
             throw std::runtime_error(std::string(node->name) + " reads " +
                                      (node->src[i] == nullptr ? "nothing" : node->src[i]->name) +
                                      ", unlike in the decodes that were surveyed");
         }
-    }
-    const int32_t dim = surveyed.row_dim;
-    if (dim != no_rows && node->ne[dim] != surveyed.n_per_row * n_rows()) {
-        throw std::runtime_error(std::string(node->name) + " does not have a row a token");
     }
 }
 
@@ -121,7 +148,7 @@ void Fork::check_not_from_below(const ggml_tensor * node) const {
         return;
     }
     for (const ggml_tensor * src : node->src) {
-        if (src != nullptr && below_.count(src) != 0) {
+        if (src != nullptr && (below_.count(root(src)) != 0 || source_of(src).place >= 0)) {
             throw std::runtime_error(std::string("layer ") + std::to_string(plan_.fork.layer) +
                                      " and up read " + src->name +
                                      " from below, unlike in the decodes that were surveyed");
@@ -133,6 +160,8 @@ void Fork::computed(ggml_tensor * node) {
     if (is_entrance(node)) {
         restore();
         enter(node);
+    } else if (is_copied(node)) {
+        restore(node);
     }
 }
 
@@ -192,15 +221,33 @@ void Fork::abandon() {
     restore();
     asked_.clear();
     below_.clear();
+    copies_.clear();
+}
+
+void Fork::note_change(ggml_tensor * t) {
+    Changed before{t, {}, {}, t->flags};
+    std::copy_n(t->ne, GGML_MAX_DIMS, before.ne);
+    std::copy_n(t->nb, GGML_MAX_DIMS, before.nb);
+    changed_.push_back(before);
 }
 
 void Fork::restore() {
-    for (const Changed & before : changed_) {
-        std::copy_n(before.ne, GGML_MAX_DIMS, before.node->ne);
-        std::copy_n(before.nb, GGML_MAX_DIMS, before.node->nb);
-        before.node->flags = before.flags;
-    }
+    std::for_each(changed_.begin(), changed_.end(), undo);
     changed_.clear();
+}
+
+// Its change is the newest: a boundary lies behind it.
+void Fork::restore(const ggml_tensor * node) {
+    if (!changed_.empty() && changed_.back().t == node) {
+        undo(changed_.back());
+        changed_.pop_back();
+    }
+}
+
+void Fork::undo(const Changed & before) {
+    std::copy_n(before.ne, GGML_MAX_DIMS, before.t->ne);
+    std::copy_n(before.nb, GGML_MAX_DIMS, before.t->nb);
+    before.t->flags = before.flags;
 }
 
 } // namespace cmg

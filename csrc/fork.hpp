@@ -9,6 +9,9 @@
 //     node                      what happens when it is asked about
 //     below `layer`             n_below = 0: is not computed (it loses ggml's flag COMPUTE);
 //                               else: the rows that are left out go, from its shape and strides
+//     one that is copied        asks for a boundary; once computed, it becomes what it was, for
+//     below                     another backend copies all of it. The copy loses its rows when its
+//                               first reader is asked about: it has been made by then
 //     l_out-<layer - 1>         asks for a boundary; once computed, all nodes become what they
 //     were,
 //                               rows below are noted, and the others enter with what was
@@ -68,12 +71,16 @@ class Fork {
     int64_t n_rows() const { return static_cast<int64_t>(plan_.rows.size()); }
     bool leaves_out() const { return plan_.forks() && plan_.fork.n_below < n_rows(); }
     bool is_entrance(const ggml_tensor * node) const;
+    bool is_copied(const ggml_tensor * node) const;
     void leave_out(ggml_tensor * node);
+    void shrink(ggml_tensor * t, const ForkSurvey::Node & surveyed);
+    ForkSurvey::Source source_of(const ggml_tensor * src) const;
     void check_as_surveyed(const ggml_tensor * node, size_t place) const;
     void check_not_from_below(const ggml_tensor * node) const;
     void enter(ggml_tensor * residual);
     void take_survey();
     void restore();
+    void restore(const ggml_tensor * node);
 
     const Plan & plan_;
     int32_t n_layer_;
@@ -85,12 +92,15 @@ class Fork {
     bool entered_ = false;
     std::vector<ggml_tensor *> asked_; // all nodes so far, for the survey
     struct Changed {
-        ggml_tensor * node;
+        ggml_tensor * t;
         int64_t ne[GGML_MAX_DIMS];
         size_t nb[GGML_MAX_DIMS];
         int32_t flags;
     };
+    void note_change(ggml_tensor * t);
+    static void undo(const Changed & before);
     std::vector<Changed> changed_;
+    std::unordered_set<const ggml_tensor *> copies_;         // of nodes below, that lost rows
     std::unordered_map<const ggml_tensor *, int32_t> below_; // nodes below, by their place
 };
 

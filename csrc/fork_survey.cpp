@@ -20,13 +20,6 @@ bool is_residual(const ggml_tensor * node, int64_t n_rows) {
            node->nb[1] == static_cast<size_t>(node->ne[0]) * sizeof(float);
 }
 
-// "CUDA0#l_out-3#0", another backend's copy of l_out-3, has no source that says so.
-std::string copied_name(const ggml_tensor * t) {
-    const char * begin = std::strchr(t->name, '#');
-    const char * end = std::strrchr(t->name, '#');
-    return begin != nullptr && end > begin ? std::string(begin + 1, end) : std::string();
-}
-
 } // namespace
 
 int32_t residual_layer(const ggml_tensor * node) {
@@ -38,22 +31,14 @@ ForkSurvey::ForkSurvey(const std::vector<ggml_tensor *> & nodes, int32_t n_layer
       cannot_enter_(static_cast<size_t>(n_layer), "its layers' outputs are not found"),
       cannot_shrink_(static_cast<size_t>(n_layer)) {
     Places places;
-    std::unordered_map<std::string, int32_t> named;
     for (size_t i = 0; i < nodes.size(); i++) {
         const auto place = static_cast<int32_t>(i);
         places.emplace(nodes[i], place);
-        named.emplace(nodes[i]->name, place);
+        const auto [named, is_first] = named_.emplace(nodes[i]->name, Named{place, true});
+        named->second.alone = is_first;
         const int32_t il = residual_layer(nodes[i]);
         if (il >= 0 && il < n_layer && is_residual(nodes[i], n_rows)) {
             residuals_[static_cast<size_t>(il)] = place;
-        }
-    }
-    for (const ggml_tensor * node : nodes) {
-        for (const ggml_tensor * src : node->src) {
-            const std::string name = src == nullptr ? "" : copied_name(src);
-            if (!name.empty() && named.count(name) != 0) {
-                places.emplace(src, named.at(name));
-            }
         }
     }
     for (size_t layer = 1; layer < cannot_enter_.size(); layer++) {
@@ -76,7 +61,8 @@ void ForkSurvey::agree_with(const ForkSurvey & other) {
     for (; i < nodes_.size() && i < other.nodes_.size(); i++) {
         Node & node = nodes_[i];
         const Node & same = other.nodes_[i];
-        if (node.op != same.op || node.name != same.name || node.sources != same.sources) {
+        if (node.op != same.op || node.name != same.name || node.sources != same.sources ||
+            node.is_copied != same.is_copied) {
             break;
         }
         if (node.row_dim != same.row_dim || node.n_per_row != same.n_per_row) {
@@ -108,7 +94,18 @@ void ForkSurvey::forbid(int32_t from, int32_t to, const ggml_tensor * read) {
     }
 }
 
+int32_t ForkSurvey::copied(const ggml_tensor * t) const {
+    const std::string name = copied_name(t);
+    const auto it = name.empty() ? named_.end() : named_.find(name);
+    return it == named_.end() ? -1 : it->second.place;
+}
+
+// Backends move views to where they like: what counts is whose memory a view looks at.
 void ForkSurvey::find_crossings(const std::vector<ggml_tensor *> & nodes, const Places & places) {
+    const auto origin = [&](const ggml_tensor * src) {
+        const int32_t place = copied(src);
+        return root(place < 0 ? src : nodes[static_cast<size_t>(place)]);
+    };
     Places written; // memory that is no node's own, as caches: where it is first written
     for (size_t i = 0; i < nodes.size(); i++) {
         const auto place = static_cast<int32_t>(i);
@@ -116,11 +113,11 @@ void ForkSurvey::find_crossings(const std::vector<ggml_tensor *> & nodes, const 
             if (src == nullptr) {
                 continue;
             }
-            const auto node = places.find(src);
+            const auto node = places.find(origin(src));
             if (node != places.end()) {
                 forbid(node->second, place, src);
             }
-            const auto memory = written.find(root(src));
+            const auto memory = written.find(origin(src));
             if (memory != written.end()) {
                 forbid(memory->second, place, src);
             }
@@ -140,27 +137,48 @@ void ForkSurvey::forbid_shrinking(int32_t from, const std::string & why) {
     }
 }
 
+ForkSurvey::Source ForkSurvey::source_of(const ggml_tensor * src, const Places & places) const {
+    if (src == nullptr) {
+        return {};
+    }
+    const auto node = places.find(src);
+    const bool is_copy = node == places.end();
+    const int32_t place = is_copy ? copied(src) : node->second;
+    const bool before = place >= 0 && static_cast<size_t>(place) < nodes_.size();
+    const bool rows = before && nodes_[static_cast<size_t>(place)].row_dim != no_rows;
+    return rows ? Source{place, is_copy} : Source{};
+}
+
 void ForkSurvey::find_row_dims(const std::vector<ggml_tensor *> & nodes, const Places & places,
                                int64_t n_rows) {
-    const auto place_of = [&](const ggml_tensor * src) {
-        const auto it = places.find(src);
-        const bool before = it != places.end() && static_cast<size_t>(it->second) < nodes_.size();
-        const bool rows = before && nodes_[static_cast<size_t>(it->second)].row_dim != no_rows;
-        return rows ? it->second : -1;
-    };
+    std::vector<char> is_copied(nodes.size(), 0);
+    for (const ggml_tensor * node : nodes) {
+        for (const ggml_tensor * src : node->src) {
+            if (const int32_t place = src == nullptr ? -1 : copied(src); place >= 0) {
+                is_copied[static_cast<size_t>(place)] = 1;
+            }
+        }
+    }
     const auto dim_of = [&](const ggml_tensor * src) {
-        const int32_t place = place_of(src);
-        if (place < 0) {
+        const Source source = source_of(src, places);
+        if (source.place < 0) {
             return no_rows;
         }
-        // Copies between backends keep their shape.
-        const bool copied = nodes[static_cast<size_t>(place)] != src;
-        return copied ? unclear_rows : nodes_[static_cast<size_t>(place)].row_dim;
+        const Node & known = nodes_[static_cast<size_t>(source.place)];
+        if (source.is_copy) {
+            const bool clear = named_.at(known.name).alone;
+            const ggml_tensor * node = nodes[static_cast<size_t>(source.place)];
+            return clear ? row_dim_of_copy(src, node, known.row_dim) : unclear_rows;
+        }
+        // What is copied is whole again before others that read it are asked about.
+        return known.is_copied ? unclear_rows : known.row_dim;
     };
     for (const ggml_tensor * node : nodes) {
         const int32_t dim = row_dim(node, n_rows, dim_of);
-        Node known{node->op, node->name, dim, dim < 0 ? 0 : node->ne[dim] / n_rows, {}};
-        std::transform(std::begin(node->src), std::end(node->src), known.sources.begin(), place_of);
+        const bool copied = is_copied[nodes_.size()] != 0;
+        Node known{node->op, node->name, dim, dim < 0 ? 0 : node->ne[dim] / n_rows, copied, {}};
+        std::transform(std::begin(node->src), std::end(node->src), known.sources.begin(),
+                       [&](const ggml_tensor * src) { return source_of(src, places); });
         nodes_.push_back(known);
         if (dim == unclear_rows) {
             forbid_shrinking(static_cast<int32_t>(nodes_.size() - 1),

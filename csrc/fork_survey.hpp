@@ -36,6 +36,21 @@ class ForkSurvey {
     // Why rows cannot be left out of the nodes below `layer` while others are computed there.
     const std::string & cannot_shrink(int32_t layer) const { return at(cannot_shrink_, layer); }
 
+    // The node of which the tensor is another backend's copy, by its place; -1 = it is none's.
+    int32_t copied(const ggml_tensor * t) const;
+
+    // What is read of a node's source that has rows: the node that it is, or of which it is a copy,
+    // by its place.
+    struct Source {
+        int32_t place = -1; // -1 = no node, or none with rows
+        bool is_copy = false;
+
+        bool operator==(const Source & other) const {
+            return place == other.place && is_copy == other.is_copy;
+        }
+    };
+    using Sources = std::array<Source, GGML_MAX_SRC>;
+
     // What is known of the i-th node that is asked about. llama.cpp names a node by what it
     // computes, or by its place in the graph: not by the decode.
     struct Node {
@@ -43,8 +58,8 @@ class ForkSurvey {
         std::string name;
         int32_t row_dim;
         int64_t n_per_row; // size along row_dim, for each row of the batch; 0 without one
-        // The nodes that its sources are, by their place; -1 = no node, or none with rows.
-        std::array<int32_t, GGML_MAX_SRC> sources;
+        bool is_copied;    // for another backend, which copies all of its rows
+        Sources sources;
 
         bool is(const ggml_tensor * node) const { return op == node->op && name == node->name; }
     };
@@ -57,10 +72,16 @@ class ForkSurvey {
     void find_crossings(const std::vector<ggml_tensor *> & nodes, const Places & places);
     void find_row_dims(const std::vector<ggml_tensor *> & nodes, const Places & places,
                        int64_t n_rows);
+    Source source_of(const ggml_tensor * src, const Places & places) const;
     void forbid(int32_t from, int32_t to, const ggml_tensor * read);
     void forbid_shrinking(int32_t from, const std::string & why);
 
     std::vector<Node> nodes_;
+    struct Named {
+        int32_t place; // of the first node of this name
+        bool alone;    // there is no other
+    };
+    std::unordered_map<std::string, Named> named_;
     std::vector<int32_t> residuals_; // [n_layer] place of l_out-<il>, -1 = none
     std::vector<std::string> cannot_enter_;
     std::vector<std::string> cannot_shrink_;

@@ -142,7 +142,10 @@ bool GraphPatch::ask(ggml_tensor * node) {
     if (sharing >= 0) {
         return observation_.wants(batch_, sharing);
     }
-    AttentionNode attention = find_attention(node);
+    if (layer_in_name(node, "kq-") >= 0) {
+        product_ = node;
+    }
+    AttentionNode attention = find_attention(node, product_);
     if (!attention.found() || attention.cache_il >= n_layer_) {
         return false;
     }
@@ -219,6 +222,7 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
         observation_.begin_micro_batch();
         masking_.begin_micro_batch();
         attention_layer_ = -1;
+        product_ = nullptr;
         std::fill(written_.begin(), written_.end(), 0);
         std::fill(attended_.begin(), attended_.end(), 0);
     }
@@ -231,7 +235,7 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
 void GraphPatch::check_layers_attended() const {
     for (int32_t il = 0; il < n_layer_; il++) {
         const bool needed = std::any_of(plan_.parts.begin(), plan_.parts.end(), [il](auto & part) {
-            return part.observes(il) || part.masks(il);
+            return part.observes(il) || part.masks(il) || part.records(il);
         });
         if (needed && attended_[static_cast<size_t>(il)] == 0) {
             const bool writes = written_[static_cast<size_t>(il)] != 0;

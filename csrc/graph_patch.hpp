@@ -93,10 +93,11 @@ class GraphPatch {
     std::exception_ptr parked_; // the first error of the decode
 
     // Where we are within the micro-batch.
-    std::vector<char> written_;    // [n_layer] K was written
-    std::vector<char> attended_;   // [n_layer] attention was asked
-    int32_t written_layer_;        // layer whose K was written last
-    int32_t attention_layer_ = -1; // layer whose attention was asked last
+    std::vector<char> written_;             // [n_layer] K was written
+    std::vector<char> attended_;            // [n_layer] attention was asked
+    int32_t written_layer_;                 // layer whose K was written last
+    int32_t attention_layer_ = -1;          // layer whose attention was asked last
+    const ggml_tensor * product_ = nullptr; // K q that was asked about last, by its name
 
     std::vector<char> ever_attended_; // [n_layer] attention was asked in any decode
     std::vector<char> ever_written_;  // [n_layer] K was written in any decode

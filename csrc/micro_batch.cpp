@@ -18,6 +18,7 @@ void MicroBatch::reset() {
     first_ = 0;
     n_rows_ = 0;
     observed_.clear();
+    recorded_.clear();
     masked_.clear();
     copies_.clear();
 }
@@ -35,6 +36,12 @@ void MicroBatch::next(int64_t n_rows) {
             masked_.push_back(r);
         }
     }
+    for (size_t part = 0; part < plan_.parts.size(); part++) {
+        const int64_t r = plan_.recorded_row(part) - first_;
+        if (r >= 0 && r < n_rows_) {
+            recorded_.push_back(static_cast<int32_t>(r));
+        }
+    }
 }
 
 const Row & MicroBatch::row(int32_t r) const {
@@ -47,6 +54,13 @@ std::vector<int32_t> MicroBatch::observed(int32_t il) const {
     std::vector<int32_t> rows;
     std::copy_if(observed_.begin(), observed_.end(), std::back_inserter(rows),
                  [&](int32_t r) { return part(r).observes(il); });
+    return rows;
+}
+
+std::vector<int32_t> MicroBatch::recorded(int32_t il) const {
+    std::vector<int32_t> rows;
+    std::copy_if(recorded_.begin(), recorded_.end(), std::back_inserter(rows),
+                 [&](int32_t r) { return part(r).records(il); });
     return rows;
 }
 

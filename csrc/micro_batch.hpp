@@ -33,8 +33,11 @@ class MicroBatch {
     // Rows that are observed, or masked, in any layer.
     const std::vector<int32_t> & observed() const { return observed_; }
     const std::vector<int32_t> & masked() const { return masked_; }
-    // Those of them whose parts observe, or mask, layer `il`.
+    // Rows whose attention is looked at in any layer: observed, or recorded.
+    bool watches() const { return !observed_.empty() || !recorded_.empty(); }
+    // Those of them whose parts observe, record or mask layer `il`.
     std::vector<int32_t> observed(int32_t il) const;
+    std::vector<int32_t> recorded(int32_t il) const;
     std::vector<int32_t> masked(int32_t il) const;
     // The bytes of an input of the graph, read once.
     const std::vector<uint8_t> & host_copy(const ggml_tensor * input);
@@ -44,6 +47,7 @@ class MicroBatch {
     int64_t first_ = 0; // row of the batch that comes first here
     int64_t n_rows_ = 0;
     std::vector<int32_t> observed_;
+    std::vector<int32_t> recorded_;
     std::vector<int32_t> masked_;
     std::unordered_map<const ggml_tensor *, std::vector<uint8_t>> copies_;
 };

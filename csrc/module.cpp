@@ -7,5 +7,6 @@ PYBIND11_MODULE(_core, m) {
     cmg::bind_policies(m);
     cmg::bind_encoder(m);
     cmg::bind_graph_patch(m);
+    cmg::bind_layers(m);
     cmg::bind_sampler(m);
 }

@@ -4,13 +4,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
+#include <set>
 #include <utility>
 
 namespace cmg {
 
 void Observation::asked(const ggml_tensor * node, const MicroBatch & batch) {
-    if (!batch.observed().empty()) {
+    if (batch.watches()) {
         asked_.push_back(node);
     }
 }
@@ -21,23 +23,25 @@ void Observation::reached_keys(int32_t il) {
 }
 
 bool Observation::wants(const MicroBatch & batch, int32_t il) const {
-    return !batch.observed(il).empty();
+    return !batch.observed(il).empty() || !batch.recorded(il).empty();
 }
 
 // Rows of one sequence see the same cells. Those of several would have all cells of all of them
 // looked at, and their sums made in another order than alone.
 void Observation::observe(const AttentionNode & a, MicroBatch & batch) {
-    const std::vector<int32_t> rows = batch.observed(a.il);
+    const std::vector<int32_t> recorded = batch.recorded(a.il);
+    std::vector<int32_t> rows = batch.observed(a.il);
+    rows.insert(rows.end(), recorded.begin(), recorded.end());
     if (rows.empty()) {
         return;
     }
     check_readable(a);
-    std::map<int32_t, std::vector<int32_t>> by_seq;
+    std::map<int32_t, std::set<int32_t>> by_seq;
     for (const int32_t r : rows) {
-        by_seq[batch.row(r).seq].push_back(r);
+        by_seq[batch.row(r).seq].insert(r);
     }
     for (const auto & entry : by_seq) {
-        observe_rows(a, batch, entry.second);
+        observe_rows(a, batch, {entry.second.begin(), entry.second.end()});
     }
 }
 
@@ -51,9 +55,16 @@ void Observation::observe_rows(const AttentionNode & a, MicroBatch & batch,
                  a.k->ne[1]);
     }
     const std::vector<float> weights = read_attention(a, rows, mask, n_threads_);
+    const std::vector<int32_t> recorded = batch.recorded(a.il);
     for (size_t i = 0; i < rows.size(); i++) {
-        select(a, batch.part(rows[i]), batch.row(rows[i]), mask.data() + i * n_kv,
-               weights.data() + i * n_kv);
+        const Part & part = batch.part(rows[i]);
+        const Row & row = batch.row(rows[i]);
+        if (row.observe >= 0 && part.observes(a.il)) {
+            select(a, part, row, mask.data() + i * n_kv, weights.data() + i * n_kv);
+        }
+        if (std::find(recorded.begin(), recorded.end(), rows[i]) != recorded.end()) {
+            record(a, part, row, mask.data() + i * n_kv, weights.data() + i * n_kv);
+        }
     }
 }
 
@@ -93,6 +104,21 @@ void Observation::select(const AttentionNode & a, const Part & part, const Row &
         }
         part.selections->set_influence(row.observe, a.il, std::move(kept));
     }
+}
+
+// A token that the row cannot see has no weight; of one whose cell was given away none is known.
+void Observation::record(const AttentionNode & a, const Part & part, const Row & row,
+                         const float * mask, const float * weights) const {
+    const auto & cells = ledger_.cells(row.seq, a.cache_il);
+    const auto n_tokens = static_cast<size_t>(part.recording->n_image_tokens());
+    std::vector<float> of_tokens(n_tokens, std::numeric_limits<float>::quiet_NaN());
+    for (size_t token = 0; token < std::min(n_tokens, cells.size()); token++) {
+        const int64_t cell = cells[token];
+        if (cell >= 0 && cell < a.k->ne[1]) {
+            of_tokens[token] = std::isfinite(mask[cell]) ? weights[cell] : 0.0f;
+        }
+    }
+    part.recording->set(part.record, a.il, of_tokens);
 }
 
 } // namespace cmg

@@ -1,5 +1,5 @@
-// Observing: what rows of the original branch attend to among the image tokens, and what the
-// policy picks from it.
+// Observing: what rows of the original branch attend to among the image tokens, what the policy
+// picks from it, and the record of it that heat maps are drawn from.
 //
 // Flash attention writes its weights nowhere, so they are computed again from q and K. Those must
 // have been computed when the attention node is asked about: a boundary behind the layer's write
@@ -30,11 +30,11 @@ class Observation {
     void reached_boundary() { asked_.clear(); }
     // They include the write of layer `il` into its K cache: the boundary that `wants` asked for.
     void reached_keys(int32_t il);
-    // Whether rows are observed in this layer.
+    // Whether rows are observed or recorded in this layer.
     bool wants(const MicroBatch & batch, int32_t il) const;
     // Writes what the observed rows pick in this layer, by their parts' policies, to their slots,
-    // if there are any. The node's mask must be the graph's own. Throws std::runtime_error where q
-    // and K are not there.
+    // and what the recorded rows attend to into their parts' recordings. The node's mask must be
+    // the graph's own. Throws std::runtime_error where q and K are not there.
     void observe(const AttentionNode & attention, MicroBatch & batch);
 
     // Boundaries since construction.
@@ -45,6 +45,8 @@ class Observation {
     void observe_rows(const AttentionNode & attention, MicroBatch & batch,
                       const std::vector<int32_t> & rows);
     void select(const AttentionNode & attention, const Part & part, const Row & row,
+                const float * mask, const float * weights) const;
+    void record(const AttentionNode & attention, const Part & part, const Row & row,
                 const float * mask, const float * weights) const;
 
     const Ledger & ledger_;

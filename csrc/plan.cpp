@@ -100,7 +100,44 @@ void check_noted(const Plan & plan) {
     }
 }
 
+void check_recordings(const Plan & plan) {
+    for (size_t part = 0; part < plan.parts.size(); part++) {
+        const Part & of = plan.parts[part];
+        if (of.record < 0) {
+            continue;
+        }
+        const std::string name = "part " + std::to_string(part);
+        if (of.recording == nullptr) {
+            throw std::invalid_argument(name + " names record " + std::to_string(of.record) +
+                                        " and has no recording");
+        }
+        for (const int32_t il : of.recording->layers()) {
+            if (il >= of.selections->n_layer()) {
+                throw std::invalid_argument(name + " records layer " + std::to_string(il) + " of " +
+                                            std::to_string(of.selections->n_layer()));
+            }
+        }
+        if (plan.recorded_row(part) < 0) {
+            throw std::invalid_argument(name + " has no row that could be recorded: all of its "
+                                               "rows hide something or enter a fork");
+        }
+    }
+}
+
 } // namespace
+
+int64_t Plan::recorded_row(size_t part) const {
+    if (parts[part].record < 0) {
+        return -1;
+    }
+    for (size_t r = rows.size(); r > 0; r--) {
+        const Row & row = rows[r - 1];
+        if (row.part == static_cast<int64_t>(part) && row.mask < 0 && !enters(r - 1)) {
+            return static_cast<int64_t>(r - 1);
+        }
+    }
+    return -1;
+}
 
 void check_plan(const Plan & plan) {
     check_fork(plan.fork, plan.rows.size());
@@ -108,6 +145,7 @@ void check_plan(const Plan & plan) {
         check_part(plan, r);
         check_residual(plan, r);
     }
+    check_recordings(plan);
 }
 
 void check_slots(const Plan & plan, int32_t n_layer) {

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "policy.hpp"
+#include "recording.hpp"
 #include "residuals.hpp"
 #include "selections.hpp"
 
@@ -43,9 +44,13 @@ struct Part {
     std::shared_ptr<Residuals> residuals; // that `residual` is a slot of; null = there are none
     bool keep_influence = false;          // keep the observed rows' influence in their slots
     bool read_residual = false;           // read the part's last row (one micro-batch) for cosines
+    std::shared_ptr<Recording> recording; // that `record` is a slot of; null = there is none
+    int32_t record = -1; // slot that the newest row of the original branch is recorded into: the
+                         // part's last that hides nothing and enters no fork; -1 = it is not
 
     bool observes(int32_t il) const { return observe_layers[static_cast<size_t>(il)] != 0; }
     bool masks(int32_t il) const { return mask_layers[static_cast<size_t>(il)] != 0; }
+    bool records(int32_t il) const { return record >= 0 && recording->holds(il); }
 };
 
 // Rows that are not computed below a layer (one micro-batch): see fork.hpp.
@@ -65,6 +70,8 @@ struct Plan {
     const Part & part(const Row & row) const { return parts[static_cast<size_t>(row.part)]; }
     bool forks() const { return fork.layer > 0; }
     bool enters(size_t row) const { return forks() && row >= static_cast<size_t>(fork.n_below); }
+    // The row that a part records, -1 = none.
+    int64_t recorded_row(size_t part) const;
 };
 
 // Throws std::invalid_argument if the plan is none: a row names a part that is not there, or asks

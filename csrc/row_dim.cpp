@@ -148,10 +148,16 @@ int32_t row_dim(const ggml_tensor * node, int64_t n_rows,
     return dim > 0 ? dim : unclear_rows;
 }
 
+int32_t row_dim_of_copy(const ggml_tensor * copy, const ggml_tensor * node, int32_t dim) {
+    const bool same = std::equal(copy->ne, copy->ne + GGML_MAX_DIMS, node->ne);
+    return same && dim > 0 && has_widest_stride(copy, dim) ? dim : unclear_rows;
+}
+
 void shrink_rows_inplace(ggml_tensor * node, int32_t dim, int64_t n_rows, int64_t n_kept) {
     node->ne[dim] = node->ne[dim] / n_rows * n_kept;
     const ggml_tensor * src = node->src[0];
     switch (node->op) {
+    case GGML_OP_NONE: // a copy
     case GGML_OP_VIEW:
         return;
     case GGML_OP_PERMUTE:

@@ -16,7 +16,11 @@ constexpr int32_t unclear_rows = -2; // computed from rows in a way that is not 
 int32_t row_dim(const ggml_tensor * node, int64_t n_rows,
                 const std::function<int32_t(const ggml_tensor *)> & dim_of);
 
+// The same of another backend's copy of `node`, whose rows lie along `dim`.
+int32_t row_dim_of_copy(const ggml_tensor * copy, const ggml_tensor * node, int32_t dim);
+
 // Leaves the first n_kept of n_rows rows along `dim`. Its sources must have been shrunk before.
+// A copy keeps its strides.
 void shrink_rows_inplace(ggml_tensor * node, int32_t dim, int64_t n_rows, int64_t n_kept);
 
 } // namespace cmg

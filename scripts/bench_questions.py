@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
+from benchmarks.plain_llama import open_llama
 from benchmarks.ratios import Middle
 from llama_cpp.llama_chat_format import Llava15ChatHandler
 from PIL import Image
@@ -87,8 +87,8 @@ class Bench:
         self._task = PictureFiles("test", "counter", 20 * args.images)
         self.groups = picture_groups(self._task, args, folder)
         self.vlm = GuidedVLM(*pair, **shape, n_parallel=1)
-        self._llama = llama_cpp.Llama(
-            str(pair[0]),
+        self._llama = open_llama(
+            pair[0],
             n_threads_batch=args.threads,
             chat_handler=GivenPrompt(str(pair[1]), verbose=False),
             verbose=False,

@@ -47,7 +47,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """A random matrix of the language model: an input of unit RMS gives one of RMS `gain`."""
 
     name: str
@@ -72,7 +72,7 @@ def benchmark_pair(folder: Path, quant: Quant, *, n_image_tokens: int = 576) -> 
     if not pair.llm.exists():
         _write_llm(pair.llm, quant)
     if not pair.mmproj.exists():
-        _write_mmproj(pair.mmproj, side)
+        write_mmproj(pair.mmproj, side)
     return pair
 
 
@@ -127,7 +127,7 @@ def _write_llm(path: Path, quant: Quant) -> None:
     writer.add_head_count_kv(N_HEAD_KV)
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-5)
-    _add_tokenizer(writer)
+    add_tokenizer(writer)
     norms = ["output_norm.weight"]
     for il in range(N_LAYER):
         norms += [f"blk.{il}.attn_norm.weight", f"blk.{il}.ffn_norm.weight"]
@@ -135,6 +135,18 @@ def _write_llm(path: Path, quant: Quant) -> None:
     for name in norms:
         writer.add_tensor_info(name, ones.shape, ones.dtype, ones.nbytes)
     matrices = list(_matrices())
+    write_tensors(writer, [ones] * len(norms), matrices, qtype, f"writing {path.name}")
+    part.replace(path)
+
+
+def write_tensors(
+    writer: Any,
+    small: Sequence[Weights],
+    matrices: Sequence[Matrix],
+    qtype: gguf.GGMLQuantizationType,
+    label: str,
+) -> None:
+    """Writes the file: `small`, of which the writer has been told, then random matrices."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
     for m in matrices:
         shape = (m.n_out, m.n_in // block * block_bytes)
@@ -142,33 +154,32 @@ def _write_llm(path: Path, quant: Quant) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _ in norms:
-        writer.write_tensor_data(ones)
+    for values in small:
+        writer.write_tensor_data(values)
     rng = np.random.default_rng(0)
     # One matrix at a time: the whole model never stands in memory.
-    for m in _tracked(matrices, f"writing {path.name}"):
+    for m in _tracked(matrices, label):
         writer.write_tensor_data(quantize(_normal(rng, (m.n_out, m.n_in), m.gain), qtype))
     writer.close()
-    part.replace(path)
 
 
-def _matrices() -> Iterator[_Matrix]:
+def _matrices() -> Iterator[Matrix]:
     # A row of the embedding is an "output" of a one-hot input: unit RMS needs this gain.
-    yield _Matrix("token_embd.weight", N_VOCAB, N_EMBD, gain=N_EMBD**0.5)
-    yield _Matrix("output.weight", N_VOCAB, N_EMBD, gain=3.0)
+    yield Matrix("token_embd.weight", N_VOCAB, N_EMBD, gain=N_EMBD**0.5)
+    yield Matrix("output.weight", N_VOCAB, N_EMBD, gain=3.0)
     n_kv = N_HEAD_KV * HEAD_DIM
     for il in range(N_LAYER):
         # Attention scores with a standard deviation of 1.5 * 1.5: peaked, not one-hot.
-        yield _Matrix(f"blk.{il}.attn_q.weight", N_EMBD, N_EMBD, gain=1.5)
-        yield _Matrix(f"blk.{il}.attn_k.weight", n_kv, N_EMBD, gain=1.5)
-        yield _Matrix(f"blk.{il}.attn_v.weight", n_kv, N_EMBD)
-        yield _Matrix(f"blk.{il}.attn_output.weight", N_EMBD, N_EMBD)
-        yield _Matrix(f"blk.{il}.ffn_gate.weight", N_FF, N_EMBD)
-        yield _Matrix(f"blk.{il}.ffn_up.weight", N_FF, N_EMBD)
-        yield _Matrix(f"blk.{il}.ffn_down.weight", N_EMBD, N_FF)
+        yield Matrix(f"blk.{il}.attn_q.weight", N_EMBD, N_EMBD, gain=1.5)
+        yield Matrix(f"blk.{il}.attn_k.weight", n_kv, N_EMBD, gain=1.5)
+        yield Matrix(f"blk.{il}.attn_v.weight", n_kv, N_EMBD)
+        yield Matrix(f"blk.{il}.attn_output.weight", N_EMBD, N_EMBD)
+        yield Matrix(f"blk.{il}.ffn_gate.weight", N_FF, N_EMBD)
+        yield Matrix(f"blk.{il}.ffn_up.weight", N_FF, N_EMBD)
+        yield Matrix(f"blk.{il}.ffn_down.weight", N_EMBD, N_FF)
 
 
-def _add_tokenizer(writer: Any) -> None:
+def add_tokenizer(writer: Any) -> None:
     kind = gguf.TokenType
     pieces = _vocabulary()
     n_plain = len(pieces) - 259
@@ -186,7 +197,7 @@ def _add_tokenizer(writer: Any) -> None:
     writer.add_add_eos_token(False)
 
 
-def _write_mmproj(path: Path, side: int) -> None:
+def write_mmproj(path: Path, side: int) -> None:
     part = path.with_suffix(".part")
     writer = gguf.GGUFWriter(part, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
@@ -248,7 +259,7 @@ def _normal(rng: np.random.Generator, shape: tuple[int, int], gain: float) -> We
     return values
 
 
-def _tracked(matrices: Sequence[_Matrix], label: str) -> Iterable[_Matrix]:
+def _tracked(matrices: Sequence[Matrix], label: str) -> Iterable[Matrix]:
     return track(matrices, description=label, console=Console(stderr=True))
 
 

@@ -5,8 +5,9 @@
 
 `pack` runs under the Python version, and on the kind of machine, that `run` will. `run` builds
 llama-cpp-python for the architecture of the GPU at hand and no other, installs this package, runs
-all tests with all layers on the GPU, then the benchmark. What it builds is in FOLDER/work: where it
-was stopped, it goes on. Progress is on stderr; the last line on stdout is one JSON object.
+the chosen tests with all layers on the GPU (--all: all of them), then the benchmark. What it builds
+is in FOLDER/work: where it was stopped, it goes on. Progress is on stderr; the last line on stdout
+is one JSON object.
 
 Exit status: 0 = all well, 1 = tests failed or a figure is not as expected, 2 = cannot run here.
 """
@@ -14,8 +15,6 @@ Exit status: 0 = all well, 1 = tests failed or a figure is not as expected, 2 = 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import shutil
 import subprocess
@@ -26,30 +25,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = "llama-cpp-python"
-BUILD_TOOLS = ("cmake>=3.24", "ninja", "pip", "setuptools", "wheel")
-ALL_LAYERS = 99
+from device_suite import (
+    ALL_LAYERS,
+    BUILD_TOOLS,
+    ROOT,
+    SOURCE,
+    CannotRunError,
+    call,
+    requirements,
+    run_program,
+    run_tests,
+    say,
+    tell,
+)
+from device_tests import CHOSEN
+
 EAGER_ROW, EAGER_LIMIT = "decode, eager pair", 1.10
 """A GPU computes two rows of a product in the time of one."""
-
-
-class CannotRunError(Exception):
-    """What is missing, and what to do about it."""
-
-
-def requirements(pyproject: str) -> list[str]:
-    """What building, installing and testing this package takes, by its pyproject.toml.
-
-    The lists `requires`, `dependencies` and the extra `test`, as they stand there.
-    """
-    found: list[str] = []
-    for name in ("requires", "dependencies", "test"):
-        listed = re.search(rf'^{name} = \[((?:[^]"]|"[^"]*")*)\]', pyproject, re.MULTILINE)
-        if listed is None:
-            raise CannotRunError(f"pyproject.toml has no list named {name}")
-        found += re.findall(r'"([^"]+)"', listed.group(1))
-    return list(dict.fromkeys(found))
 
 
 def pack_command(folder: Path, needed: Sequence[str], *options: str) -> list[str]:
@@ -112,11 +104,11 @@ def pack(folder: Path, *options: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     needed = requirements((ROOT / "pyproject.toml").read_text("utf-8"))
     say(f"fetching sources and wheels into {folder}, about 150 MB")
-    _call(pack_command(folder, needed, *options))
+    call(pack_command(folder, needed, *options))
     return 0
 
 
-def run(folder: Path, bench_options: Sequence[str]) -> int:
+def run(folder: Path, bench_options: Sequence[str], *, whole: bool) -> int:
     """Builds, tests, measures; prints the summary."""
     name, arch = find_gpu()
     check_compiler()
@@ -127,19 +119,20 @@ def run(folder: Path, bench_options: Sequence[str]) -> int:
     _build(python, folder, work, source, arch)
     _install(python, folder, work)
     built = time.perf_counter()
-    tests = _test(python)
-    measured = _measure(python, bench_options)
+    tests = run_tests(python, () if whole else CHOSEN)
+    measured = run_program(python, "bench.py", "--ngl", str(ALL_LAYERS), *bench_options)
     eager = eager_ratios(measured)
     met = bool(eager) and all(ratio <= EAGER_LIMIT for ratio in eager.values())
     summary = {
-        "gpu": name,
+        "backend": "CUDA",
+        "device": name,
         "architecture": arch,
         "build_seconds": round(built - started),
         "tests": tests,
         "eager_pair": {"wanted": EAGER_LIMIT, "ratios": eager, "met": met},
         "bench": measured,
     }
-    print(json.dumps(summary))
+    tell(summary)
     return 0 if met and tests["status"] == 0 else 1
 
 
@@ -151,23 +144,12 @@ def eager_ratios(measured: Mapping[str, Any]) -> dict[str, float]:
     return {}
 
 
-def last_counts(output: str) -> dict[str, int]:
-    """{"passed": 700, ...} from pytest's last line."""
-    lines = output.strip().splitlines()
-    return {word: int(n) for n, word in re.findall(r"(\d+) ([a-z]+)", lines[-1] if lines else "")}
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def _environment(folder: Path, work: Path) -> Path:
     """The Python of a virtual environment in the work folder, with the tools that build."""
     python = work / "venv" / "bin" / "python"
     if not python.exists():
         say("making a virtual environment")
-        _call([sys.executable, "-m", "venv", str(work / "venv")])
+        call([sys.executable, "-m", "venv", str(work / "venv")])
     _pip(python, folder, work, "install", *BUILD_TOOLS, "scikit-build-core", "pybind11")
     return python
 
@@ -205,33 +187,6 @@ def _install(python: Path, folder: Path, work: Path) -> None:
     _pip(python, folder, work, "install", *needed)
 
 
-def _test(python: Path) -> dict[str, Any]:
-    """All tests, with all layers on the GPU."""
-    say("running the tests with all layers on the GPU")
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    # From elsewhere: the installed package is tested, not the sources.
-    done = subprocess.run(
-        [*command, "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)],
-        env={**os.environ, "CMG_TEST_NGL": str(ALL_LAYERS)},
-        cwd=python.parent,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    say(done.stdout[-8000:])
-    return {"status": done.returncode, **last_counts(done.stdout)}
-
-
-def _measure(python: Path, options: Sequence[str]) -> dict[str, Any]:
-    say("measuring")
-    bench = [str(python), str(ROOT / "scripts" / "bench.py"), "--ngl", str(ALL_LAYERS), *options]
-    done = subprocess.run(bench, cwd=python.parent, stdout=subprocess.PIPE, text=True)
-    say(done.stdout)
-    if done.returncode != 0 or not done.stdout.strip():
-        return {"status": done.returncode}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
 def _wheels(work: Path) -> Path:
     folder = work / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,17 +197,10 @@ def _pip(python: Path, folder: Path, work: Path, *arguments: str, **environment:
     """pip without a network: from the folder, and from what was built here, which comes first."""
     command, *rest = arguments
     places = ["--no-index", "--find-links", str(_wheels(work)), "--find-links", str(folder)]
-    _call(
+    call(
         [str(python), "-m", "pip", command, *places, "--disable-pip-version-check", *rest],
         **environment,
     )
-
-
-def _call(command: Sequence[str], **environment: str) -> None:
-    """Runs a command, its output on stderr. Raises CannotRunError if it fails."""
-    done = subprocess.run(command, env={**os.environ, **environment}, stdout=sys.stderr)
-    if done.returncode != 0:
-        raise CannotRunError(f"this failed with status {done.returncode}: {' '.join(command)}")
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -266,6 +214,8 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     ):
         step = steps.add_parser(name, help=what, epilog=f"More options go to {rest}.")
         step.add_argument("folder", type=Path)
+        if name == "run":
+            step.add_argument("--all", action="store_true", help="all tests, not the chosen ones")
     return parser.parse_known_args(argv)
 
 
@@ -274,7 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, options = _arguments(argv)
     folder = args.folder.resolve()
     try:
-        return pack(folder, *options) if args.step == "pack" else run(folder, options)
+        return (
+            pack(folder, *options) if args.step == "pack" else run(folder, options, whole=args.all)
+        )
     except CannotRunError as exc:
         say(f"check_cuda: {exc}")
         return 2

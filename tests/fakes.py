@@ -66,7 +66,7 @@ class FakeContext:
         self.n_ctx, self.n_ubatch = n_ctx, n_ubatch
         self.n_layer, self.n_vocab = N_LAYER, N_VOCAB
         self.attention_layers = tuple(range(N_LAYER))
-        self.merges, self.spare_seq = True, 99
+        self.merges, self.has_state, self.spare_seq = True, False, 99
         self.patch = cast(_core.GraphPatch, FakePatch())
         self.calls: list[Call] = []
         self._fuse = fuse

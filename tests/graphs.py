@@ -41,6 +41,30 @@ def ggml_function(name: str, *arguments: Any) -> Callable[..., int]:
     return prototype((name, llama_cpp.llama_cpp._lib))
 
 
+class _Tensor(ctypes.Structure):
+    """ggml_tensor, up to its name."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    ]
+
+
+def tensor(address: int) -> _Tensor:
+    """A node or a leaf, to look at."""
+    return _Tensor.from_address(address)
+
+
 class Graph:
     """Nodes in the order in which they were made. n_rows: rows of the batch."""
 
@@ -77,6 +101,13 @@ class Graph:
     def project(self, rows: int, n_out: int = N_EMBD) -> int:
         return self.node("mul_mat", self.leaf("weight", N_EMBD, n_out), rows)
 
+    def copied(self, node: int, *, device: str = "CUDA0") -> int:
+        """What ggml's scheduler has another device's nodes read instead of this one."""
+        of = tensor(node)
+        copy = self.leaf(f"{device}#{of.name.decode()}#0", *of.ne, kind=of.type)
+        tensor(copy).nb = of.nb
+        return copy
+
     def layer(self, il: int, rows: int, other: int | None = None) -> int:
         """A residual layer: rows + weight * (rows or `other`)."""
         added = self.project(rows if other is None else other)
@@ -93,11 +124,15 @@ class Graph:
 
     def ask(self, patch: _core.GraphPatch) -> None:
         """Asks about every node, in order; none is computed."""
+        for node in self.nodes:
+            self.call(patch, node, ask=True)
+
+    def call(self, patch: _core.GraphPatch, node: int, *, ask: bool) -> bool:
+        """Asks about a node, or says that it is computed, as llama.cpp would; the answer."""
         callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(
             patch.callback
         )
-        for node in self.nodes:
-            callback(node, True, patch.user_data)
+        return bool(callback(node, ask, patch.user_data))
 
     def survey(self, patch: _core.GraphPatch) -> None:
         """Shows the patch this graph, as in a decode without a fork."""

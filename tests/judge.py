@@ -75,6 +75,7 @@ def judge_policy(guidance: Guidance) -> Policy:
         refresh=guidance.refresh,
         alpha=guidance.alpha,
         beta=guidance.beta,
+        states=guidance.states,
     )
 
 

@@ -1,4 +1,4 @@
-"""`--quick`: one to two minutes in which every module of the package is at work.
+"""`--quick`: one to seven minutes, by the machine, in which every module of the package is at work.
 
 Left out are tests marked `slow`, and all but the first and the last case of a test that has many.
 A run of all that is left then fails if it called no function of some module.
@@ -21,7 +21,7 @@ UNSEEN = {"cli/__init__.py", "cli/__main__.py", "llama/native.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="a minute or two that cover every module")
+    parser.addoption("--quick", action="store_true", help="a few minutes that cover every module")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -96,10 +96,11 @@ class Reference:
         seen = np.stack([(distance >= 0) & (distance < window) for window in windows])
         return np.asarray(seen & np.array(self.hyper.attending)[:, None, None])
 
-    def forward(self, x: F64, blocked: Mask | None = None) -> Forward:
+    def forward(self, x: F64, blocked: Mask | None = None, pictures: Mask | None = None) -> Forward:
         """One forward over x (T, E) at positions 0..T-1, causal and windowed.
 
         `blocked` (L, T, T) bool: more pairs of query and key that get -inf before the softmax.
+        `pictures` (T,) bool: rows that no convolution of a row behind their picture looks at.
         Raises ValueError if a row has nothing left to attend to.
         """
         seen = self.visible(len(x)) & (True if blocked is None else ~blocked)
@@ -107,7 +108,7 @@ class Reference:
             raise ValueError("a row has all of its keys blocked")
         hidden, attention = [np.asarray(x, np.float64)], []
         for il in range(len(self.hyper.windows)):
-            rows, weights = self._layer(il, hidden, seen[il])
+            rows, weights = self._layer(il, hidden, seen[il], pictures)
             hidden.append(rows)
             attention.append(weights)
         return Forward(self._logits(hidden[-1]), np.stack(attention), np.stack(hidden))
@@ -117,7 +118,9 @@ class Reference:
         name = "token_embd_norm" if self.hyper.arch == "lfm2" else "output_norm"
         return np.asarray(self._norm(x, name) @ w.T)
 
-    def _layer(self, il: int, hidden: list[F64], seen: Mask) -> tuple[F64, F64]:
+    def _layer(
+        self, il: int, hidden: list[F64], seen: Mask, pictures: Mask | None
+    ) -> tuple[F64, F64]:
         """The residual stream after layer `il`, (T, E), and its attention, (T, T)."""
         gemma = self.hyper.arch.startswith("gemma")
         x, source = hidden[-1], self._source(il)
@@ -126,7 +129,7 @@ class Reference:
             read = self._norm(hidden[source], f"blk.{source}.attn_norm")
             update, attention = self._attend(il, normed, read, seen)
         else:
-            update, attention = self._convolve(il, normed, seen)
+            update, attention = self._convolve(il, normed, seen, pictures)
         x = x + (self._norm(update, f"blk.{il}.post_attention_norm") if gemma else update)
         update = self._feed_forward(il, self._norm(x, f"blk.{il}.ffn_norm"))
         x = x + (self._norm(update, f"blk.{il}.post_ffw_norm") if gemma else update)
@@ -158,13 +161,14 @@ class Reference:
         mixed = (weights @ v).transpose(1, 0, 2).reshape(len(x), -1)
         return mixed @ w[f"blk.{il}.attn_output.weight"].T, weights.mean(axis=0)
 
-    def _convolve(self, il: int, x: F64, seen: Mask) -> tuple[F64, F64]:
+    def _convolve(self, il: int, x: F64, seen: Mask, pictures: Mask | None) -> tuple[F64, F64]:
         """A gated convolution over the newest rows, and attention to none."""
         w = {name: self.weights[f"blk.{il}.shortconv.{name}.weight"] for name in CONVOLUTION}
         before, behind, values = np.split(x @ w["in_proj"].T, 3, axis=1)
         n = w["conv"].shape[1]
         padded = np.concatenate([np.zeros((n - 1, x.shape[1])), before * values])
-        mixed = sum(padded[i : i + len(x)] * w["conv"][:, i] for i in range(n))
+        newest = _newest(np.zeros(len(x), np.bool_) if pictures is None else pictures, n)
+        mixed = (padded[newest + n - 1] * w["conv"].T).sum(axis=1)
         return np.asarray((behind * mixed) @ w["out_proj"].T), np.zeros(seen.shape)
 
     def _heads(self, x: F64, n: int) -> F64:
@@ -332,6 +336,18 @@ def combine(original: F64, degraded: F64, *, alpha: float, beta: float) -> F64:
     return np.where(original < original.max() + np.log(beta), -np.inf, score) if beta else score
 
 
+def _newest(pictures: Mask, n: int) -> NDArray[np.int64]:
+    """(T, n): the n newest rows that each row looks at, its own the last; below 0 = none. Rows of
+    another picture are passed over."""
+    found = []
+    for t in range(len(pictures)):
+        behind = np.flatnonzero(~pictures[: t + 1])
+        start = behind[-1] + 1 if len(behind) else 0  # of the picture that t is in, if it is in one
+        looked_at = [*behind, *range(start, t + 1)] if pictures[t] else behind.tolist()
+        found.append([*range(1 - n, 0), *looked_at][-n:])
+    return np.array(found)
+
+
 @dataclass(frozen=True)
 class Policy:
     """What is degraded, and how the two branches are put together.
@@ -343,6 +359,7 @@ class Policy:
         refresh: are tokens chosen once from the prompt's last row, or anew for every row?
         alpha: the weight of the difference; 0 for the original branch alone.
         beta: the plausibility cut in [0, 1]; 0 for none.
+        states: do convolutions of the degraded branch look at pictures from behind them?
     """
 
     tokens: Callable[[F64], Mask]
@@ -351,6 +368,7 @@ class Policy:
     refresh: Literal["prompt", "step"] = "step"
     alpha: float = 1.0
     beta: float = 0.1
+    states: Literal["read", "unread"] = "read"
 
 
 class Step(NamedTuple):
@@ -400,7 +418,8 @@ def guided(
         if layers is None:
             layers = policy.layers(layer_evidence(plain, influence, n_prompt - 1))
         blocked = blocked_pairs(influence, in_picture, n_prompt, policy) & layers[:, None, None]
-        original, degraded = plain.logits[-1], ref.forward(rows, blocked).logits[-1]
+        passed = in_picture if policy.states == "unread" else None
+        original, degraded = plain.logits[-1], ref.forward(rows, blocked, passed).logits[-1]
         score = combine(original, degraded, alpha=policy.alpha, beta=policy.beta)
         steps.append(Step(original, degraded, int(np.argmax(score))))
         rows = np.concatenate([rows, ref.embed([steps[-1].token])])

@@ -111,8 +111,9 @@ class PairedEngine(Answering):
         stepping: Strategy = EAGER,
         pace: Pace | None = None,
         filling: Filling | None = None,
+        aside: int | None = None,
     ) -> None:
-        branches = Branches(original, degraded)
+        branches = Branches(original, degraded, aside)
         super().__init__(
             Engine(
                 [branches],

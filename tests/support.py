@@ -12,13 +12,15 @@ import ctypes
 import functools
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
 from judge import Verdict, judge
 from numpy.typing import NDArray
+from offload import APART as APART
+from offload import FINE as FINE
 from offload import N_GPU_LAYERS
+from offload import TOLERANCE as TOLERANCE
 from prompts import picture
 from reference import F64, Reference, Step
 from stepped import PairedEngine
@@ -41,23 +43,28 @@ Pairing = Literal["pair", "contexts"]
 EXACT = ContextOptions(
     n_ctx=256, n_ubatch=64, n_threads=1, flash_attn=False, type_k="f32", type_v="f32"
 )
-TOLERANCE = 1e-4
-"""Largest logit error with EXACT; the logits have an RMS of about 3."""
 ALL_TOKENS = _core.TokenPolicy(_core.TokenRule.top_ratio, 1.0)
 
 
 class Tiny:
-    """A tiny pair, opened: model, projector, and the judge's reading of the same file.
+    """A tiny pair, opened: model, projector, and the judge's reading of the same file, if it can.
 
     prompt: see `_prompt`. verdict: see `judge`, for this pair. Both remember what they gave.
     """
 
-    def __init__(self, pair: TinyPair) -> None:
-        self.ref = Reference.load(pair.llm)
-        self.model = Model.load(pair.llm, n_gpu_layers=N_GPU_LAYERS)
+    def __init__(self, pair: TinyPair, n_gpu_layers: int = N_GPU_LAYERS) -> None:
+        self._path = pair.llm
+        self.model = Model.load(pair.llm, n_gpu_layers=n_gpu_layers)
         self.projector = Projector(pair.mmproj, self.model, use_gpu=False, n_threads=1)
         self.prompt = functools.cache(self._prompt)
-        self.verdict = functools.cache(partial(judge, self.ref))
+        self.verdict = functools.cache(self._verdict)
+
+    @functools.cached_property
+    def ref(self) -> Reference:
+        return Reference.load(self._path)
+
+    def _verdict(self, *asked: Any, **settings: Any) -> Verdict:
+        return judge(self.ref, *asked, **settings)
 
     def _prompt(self, text: str, *image_seeds: int) -> Prompt:
         """An encoded prompt; "<__media__>" in `text` stands for one picture each."""
@@ -171,13 +178,15 @@ class Rig:
         n_seq_max = max(n_seq_max, 2 + 2 * n_slots)
         self.selections = _core.Selections(tiny.model.n_layer)
         self.contexts = [
-            Counted(tiny.model, options, n_seq_max=n_seq_max)
+            Counted(tiny.model, options, n_seq_max=n_seq_max + 1)
             for _ in range(1 if pairing == "pair" else 2)
         ]
         branches = Branch(self.contexts[0], seqs[0]), Branch(self.contexts[-1], seqs[1])
         slots = [(2 + 2 * i, 3 + 2 * i) for i in range(n_slots)]
         reuse = PrefixCache((self.contexts[0], self.contexts[-1]), slots, max_cells)
-        self.engine = PairedEngine(*branches, reuse, stepping=stepping, pace=pace, filling=filling)
+        self.engine = PairedEngine(
+            *branches, reuse, stepping=stepping, pace=pace, filling=filling, aside=n_seq_max
+        )
 
     def n_decoded(self) -> tuple[int, int]:
         """Rows that each branch has decoded since the last call."""
@@ -285,7 +294,10 @@ class Lanes:
         pairs = [(2 * i, 2 * i + 1) for i in range(n_pairs)]
         contexts = self.context, self.context
         self.engine = Engine(
-            [Branches(*(Branch(self.context, seq) for seq in pair)) for pair in pairs[:n_lanes]],
+            [
+                Branches(Branch(self.context, first), Branch(self.context, second))
+                for first, second in pairs[:n_lanes]
+            ],
             PrefixCache(contexts, pairs[n_lanes:], max_cells),
             strategy=strategy,
             pace=pace,

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import llama_cpp
 import pytest
+from benchmarks.plain_llama import open_llama
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, ids, open_vlm
 from llama_cpp import LlamaGrammar
 from offload import N_GPU_LAYERS
@@ -38,14 +39,14 @@ def vlm(pair: TinyPair) -> Iterator[GuidedVLM]:
 @pytest.fixture(scope="module")
 def plain_llama(pair: TinyPair) -> Iterator[llama_cpp.Llama]:
     """llama-cpp-python itself, without images or guidance."""
-    opened = open_llama(pair, logits_all=True)
+    opened = open_on(pair, logits_all=True)
     yield opened
     opened.close()
 
 
-def open_llama(pair: TinyPair, **settings: Any) -> llama_cpp.Llama:
-    return llama_cpp.Llama(
-        str(pair.llm),
+def open_on(pair: TinyPair, **settings: Any) -> llama_cpp.Llama:
+    return open_llama(
+        pair.llm,
         n_ctx=512,
         n_ubatch=64,
         n_threads=1,
@@ -344,7 +345,7 @@ def test_a_llama_with_the_handler_says_what_a_guided_vlm_says(
     pair: TinyPair, vlm: GuidedVLM, guidance: Guidance | None
 ) -> None:
     handler = CMGChatHandler(pair.mmproj, guidance=guidance, use_gpu=False)
-    llm = open_llama(pair, chat_handler=handler)
+    llm = open_on(pair, chat_handler=handler)
     theirs = completion(llm, asked(), **GREEDY)
     ours = completion(vlm, asked(), guidance=guidance, **GREEDY)
     assert theirs["choices"] == ours["choices"]
@@ -356,7 +357,7 @@ def test_a_llama_with_the_handler_says_what_a_guided_vlm_says(
 
 
 def test_every_option_of_a_llama_passes_through_the_handler(pair: TinyPair) -> None:
-    llm = open_llama(pair, chat_handler=CMGChatHandler(pair.mmproj, use_gpu=False))
+    llm = open_on(pair, chat_handler=CMGChatHandler(pair.mmproj, use_gpu=False))
     whole = completion(llm, asked(), **GREEDY, **LOGPROBS, stop=["zz"], seed=1)
     assert len(whole["choices"][0]["logprobs"]["content"]) == 12
     with pytest.raises(UnsupportedError, match="tools="):
@@ -368,7 +369,7 @@ def test_every_option_of_a_llama_passes_through_the_handler(pair: TinyPair) -> N
 def test_a_guided_vlm_from_a_llama_says_the_same(
     pair: TinyPair, vlm: GuidedVLM, pairing: Any
 ) -> None:
-    llm = open_llama(pair)
+    llm = open_on(pair)
     with GuidedVLM.from_llama(llm, pair.mmproj, pairing=pairing, use_gpu=False) as other:
         assert other.n_ctx == 512
         replies = [v.generate(QUESTION, [picture(1)], max_tokens=20) for v in (vlm, other)]
@@ -397,7 +398,7 @@ def test_the_handler_is_made_as_llama_cpp_pythons_are(
     try:
         for is_verbose, handlers in made.items():
             for handler in handlers:
-                llm = open_llama(pair, chat_handler=handler)
+                llm = open_on(pair, chat_handler=handler)
                 capfd.readouterr()
                 said.add(content(llm, asked(), **GREEDY))
                 assert bool(capfd.readouterr().err) == is_verbose
@@ -417,7 +418,7 @@ def drawn(llm: llama_cpp.Llama, **settings: Any) -> tuple[int, str]:
 
 def test_the_handler_draws_with_the_seed_of_its_llama(pair: TinyPair) -> None:
     handler = CMGChatHandler(pair.mmproj, use_gpu=False)
-    llm = open_llama(pair, chat_handler=handler, seed=7)
+    llm = open_on(pair, chat_handler=handler, seed=7)
     first, second = drawn(llm), drawn(llm)
     assert first == drawn(llm, seed=7)
     assert first[0] == 7
@@ -433,7 +434,7 @@ def test_the_handler_draws_with_the_seed_of_its_llama(pair: TinyPair) -> None:
 
 
 def test_a_llama_without_a_seed_draws_at_random(pair: TinyPair) -> None:
-    llm = open_llama(pair, chat_handler=CMGChatHandler(pair.mmproj, use_gpu=False))
+    llm = open_on(pair, chat_handler=CMGChatHandler(pair.mmproj, use_gpu=False))
     llm.set_seed(llama_cpp.LLAMA_DEFAULT_SEED)
     assert drawn(llm)[0] != drawn(llm)[0]
     llm.set_seed(-1)

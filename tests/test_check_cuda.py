@@ -12,18 +12,16 @@ import cuda_check
 import pytest
 from benchmarks.report import ROWS
 from cuda_check import (
-    CannotRunError,
     architecture,
     eager_ratios,
     find_gpu,
     find_source,
-    last_counts,
     main,
     pack_command,
-    requirements,
 )
+from device_suite import ROOT, CannotRunError, last_counts, requirements
 
-PYPROJECT = (cuda_check.ROOT / "pyproject.toml").read_text("utf-8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
 SMI = '#!/bin/sh\ncase "$*" in *compute_cap*) echo 8.9;; *) echo "NVIDIA L4";; esac\n'
 
 
@@ -50,6 +48,8 @@ def test_what_is_packed_is_what_the_project_names() -> None:
     names = {name.split(">")[0].split("=")[0] for name in needed}
     assert {"scikit-build-core", "pybind11", "llama-cpp-python", "numpy", "gguf", "pytest"} <= names
     assert len(needed) == len(set(needed))
+    assert "huggingface-hub" in names  # of an extra that the extra `test` names
+    assert not any(name.startswith("cmg-gguf") for name in needed)
 
 
 def test_requirements_with_extras_are_read_whole() -> None:
@@ -158,7 +158,7 @@ def test_a_step_and_a_folder_are_needed(argv: list[str]) -> None:
 
 def test_the_launcher_passes_everything_on(tmp_path: Path) -> None:
     done = subprocess.run(
-        [cuda_check.ROOT / "scripts" / "check_cuda", "run", str(tmp_path)],
+        [ROOT / "scripts" / "check_cuda", "run", str(tmp_path)],
         env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from cmg_gguf.cli.options import (
     split_images,
 )
 from cmg_gguf.cli.sampling_flags import SamplingFlags
+from cmg_gguf.cli.screen import Screen, duration
 from cmg_gguf.errors import GuidanceError, ImageError
 from cmg_gguf.guidance import (
     AttentionMass,
@@ -58,6 +60,7 @@ from cmg_gguf.guidance import (
     TopRatio,
 )
 from cmg_gguf.llama.context import CACHE_TYPES
+from cmg_gguf.llama.projector import Projector
 from cmg_gguf.opening import Strategy
 from cmg_gguf.sampling import Sampling
 from cmg_gguf.settings import Settings, save_settings
@@ -436,6 +439,20 @@ def test_flags_without_effect_are_named(bench: Bench) -> None:
     assert "note: no --image" in result.stderr
 
 
+@pytest.mark.parametrize(("flags", "noted"), [([], True), (["-ub", "512"], False), (["-q"], False)])
+def test_a_step_that_is_larger_for_the_sake_of_pictures_is_noted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, flags: list[str], noted: bool
+) -> None:
+    asked = ["run", *bench.model, "-p", QUESTION, "-n", "1", *flags]
+    assert "a step has room" not in invoke(*asked).stderr
+    monkeypatch.setattr(Projector, "rows_at_once", lambda _: 1088)
+    said = flat(invoke(*asked).stderr)
+    assert (
+        "note: this model decodes a picture at once, so a step has room for 1088" in said
+    ) == noted
+    assert ("-ub 512 takes small pictures only" in said) == noted
+
+
 # --- Errors and exits ---
 
 
@@ -688,7 +705,7 @@ def test_info_refuses_a_layer_that_is_not_there(bench: Bench) -> None:
     assert "this model has 6 layers (0-5)" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "info"])
+@pytest.mark.parametrize("command", ["run", "chat", "info", "doctor"])
 def test_help_explains_every_flag(command: str) -> None:
     shown = invoke(command, "--help").stdout
     group: Any = typer.main.get_command(app)
@@ -696,7 +713,7 @@ def test_help_explains_every_flag(command: str) -> None:
         for name in parameter.opts:
             assert f" {name} " in shown, name
         assert parameter.help, parameter.name
-    if command != "info":
+    if command in ("run", "chat"):
         assert all(f" {flag} " in shown for flag in GUIDANCE_FLAGS)
     assert "Examples:" in shown
 
@@ -715,6 +732,31 @@ def test_help_and_version_need_no_llama() -> None:
         )
         assert done.returncode == 0, done.stderr
     assert done.stdout == f"cmg-gguf {cmg_gguf.__version__}\n"
+
+
+# --- Progress ---
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with Screen().counting("pictures") as count:
+        for seconds, done in ((0, 5), (29, 10), (31, 36), (40, 40), (62, 67), (90, 200)):
+            now = 100.0 + seconds
+            count(done, 200)
+    assert capsys.readouterr().err.splitlines() == [
+        "36 of 200 pictures, 1.00/s, 3 min left",
+        "67 of 200 pictures, 1.00/s, 2 min left",
+    ]
+    with Screen(quiet=True).counting("pictures") as count:
+        for now in (100.0, 200.0):
+            count(int(now), 300)
+    assert capsys.readouterr().err == ""
+    assert [duration(seconds) for seconds in (5, 120, 3600, 12_010)] == [
+        *("5 s", "2 min", "1 h 0 min", "3 h 20 min")
+    ]
 
 
 # --- Terminals ---

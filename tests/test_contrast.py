@@ -101,9 +101,9 @@ def test_rows_in_common_are_computed_once() -> None:
     engine.prefill(prompt(3, -4, 2), prompt(5))
     assert [call for call in rig.calls if call[0] != "truncate"] == [
         ("decode", [0, 1, 2], [0, 1, 2], [0, 0, 0]),
+        ("share", 0, 1, 3),
         ("decode_image", 4, 3, 0),
         ("decode", [3, 4], [7, 8], [0, 0]),
-        ("share", 0, 1, 3),
         ("decode", [3, 4], [3, 4], [1, 1]),
     ]
     rig.forget()

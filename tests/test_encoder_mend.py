@@ -7,12 +7,14 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
+from benchmarks.plain_llama import open_llama
 from encoder_reference import embeddings
 from graphs import I32, Graph, ggml_function
 from guided import open_vlm
@@ -21,15 +23,17 @@ from prompts import picture
 from tiny_encoder import Layout, TinyEncoder, weights_of, write_encoder
 from tiny_llava import TinyConfig, TinyPair
 
-from cmg_gguf import CMGChatHandler, _core
+from cmg_gguf import CMGChatHandler, Contrast, _core
 from cmg_gguf.arrays import FloatArray
-from cmg_gguf.cli.info import MENDS
+from cmg_gguf.chat.completion import cmg_block
+from cmg_gguf.cli.screen import summary
 from cmg_gguf.errors import BackendError, ProjectorError, UnsupportedError
 from cmg_gguf.facts import pair_facts
 from cmg_gguf.llama.legacy import lacks_layer
 from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.prompt.segments import ImageSegment
+from cmg_gguf.reply import MENDS
 from cmg_gguf.tiny.pair import embedded_pair
 
 CLOSE = 0.01
@@ -362,7 +366,7 @@ def test_every_way_in_takes_the_setting(pair: TinyPair, tmp_path: Path) -> None:
     for encoder in ("mended", "stock"):
         with open_vlm(TinyPair(pair.llm, mmproj), encoder=encoder) as vlm:
             found[encoder] = encoded(vlm.projector, picture(2))
-        llama = llama_cpp.Llama(str(pair.llm), n_ctx=256, verbose=False)
+        llama = open_llama(pair.llm, n_ctx=256, verbose=False)
         handler = CMGChatHandler(mmproj, encoder=encoder, use_gpu=False)
         through_llama = encoded(handler.vlm(llama).projector, picture(2))
         np.testing.assert_array_equal(through_llama, found[encoder])
@@ -370,6 +374,33 @@ def test_every_way_in_takes_the_setting(pair: TinyPair, tmp_path: Path) -> None:
     assert np.abs(found["mended"] - found["stock"]).max() > 50 * CLOSE
     with pytest.raises(UnsupportedError, match="encoder='best' is unknown"):
         open_vlm(pair, encoder="best")
+
+
+def test_a_reply_says_what_was_mended_for_its_pictures(pair: TinyPair, tmp_path: Path) -> None:
+    mmproj = write_encoder(tmp_path / "mmproj.gguf", TinyEncoder("clip", layout="legacy"))
+    with open_vlm(TinyPair(pair.llm, mmproj)) as vlm:
+        ask = partial(vlm.generate, "What is it?", max_tokens=2)
+        assert ask().mended == ()
+        first, again, other = (ask([picture(seed)]) for seed in (2, 2, 3))
+        assert again.n_reused_tokens > first.n_image_tokens  # its picture was not encoded again
+        assert first.mended == again.mended == other.mended == ("class token", "layer")
+        assert cmg_block(first, vlm.model.token_bytes)["mended"] == ["class token", "layer"]
+        noised = Contrast("What is it?", [picture(4)])
+        assert ask(contrast=noised).mended == ("class token", "layer")
+        assert "encoder mended: class token, layer" in summary(first)
+        assert "mended" not in summary(ask())
+    with open_vlm(TinyPair(pair.llm, mmproj), encoder="stock") as vlm:
+        assert vlm.generate("What is it?", [picture(2)], max_tokens=2).mended == ()
+
+
+def test_what_is_mended_is_told_by_picture(opened: Opens) -> None:
+    projector = opened(TinyEncoder("clip"))
+    prompt = projector.tokenize(projector.marker, [picture(2)], add_bos=False)
+    assert projector.mended_in(prompt) == frozenset()  # nothing has been encoded
+    projector.encode(prompt)
+    assert projector.mended_in(prompt) == {"class token"}
+    text = projector.tokenize("no picture", [])
+    assert projector.mended_in(text) == frozenset()
 
 
 def test_info_says_what_is_mended(pair: TinyPair, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from prompts import picture
 from tiny_llava import TinyPair
 
+import cmg_gguf.vlm
 from cmg_gguf import Guidance
 from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.evaluation import lmms as plugin
@@ -96,6 +97,25 @@ def test_requests_are_answered_under_the_settings(
         model.loglikelihood([])
     with pytest.raises(UnsupportedError, match="only 1"):
         model_class(**arguments, batch_size=8)
+
+
+def test_a_model_is_named_by_its_files_or_its_repository(
+    model_class: Any, pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, object]] = []
+
+    def fetched(name: str, mmproj: object = None, **_: object) -> TinyPair:
+        asked.append((name, mmproj))
+        return pair
+
+    monkeypatch.setattr(cmg_gguf.vlm, "fetch_pair", fetched)
+    made = model_class(hf="owner/repo:Q8_0", **evals.OPTIONS)
+    assert made._answerer._vlm.model.path == pair.llm
+    model_class(hf="owner/repo", mmproj="own.gguf", **evals.OPTIONS)
+    assert asked == [("owner/repo:Q8_0", None), ("owner/repo", "own.gguf")]
+    for wrong in ({}, {"model": str(pair.llm)}, {"model": str(pair.llm), "hf": "owner/repo"}):
+        with pytest.raises(UnsupportedError, match="give model and mmproj, or hf"):
+            model_class(**wrong)
 
 
 def test_sampling_is_as_the_task_says() -> None:

@@ -10,11 +10,13 @@ import pytest
 from evaluated import bad, check_figures_are_sound, figures, good, write_images, write_json
 
 from cmg_gguf.errors import EvaluationError
+from cmg_gguf.evaluation import files
 from cmg_gguf.evaluation.mentions import caption_counts
 from cmg_gguf.evaluation.task import CountsByCluster
 from cmg_gguf.evaluation.tasks.amber import Amber
 from cmg_gguf.evaluation.tasks.chair import Chair
 from cmg_gguf.evaluation.tasks.folder import FolderPrompt
+from cmg_gguf.prompt.formats import image_suffixes
 
 INSTANCES: dict[str, Any] = {
     "images": [{"id": 1, "file_name": "one.jpg"}, {"id": 2, "file_name": "two.jpg"}],
@@ -342,6 +344,15 @@ def test_a_folder_gives_one_item_an_image_and_no_figures(tmp_path: Path) -> None
     assert {item.prompt for item in items} == {"Describe the image."}
     assert task.load(items[0]) == tmp_path / "a.jpg"
     assert figures(task, {"a.jpg": "A beach.", "b.PNG": ""}) == {}
+
+
+def test_a_folders_images_are_those_of_every_format_that_is_read(tmp_path: Path) -> None:
+    names = [f"{i}{suffix}" for i, suffix in enumerate(sorted(image_suffixes()))]
+    assert {".heic", ".avif", ".jp2", ".webp", ".jpg"} <= {Path(name).suffix for name in names}
+    for name in names:
+        (tmp_path / name).touch()
+    assert sorted(item.id for item in good(FolderPrompt(tmp_path, "?"))) == sorted(names)
+    assert files.image_in(tmp_path, names[0].partition(".")[0]) == tmp_path / names[0]
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from graphs import (
     ggml_function,
     obstacles,
     surveyed,
+    tensor,
 )
 
 from cmg_gguf import _core
@@ -90,6 +91,41 @@ def test_a_copy_for_another_backend_is_what_it_copies() -> None:
         finish(graph, graph.layer(2, rows, copy), 3)
 
     assert obstacles(build, shrinks=False)[:2] == ["it reads CUDA0#embd#0 from below"] * 2
+
+
+def hoisted_view(graph: Graph, written: bool) -> None:
+    """Layer 2 reads a cache through a view that was made before layer 0's output."""
+    cache = graph.leaf("cache_v_l2", N_EMBD, 16)
+    rows = graph.embed()
+    if written:
+        graph.node("set_rows", cache, rows, graph.leaf("index", graph.n_rows, kind=I64))
+    view = graph.node("view_2d", cache, sizes=(N_EMBD, N_EMBD, N_EMBD * 4, 0), name="hoisted")
+    rows = graph.layer(1, graph.layer(0, rows))
+    finish(graph, graph.node("mul_mat", view, rows, name="l_out-2"), 3)
+
+
+def test_a_view_is_not_from_below_for_being_made_there() -> None:
+    """But what it looks at may be."""
+    read = "it reads hoisted from below"
+    for shrinks in (False, True):
+        plain_view = obstacles(lambda graph: hoisted_view(graph, False), shrinks=shrinks)
+        assert plain_view == ["", "", ""]
+        written = obstacles(lambda graph: hoisted_view(graph, True), shrinks=shrinks)
+        assert written == [read, read, ""]
+
+
+def test_a_copy_of_a_view_is_of_what_the_view_looks_at() -> None:
+    def build(graph: Graph) -> None:
+        rows = graph.embed()
+        view = graph.node("view_2d", rows, sizes=(N_EMBD, 1, N_EMBD * 4, 0), name="view")
+        rows = graph.layer(0, rows)
+        cache = graph.leaf("cache_v_l1", N_EMBD, 16)
+        hoisted = graph.node("view_2d", cache, sizes=(N_EMBD, N_EMBD, N_EMBD * 4, 0))
+        rows = graph.layer(1, rows)
+        rows = graph.node("mul_mat", graph.copied(hoisted), rows, name="l_out-2")
+        graph.node("add", rows, graph.copied(view), name="l_out-3")
+
+    assert obstacles(build, shrinks=False) == ["it reads CUDA0#view#0 from below"] * 3
 
 
 @pytest.mark.parametrize("shape", ["other rows", "narrower", "a third dimension"])
@@ -192,16 +228,69 @@ def test_rows_are_not_left_out_where_they_cannot_be_told(name: str) -> None:
     assert all(reason is not None and "cannot be told" in reason for reason in others), others
 
 
-def test_rows_copied_for_another_backend_are_not_left_out() -> None:
-    """The copy is made with the size that it has when the graph is."""
+def behind_a_copy(graph: Graph) -> None:
+    """As on a GPU: the embedding lies on the host, and all that reads it reads a copy."""
+    finish(graph, graph.copied(graph.embed()), 0)
+
+
+def split_at_layer_1(graph: Graph) -> None:
+    """As on two GPUs."""
+    rows = graph.copied(graph.layer(0, graph.copied(graph.embed())), device="CUDA1")
+    finish(graph, rows, 1)
+
+
+@pytest.mark.parametrize("build", [behind_a_copy, split_at_layer_1])
+def test_rows_that_only_another_backend_reads_can_be_left_out(build: Build) -> None:
+    assert obstacles(build) == ["", "", ""]
+
+
+def copied_and_read_at_home(graph: Graph) -> None:
+    """Rows that are whole for the copy are no longer those that are left."""
+    rows = graph.layer(0, graph.embed())
+    graph.node("sqr", graph.copied(rows))
+    finish(graph, rows, 1)
+
+
+def one_of_two_of_a_name(graph: Graph) -> None:
+    rows = graph.layer(0, graph.embed())
+    squares = [graph.node("sqr", rows, name="square") for _ in range(2)]
+    graph.node("sqr", graph.copied(squares[1]))
+    finish(graph, rows, 1)
+
+
+def between_heads(graph: Graph) -> None:
+    """Where fewer rows would lie elsewhere."""
+    rows = graph.layer(0, graph.embed())
+    turned = graph.node("cont", permuted(graph, heads(graph, rows), 0, 2, 1, 3), name="turned")
+    graph.node("sqr", graph.copied(turned))
+    finish(graph, rows, 1)
+
+
+def of_another_shape(graph: Graph) -> None:
+    rows = graph.layer(0, graph.embed())
+    graph.node("sqr", rows, name="square")
+    graph.node("sqr", graph.leaf("CUDA0#square#0", N_EMBD, graph.n_rows, 2))
+    finish(graph, rows, 1)
+
+
+@pytest.mark.parametrize(
+    "build", [copied_and_read_at_home, one_of_two_of_a_name, between_heads, of_another_shape]
+)
+def test_copied_rows_are_not_left_out_where_it_is_not_clear_which_they_are(build: Build) -> None:
+    assert obstacles(build)[0] == ""
+    assert all("cannot be told" in str(reason) for reason in obstacles(build)[1:])
+
+
+def test_rows_that_are_copied_turned_can_be_left_out() -> None:
+    """As q is, where the cache stays on the host: rows are the widest stride there."""
 
     def build(graph: Graph) -> None:
         rows = graph.layer(0, graph.embed())
-        graph.node("sqr", graph.leaf("CUDA0#l_out-0#0", N_EMBD, graph.n_rows))
+        graph.node("sqr", graph.copied(permuted(graph, heads(graph, rows), 0, 2, 1, 3)))
         finish(graph, rows, 1)
 
-    assert obstacles(build)[0] == ""
-    assert all("cannot be told" in str(reason) for reason in obstacles(build)[1:])
+    # The layer's own readers of the stream lie where it does: what is copied is q alone.
+    assert obstacles(build) == ["", "", ""]
 
 
 @pytest.mark.parametrize(("n_a_row", "understood"), [(1, True), (4, False)])
@@ -309,6 +398,46 @@ def test_what_both_graphs_say_of_rows_is_believed(
 ) -> None:
     """Either of those that are not believed above, when the other is like it."""
     assert obstacles(around(make, lambda graph: kind)) == ["", "", ""]
+
+
+# --- copies between backends --------------------------------------------------------------------
+
+
+def n_rows_of(*addresses: int) -> list[int]:
+    return [tensor(address).ne[1] for address in addresses]
+
+
+def test_rows_are_whole_when_they_are_copied_and_fewer_when_the_copy_is_read() -> None:
+    """A copy is made behind the boundary, before the first node that reads it is asked about."""
+    patch = surveyed(split_at_layer_1)
+    with closing(Graph(5)) as graph:
+        split_at_layer_1(graph)
+        embd, weighted, added, *above = graph.nodes
+        first, second = tensor(weighted).src[1], tensor(above[0]).src[1]
+        patch.begin(graph.plan(_core.ForkPlan(layer=3, n_below=2)))
+        for node, copy in ((embd, first), (added, second)):
+            if node == added:
+                assert not graph.call(patch, weighted, ask=True)
+                assert n_rows_of(embd, first, weighted) == [5, 2, 2]
+            assert graph.call(patch, node, ask=True)
+            assert n_rows_of(node, copy) == [2, 5]
+            assert graph.call(patch, node, ask=False)
+            assert n_rows_of(node, copy) == [5, 5]
+        assert not graph.call(patch, above[0], ask=True)
+        assert n_rows_of(added, second, above[0], first, weighted) == [5, 2, 2, 2, 2]
+        patch.abandon()
+        assert set(n_rows_of(first, second, *graph.nodes)) == {5}
+
+
+def test_copies_stay_whole_where_all_rows_are_below() -> None:
+    patch = surveyed(split_at_layer_1)
+    with closing(Graph(5)) as graph:
+        split_at_layer_1(graph)
+        patch.begin(graph.plan(_core.ForkPlan(layer=3, n_below=5)))
+        asked = [graph.call(patch, node, ask=True) for node in graph.nodes[:3]]
+        assert asked == [False] * 3
+        assert n_rows_of(*graph.nodes[:3], tensor(graph.nodes[1]).src[1]) == [5] * 4
+        patch.abandon()
 
 
 # --- graphs that are not as surveyed ------------------------------------------------------------

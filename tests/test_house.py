@@ -16,7 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "cmg_gguf"
 
-VALUES = "errors arrays guidance settings sampling reply"
+VALUES = "errors arrays guidance evidence settings sampling heat reply"
 ASKING = f"{VALUES} request"
 HOUSE = {
     # A room: what it may know. Lower rooms come first, so no arrow leads up.
@@ -24,16 +24,19 @@ HOUSE = {
     "errors": "",
     "arrays": "",
     "guidance": "errors arrays",
-    "settings": "errors guidance",
+    "evidence": "errors",
+    "settings": "errors guidance evidence",
     "sampling": "errors arrays",
-    "reply": "errors arrays guidance",
+    "heat": "errors arrays",
+    "reply": "errors arrays guidance evidence heat",
+    "tiny": VALUES,
     # --- prompts, and requests made of all that -------------------------------------------------
     "prompt": "errors arrays",
     "request": f"{VALUES} prompt",
     # --- two branches, llama.cpp, an answer: none knows another ---------------------------------
     "_core": "",
     "engine": f"{VALUES} prompt.segments _core",
-    "llama": f"{VALUES} prompt engine.context _core llama_cpp",
+    "llama": f"{VALUES} prompt engine.context tiny.pair _core llama_cpp",
     "answer": f"{ASKING} prompt.reasoning",
     "chat": ASKING,
     # --- where they are put together ------------------------------------------------------------
@@ -46,10 +49,13 @@ HOUSE = {
     "facts": f"{VALUES} llama llama_cpp opening",
     "__init__": f"{ASKING} stream many vlm handler",
     # --- what is built on them ------------------------------------------------------------------
-    "tiny": VALUES,
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
+    "doctor": f"{VALUES} prompt engine llama opening vlm facts tiny __init__",
     "captioning": f"{ASKING} prompt vlm evaluation",
-    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation captioning __init__",
+    "server": f"{ASKING} prompt chat stream vlm __init__",
+    "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation doctor captioning "
+    "server "
+    "__init__",
 }
 """`__init__` is the package's own. A room named with a module ("prompt.segments") is known by
 that module alone."""

@@ -216,6 +216,30 @@ def test_every_command_that_takes_a_model_takes_its_name(
     assert len(hub.downloads()) == 2
 
 
+def test_a_dry_run_downloads_nothing_and_knows_what_is_here(
+    hub: Hub, scene: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(scene.read_bytes())
+    small = ("-c", "1024", "-t", "1", "-n", "8")
+    dry = ("caption", str(folder), "-hf", REPO, *small, "--dry-run")
+    told = called(hub, tmp_path, *dry)
+    assert (told.returncode, told.stdout) == (0, f"{folder}/a.png -> {folder}/a.txt\n")
+    assert f"note: {REPO} is not here yet and not downloaded for this" in flat(told.stderr)
+    assert hub.asked == []
+    assert contents(tmp_path) == set()
+    # What an unfinished run has captioned is known as soon as the model is here.
+    assert called(hub, tmp_path, *dry[:-1]).returncode == 0
+    (folder / "b.png").write_bytes(scene.read_bytes())
+    n_asked = len(hub.asked)
+    told = called(hub, tmp_path, *dry)
+    assert (told.stdout, told.stderr.count("note")) == (f"{folder}/b.png -> {folder}/b.txt\n", 0)
+    assert len(hub.asked) == n_asked
+    half = called(hub, tmp_path, *dry[:3], f"{REPO}:Q4_0", *dry[4:])
+    assert "not downloaded for this" in flat(half.stderr)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ignores_ranges", [False, True])
 def test_a_download_that_was_killed_goes_on_and_gives_the_same_bytes(

@@ -246,7 +246,7 @@ def test_heic_is_turned_once(rgb: Pixels, orientation: int) -> None:
 def test_heic_without_pillow_heif_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
-    assert "pip install pillow-heif" in refused(b"\0\0\0\x18ftypheic" + bytes(100))
+    assert "pip install 'cmg-gguf[heif]'" in refused(b"\0\0\0\x18ftypheic" + bytes(100))
 
 
 def test_an_array_of_any_layout_is_copied_to_a_contiguous_one(rgb: Pixels) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import llama_cpp
 import psutil
 import pytest
+from benchmarks.plain_llama import open_llama
 from guided import QUESTION, asked, ids, is_empty, open_vlm
 from offload import N_GPU_LAYERS
 from prompts import picture
@@ -374,14 +375,14 @@ def test_an_answer_reports_image_tokens_and_rows(vlm: GuidedVLM) -> None:
 # --- models of a Llama -------------------------------------------------------------------------
 
 
-def open_llama(pair: TinyPair, **settings: Any) -> llama_cpp.Llama:
-    return llama_cpp.Llama(
-        str(pair.llm), n_ctx=256, n_threads=1, n_gpu_layers=N_GPU_LAYERS, verbose=False, **settings
+def open_on(pair: TinyPair, **settings: Any) -> llama_cpp.Llama:
+    return open_llama(
+        pair.llm, n_ctx=256, n_threads=1, n_gpu_layers=N_GPU_LAYERS, verbose=False, **settings
     )
 
 
 def test_closing_a_llama_closes_the_guided_model_made_of_it(pair: TinyPair) -> None:
-    llm = open_llama(pair)
+    llm = open_on(pair)
     vlm = GuidedVLM.from_llama(llm, pair.mmproj, use_gpu=False)
     stream = begun(vlm)
     llm.close()
@@ -392,13 +393,13 @@ def test_closing_a_llama_closes_the_guided_model_made_of_it(pair: TinyPair) -> N
 
 
 def test_a_guided_model_keeps_its_llama_alive(pair: TinyPair) -> None:
-    vlm = GuidedVLM.from_llama(open_llama(pair), pair.mmproj, use_gpu=False)
+    vlm = GuidedVLM.from_llama(open_on(pair), pair.mmproj, use_gpu=False)
     gc.collect()
     assert len(answer(vlm)) == 12
 
 
 def test_a_llama_with_a_handler_can_be_forgotten(pair: TinyPair) -> None:
-    llm = open_llama(pair, chat_handler=CMGChatHandler(pair.mmproj, use_gpu=False))
+    llm = open_on(pair, chat_handler=CMGChatHandler(pair.mmproj, use_gpu=False))
     llm.create_chat_completion(asked(), max_tokens=2)
     handler = cast(CMGChatHandler, llm.chat_handler)
     watched = [weakref.ref(llm), weakref.ref(handler.vlm(llm)), weakref.ref(handler)]
@@ -408,7 +409,7 @@ def test_a_llama_with_a_handler_can_be_forgotten(pair: TinyPair) -> None:
 
 def test_a_handler_serves_several_llamas_and_forgets_those_that_are_gone(pair: TinyPair) -> None:
     handler = CMGChatHandler(pair.mmproj, use_gpu=False)
-    first, second = (open_llama(pair, chat_handler=handler) for _ in range(2))
+    first, second = (open_on(pair, chat_handler=handler) for _ in range(2))
     assert handler.vlm(first) is handler.vlm(first) is not handler.vlm(second)
     assert first.create_chat_completion(asked(), max_tokens=2)
     first.close()

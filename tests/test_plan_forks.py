@@ -7,7 +7,7 @@ import pytest
 from many import Answer, Decodable, check, mixed, open_context
 from plans import N_LAYER, Row, decode, part, plan, survey
 from prompts import ONE_IMAGE, TWO_IMAGES
-from support import Counted, Tiny
+from support import FINE, Counted, Tiny
 
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError
@@ -163,7 +163,7 @@ def test_the_stream_is_read_of_rows_below_a_fork(tiny: Tiny) -> None:
     rows += batches.plain.plain()
     entering = batches.entering(4, np.random.default_rng(0))
     check(context, rows + entering, parts, _core.ForkPlan(layer=LAYER, n_below=len(rows)))
-    np.testing.assert_allclose(reader.selections.cosines, reader.judged.cosines, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(reader.selections.cosines, reader.judged.cosines, rtol=0, atol=FINE)
 
 
 def test_a_decode_after_a_fork_that_failed_is_as_without_it(llama: Tiny) -> None:

@@ -11,7 +11,7 @@ from many import LARGE, Answer, Decodable, check, mixed, open_context
 from plans import N_IMAGE, N_LAYER, Row, decode, part, plan
 from prompts import ONE_IMAGE, PICTURE, TWO_IMAGES
 from reference import F64, Mask
-from support import TOLERANCE, Counted, Rig, Tiny, logits
+from support import FINE, TOLERANCE, Counted, Rig, Tiny, logits
 
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError
@@ -200,7 +200,7 @@ def test_influence_is_kept_for_those_that_ask(tiny: Tiny) -> None:
                     continue
                 expected = np.nan_to_num(answer.judged.influence[il, answer.first + slot])
                 assert len(kept) == len(expected) > 0
-                np.testing.assert_allclose(kept, expected, rtol=0, atol=1e-6)
+                np.testing.assert_allclose(kept, expected, rtol=0, atol=FINE)
 
 
 # --- cosines --------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_each_part_reads_the_stream_of_its_own_last_row(tiny: Tiny, wanted: str)
     decode(context, batch, plan([r.row for r in rows], *parts), wanted=outputs)
     for answer, read in zip(answers, reads, strict=True):
         expected = answer.judged.cosines if read else np.zeros(0)
-        np.testing.assert_allclose(answer.selections.cosines, expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(answer.selections.cosines, expected, rtol=0, atol=FINE)
     assert not np.allclose(answers[0].judged.cosines, answers[2].judged.cosines, atol=1e-4)
 
 

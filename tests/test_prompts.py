@@ -118,6 +118,7 @@ B64 = "iVBORw0KGgo="
     [
         ({"type": "image_url", "image_url": {"url": "a.png"}, "detail": "low"}, "a.png"),
         ({"type": "input_image", "image_url": "a.png", "detail": "auto"}, "a.png"),
+        ({"type": "image", "image": "a.png", "max_pixels": None, "width": 9}, "a.png"),
         ({"type": "input_image", "image_url": "a.png", "file_id": None}, "a.png"),
         ({"type": "image", "image": "a.png"}, "a.png"),
         ({"type": "image", "url": "file:///a.png"}, "file:///a.png"),
@@ -387,6 +388,9 @@ def test_content_of_another_form_is_refused_with_its_place(content: bytes) -> No
         ({"type": "image_url", "image_url": b"x"}, "image_url b'x'"),
         ({"type": "image_url", "image_url": "x", "image": "y"}, "'image', which is not read"),
         ({"type": "input_image", "file_id": "f"}, "'file_id', which is not read"),
+        ({"type": "image", "image": "a.png", "max_pixels": 1}, "'max_pixels', which is not read"),
+        ({"type": "image", "image": "a.png", "resized_height": 28}, "'resized_height', which"),
+        ({"type": "image_url", "image_url": {"url": "a", "min_pixels": 9}}, "'min_pixels', which"),
         ({"type": "input_file", "file_id": "f"}, "type 'input_file'"),
         ({"type": "video", "video": "a.mp4"}, "type 'video'"),
         ({"type": "image", "url": "x", "path": "y"}, "has url and path"),

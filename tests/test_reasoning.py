@@ -10,15 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny_vocabulary
 from commands import flat, invoke
 from evals import OPTIONS, squares
 from guided import open_vlm
+from PIL import Image
 from prompts import picture
 from scripted import Run, asking, told
-from tiny_llava import TinyPair
+from tiny_llava import TinyConfig, TinyPair, write_pair
 
 from cmg_gguf.answer.reasoning import Reasoning
+from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.chat.completion import chunks_of, completion_of, request_of
 from cmg_gguf.errors import PromptError
 from cmg_gguf.evaluation.manifest import ModelFiles
@@ -311,6 +315,31 @@ def test_under_a_schema_a_model_that_would_think_answers(vlm: GuidedVLM) -> None
     assert (reply.text, reply.reasoning, reply.n_reasoning_tokens) == ("cat", "", 0)
 
 
+def test_marks_that_are_control_tokens_tell_reasoning_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = *tiny_vocabulary.TILE_MARKS, "<think>", "</think>"
+    monkeypatch.setattr(tiny_vocabulary, "TILE_MARKS", marks)
+    with open_vlm(write_pair(tmp_path, TinyConfig(longest_edge=112))) as vlm:
+        model = vlm.model
+        opening, closing = model.n_vocab - 2, model.n_vocab - 1
+        assert (model.token_bytes(opening), model.token_bytes(closing)) == (b"<think>", b"</think>")
+        assert model.token_bytes(opening - 1) == b""  # a tile's mark: a control token like others
+        dog, cat = (int(model.tokenize(word)[0]) for word in ("dog", "cat"))
+        said = [opening, dog, closing, cat]
+
+        def only(before: IntArray, logits: FloatArray) -> FloatArray:
+            row = np.full_like(logits, -np.inf)
+            row[said[len(before)]] = 0
+            return row
+
+        reply = vlm.generate("Why?", max_tokens=4, logits_processors=[only])
+        assert [token.id for token in reply.tokens] == said
+        assert (reply.reasoning, reply.text, reply.n_reasoning_tokens) == ("dog", "cat", 3)
+        # What a user writes is no mark.
+        assert opening not in vlm.tokenize("<think>").segments[0].tokens  # type: ignore[union-attr]
+
+
 # --- the command line and evaluation ------------------------------------------------------------
 
 
@@ -331,11 +360,43 @@ def test_the_answer_goes_to_stdout_and_its_reasoning_elsewhere(pair: TinyPair) -
         assert said["reasoning"] == ""
 
 
+def test_a_variable_that_the_template_does_not_read_is_noted(
+    pair: TinyPair, tmp_path: Path
+) -> None:
+    files = ["-m", str(pair.llm), "--mmproj", str(pair.mmproj), "-c", "512", "-t", "1"]
+    asked = ["run", *files, "-n", "1", "-p", "Why?"]
+    note = "note: --no-think without effect: the chat template does not read enable_thinking"
+    assert note in invoke(*asked, "--no-think").stderr
+    assert "effect" not in invoke(*asked, "--no-think", "--chat-template", THINKING).stderr
+    assert "effect" not in invoke(*asked, "--no-think", "-q").stderr
+    told = invoke(*asked, "--template-kwargs", '{"mood": 1}', "--chat-template", THINKING).stderr
+    assert "note: --template-kwargs without effect: the chat template does not read mood" in told
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    assert note in invoke("caption", str(tmp_path), *files, "-n", "4", "--no-think").stderr
+
+
 @pytest.mark.parametrize("text", ["x", "[1]", "{"])
 def test_template_variables_that_are_no_object_are_refused(text: str) -> None:
     result = invoke("run", "-p", "Why?", "--template-kwargs", text)
     assert result.exit_code == 2
     assert "is no JSON object" in flat(result.stderr)
+
+
+def test_an_evaluation_of_which_answers_end_within_reasoning_says_how_many(
+    pair: TinyPair, tmp_path: Path
+) -> None:
+    files = ["-m", str(pair.llm), "--mmproj", str(pair.mmproj), "-c", "512", "-t", "1"]
+    asked = ["eval", "scenes", *files, "--pictures", "1", "--methods", "greedy"]
+    asked += ["--chat-template", THINKING, "--parallel", "1", "-o"]
+    ended = invoke(*asked, str(tmp_path / "a"))
+    n = sum(len(line) > 0 for line in (tmp_path / "a/results.jsonl").read_text().splitlines())
+    note = f"note: {n} of {n} answers ended within the model's reasoning, so they are scored as"
+    assert ended.exit_code == 0
+    assert note in flat(ended.stderr)
+    assert "(--no-think)" in ended.stderr
+    assert note in flat(invoke("eval", "report", str(tmp_path / "a"), "--no-plots").stderr)
+    at_once = invoke(*asked, str(tmp_path / "b"), "--no-think")
+    assert "reasoning" not in at_once.stderr
 
 
 def test_an_evaluation_scores_what_is_behind_the_reasoning_and_counts_it(

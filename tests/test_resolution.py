@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.plain_llama import open_llama
 from commands import flat, invoke
-from guided import open_vlm
+from guided import open_vlm, png
 from PIL import Image
 from tiny_llava import TinyConfig, TinyPair
 
-from cmg_gguf import GuidedVLM, UnsupportedError
+from cmg_gguf import CMGChatHandler, GuidedVLM, ImageError, UnsupportedError
 from cmg_gguf.facts import pair_facts
 from cmg_gguf.llama.chunks import Pixels
 from cmg_gguf.llama.resolution import LARGE, measured
@@ -132,3 +133,17 @@ def test_the_command_line_has_llama_cpps_names_for_the_limits(
     assert "800 x 600 = 480000 pixels and the limit is 479999" in flat(refused.stderr)
     assert "raise max_pixels (--max-pixels)" in flat(refused.stderr)
     assert invoke(*asked, "--max-pixels", "480000").exit_code == 0
+
+
+def test_the_handler_takes_the_limits_too(any_size: TinyPair) -> None:
+    llama = open_llama(any_size.llm, n_ctx=2048, verbose=False)
+    limits: dict[str, Any] = {"image_min_tokens": 32, "image_max_tokens": 64, "max_pixels": 10**6}
+    handler = CMGChatHandler(any_size.mmproj, use_gpu=False, **limits)
+    vlm = handler.vlm(llama)
+    assert n_tokens(vlm, 28, 28) >= 32
+    assert n_tokens(vlm, 900, 900) <= 64
+    with pytest.raises(ImageError, match="1000000"):
+        vlm.tokenize("What?", [png(blank(1001, 1000))])
+    with pytest.raises(UnsupportedError, match="image_max_tokens=0"):
+        CMGChatHandler(any_size.mmproj, image_max_tokens=0).vlm(llama)
+    llama.close()

@@ -32,7 +32,7 @@ QUESTIONS = (
     "USER: Look at <__media__> How many people are in the street? ASSISTANT:",
 )
 TWO = "USER: <__media__> and <__media__> Is there a dog? ASSISTANT:"
-ROUNDING = 2e-5
+ROUNDING = TOLERANCE / 5
 """Between two float32 forwards of the same rows in other batches."""
 
 

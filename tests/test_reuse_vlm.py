@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
-import llama_cpp
 import numpy as np
 import pytest
+from benchmarks.plain_llama import open_llama
 from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, held, ids, is_empty, open_vlm, user
 from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
@@ -336,8 +336,8 @@ def test_a_completion_counts_cached_tokens_as_openai_does(vlm: GuidedVLM) -> Non
 def test_a_handler_keeps_prompts_and_can_be_told_not_to(pair: TinyPair) -> None:
     for prefix_cells in (None, 0):
         handler = CMGChatHandler(pair.mmproj, prefix_cells=prefix_cells, use_gpu=False)
-        llm = llama_cpp.Llama(
-            str(pair.llm), n_ctx=256, n_gpu_layers=N_GPU_LAYERS, verbose=False, chat_handler=handler
+        llm = open_llama(
+            pair.llm, n_ctx=256, n_gpu_layers=N_GPU_LAYERS, verbose=False, chat_handler=handler
         )
         for _ in range(2):
             reply: Any = llm.create_chat_completion(asked(), max_tokens=2)

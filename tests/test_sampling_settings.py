@@ -234,7 +234,7 @@ def test_both_ways_to_give_a_schema_give_the_same_grammar(llama: Tiny) -> None:
         ({"type": "json_schema", "json_schema": {"schema": None}}, "json_schema.schema"),
         ({"type": "json_object", "schema": {"type": "poem"}}, "poem"),
         ({"type": "json_object", "schema": {"$ref": "#/nowhere"}}, "nowhere"),
-        ({"type": "json_object", "schema": {"allOf": [{"$ref": "https://x.org/y"}]}}, "Fetching"),
+        ({"type": "json_object", "schema": {"allOf": [{"$ref": "https://x.org/y"}]}}, "fetched"),
         ({"type": "json_object", "schema": [1]}, "schema"),
         ({"type": "json_object", "schema": {"type": "string", "maxLength": 10**9}}, "1000000000"),
         (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cmg_gguf.errors import GuidanceError
+from cmg_gguf.evidence import UNFITTED, EvidenceModel
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -49,6 +50,22 @@ def test_settings_come_back_as_they_were(guidance: Guidance, tmp_path: Path) -> 
     assert guidance_from_json(json.loads(json.dumps(guidance_to_json(guidance)))) == guidance
 
 
+def test_weights_of_evidence_are_kept_with_them(tmp_path: Path) -> None:
+    weights = EvidenceModel(intercept=-0.5, divergence=3.25, fitted_on="scenes")
+    save_settings(tmp_path / "s.json", Settings(Guidance(), {}, weights))
+    assert load_settings(tmp_path / "s.json").evidence == weights
+    save_settings(tmp_path / "s.json", Settings(Guidance()))
+    assert "evidence" not in json.loads((tmp_path / "s.json").read_text())
+    assert load_settings(tmp_path / "s.json").evidence == UNFITTED
+
+
+@pytest.mark.parametrize("value", [3, {"weight": 1}, {"entropy": "x"}, {"fitted_on": 5}])
+def test_wrong_weights_are_told(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({"evidence": value}))
+    with pytest.raises(GuidanceError, match=r"s\.json: .*(evidence|fitted_on)"):
+        load_settings(tmp_path / "s.json")
+
+
 def test_what_a_file_leaves_out_is_a_default(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text('{"guidance": {"alpha": 2, "tokens": {"rule": "mean_std"}}}')
@@ -62,7 +79,7 @@ def test_what_a_file_leaves_out_is_a_default(tmp_path: Path) -> None:
     [
         ("{", "is no JSON"),
         ([], "must be an object"),
-        ({"alpha": 1}, "has no setting alpha: it has guidance, tuned"),
+        ({"alpha": 1}, "has no setting alpha: it has evidence, guidance, tuned"),
         ({"guidance": {"alhpa": 1}}, "has no setting alhpa"),
         ({"guidance": {"alpha": 1000}}, "alpha=1000 is out of range"),
         ({"guidance": {"alpha": True}}, "alpha=True is out of range"),

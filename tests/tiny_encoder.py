@@ -17,20 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
-Kind = Literal["clip", "internvl", "pixtral", "gemma4uv"]
+Kind = Literal["clip", "internvl", "pixtral", "gemma4uv", "gemma3", "qwen2vl"]
 Layout = Literal["whole", "legacy", "feature_layer"]
 
-EPS = {"clip": 1e-5, "internvl": 1e-6, "pixtral": 1e-5, "gemma4uv": 1e-6}
+EPS = dict.fromkeys(("internvl", "gemma4uv", "gemma3", "qwen2vl"), 1e-6)
+EPS |= dict.fromkeys(("clip", "pixtral"), 1e-5)
 
 
 @dataclass(frozen=True)
 class TinyEncoder:
     """kind: "clip" is LLaVA's, with a class token; "internvl" has one too; "pixtral" has none, and
     a break behind each row of patches; "gemma4uv" has no layers, takes a picture of any shape, and
-    its model reads one at once. width: of the language model. n_layer: layers whose output
-    counts; of "clip" it is known by `layout`: "whole" holds one layer more, which is not run;
-    "legacy" is the same without that layer, as llama.cpp's retired converter wrote it;
-    "feature_layer" names the layer.
+    its model reads one at once; "gemma3" and "qwen2vl" make one token of four patches, of a square
+    and of any shape. width: of the language model. n_layer: layers whose output counts; of "clip"
+    it is known by `layout`: "whole" holds one layer more, which is not run; "legacy" is the same
+    without that layer, as llama.cpp's retired converter wrote it; "feature_layer" names the layer.
+    pinpoints: widths and heights that a larger picture is scaled
+    to before it is cut into tiles, as LLaVA-1.6 does it.
     """
 
     kind: Kind = "clip"
@@ -43,6 +46,7 @@ class TinyEncoder:
     patch_size: int = 14
     layout: Layout = "whole"
     seed: int = 0
+    pinpoints: tuple[int, ...] = ()
 
     @property
     def n_side(self) -> int:
@@ -60,6 +64,8 @@ class TinyEncoder:
             "internvl": self.n_patches // 4,
             "pixtral": self.n_patches + self.n_side - 1,
             "gemma4uv": self.n_patches,
+            "gemma3": self.n_patches // 4,
+            "qwen2vl": self.n_patches // 4,
         }
         return of_a_kind[self.kind]
 
@@ -71,7 +77,7 @@ class TinyEncoder:
 
     @property
     def has_class_token(self) -> bool:
-        return self.kind not in ("pixtral", "gemma4uv")
+        return self.kind in ("clip", "internvl")
 
 
 def weights_of(encoder: TinyEncoder) -> dict[str, F32]:
@@ -87,10 +93,14 @@ def weights_of(encoder: TinyEncoder) -> dict[str, F32]:
     if encoder.kind == "pixtral":
         found["v.pre_ln.weight"] = draw.scale(n)
         found["v.token_embd.img_break"] = draw.normal((encoder.width,), 1.0)
+    elif encoder.kind == "qwen2vl":
+        found["v.patch_embd.weight.1"] = draw.normal((n, 3, patch, patch), 3.0 / patch)
     else:
-        found["v.class_embd"] = draw.normal((n,), 1.0)
+        if encoder.has_class_token:
+            found["v.class_embd"] = draw.normal((n,), 1.0)
         # Places must matter: a shift by one is to be seen.
-        found["v.position_embd.weight"] = draw.normal((encoder.n_patches + 1, n), 1.0)
+        n_places = encoder.n_patches + encoder.has_class_token
+        found["v.position_embd.weight"] = draw.normal((n_places, n), 1.0)
     if encoder.kind == "internvl":
         found["v.patch_embd.bias"] = draw.normal((n,), 0.1)
     if encoder.kind == "clip":
@@ -109,11 +119,12 @@ def write_encoder(path: Path, encoder: TinyEncoder) -> Path:
     if encoder.kind == "clip":
         file.add_description("image encoder for LLaVA")
         file.add_bool("clip.has_llava_projector", True)
-    file.add_string("clip.projector_type", {"clip": "mlp"}.get(encoder.kind, encoder.kind))
+    names = {"clip": "mlp", "qwen2vl": "qwen2vl_merger"}
+    file.add_string("clip.projector_type", names.get(encoder.kind, encoder.kind))
     # False means quick-GELU, CLIP's own. Pixtral's networks are gated with SiLU.
     file.add_bool("clip.use_gelu", encoder.kind == "internvl")
     file.add_bool("clip.use_silu", encoder.kind == "pixtral")
-    if encoder.kind in ("internvl", "gemma4uv"):
+    if encoder.kind in ("internvl", "gemma4uv", "gemma3"):
         file.add_uint32("clip.vision.projector.scale_factor", 2)
     numbers = {
         "block_count": encoder.n_stored,
@@ -129,6 +140,8 @@ def write_encoder(path: Path, encoder: TinyEncoder) -> Path:
     file.add_float32("clip.vision.attention.layer_norm_epsilon", EPS[encoder.kind])
     if encoder.kind == "clip" and encoder.layout == "feature_layer":
         file.add_array("clip.vision.feature_layer", [encoder.n_layer])
+    if encoder.pinpoints:
+        file.add_array("clip.vision.image_grid_pinpoints", list(encoder.pinpoints))
     file.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
     file.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
     for name, tensor in weights_of(encoder).items():
@@ -181,6 +194,15 @@ def _add_projector(found: dict[str, F32], draw: _Draw, encoder: TinyEncoder) -> 
         draw.norm(found, "mm.model.mlp.0", 4 * n)
         draw.linear(found, "mm.model.mlp.1", width, 4 * n)
         draw.linear(found, "mm.model.mlp.3", width, width)
+        return
+    if encoder.kind == "gemma3":
+        found["mm.input_projection.weight"] = draw.normal((n, width), n**-0.5)
+        found["mm.soft_emb_norm.weight"] = draw.scale(n)
+        return
+    if encoder.kind == "qwen2vl":
+        draw.norm(found, "v.post_ln", n)
+        draw.linear(found, "mm.0", 4 * n, 4 * n)
+        draw.linear(found, "mm.2", width, 4 * n)
         return
     first, second = (0, 2) if encoder.kind == "clip" else (1, 2)
     draw.linear(found, f"mm.{first}", width, n)

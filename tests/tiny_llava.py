@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from tiny_states import add_delta_net, add_mamba2, add_state_shape
 from tiny_vocabulary import (
     MAX_GRID,
     N_BYTES,
@@ -28,6 +29,7 @@ from tiny_vocabulary import (
     vocabulary,
 )
 
+STATEFUL = "qwen35", "granitehybrid"
 CONVOLVED = 3
 """Rows that a short convolution of "lfm2" looks at, its own the last."""
 
@@ -42,7 +44,8 @@ class TinyConfig:
         n_expert: feed-forward experts of each "llama" layer, 2 of them used; 0 for one network.
         sliding_window: positions a windowed layer sees, own included; "gemma3" only.
         swa_pattern: every `swa_pattern`-th layer of "gemma3" is global, the others are windowed.
-        attending: layers of "lfm2" with attention, the others have a short convolution.
+        attending: layers with attention of a hybrid: "lfm2", whose others have a short convolution,
+            and those of `tiny_states`.
         image_size, patch_size: pixels; the image becomes `n_image_tokens` tokens.
         mmproj_n_embd: output width of the projector; None for `n_embd`. Any other value makes
             a pair that does not fit together.
@@ -54,7 +57,7 @@ class TinyConfig:
             of its own accord 8 to 1024 tokens a picture.
     """
 
-    arch: Literal["llama", "gemma3", "gemma4", "lfm2"] = "llama"
+    arch: Literal["llama", "gemma3", "gemma4", "lfm2", "qwen35", "granitehybrid"] = "llama"
     n_layer: int = 6
     n_embd: int = 64
     n_head: int = 4
@@ -122,7 +125,7 @@ def write_pair(folder: Path | str, config: TinyConfig = TinyConfig()) -> TinyPai
     return pair
 
 
-class _Weights:
+class Weights:
     """Draws float32 tensors; the shapes are NumPy's, (n_out, n_in) for a matrix."""
 
     def __init__(self, seed: int) -> None:
@@ -166,17 +169,21 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
         _add_gemma4_shape(writer, config)
     if config.arch == "lfm2":
         writer.add_shortconv_l_cache(CONVOLVED)
+    if config.arch in STATEFUL:
+        add_state_shape(writer, config)
     if config.tokenizer == "gpt2":
         add_byte_pairs(writer)
     else:
         add_pieces(writer, tiles=config.longest_edge > 0)
-    weights = _Weights(config.seed)
+    weights = Weights(config.seed)
     _add_embeddings(writer, weights, config)
     for il in range(config.n_layer):
         if config.arch.startswith("gemma"):
             _add_gemma3_layer(writer, weights, config, il)
         elif config.arch == "lfm2":
             _add_lfm2_layer(writer, weights, config, il)
+        elif config.arch in STATEFUL:
+            _add_stateful_layer(writer, weights, config, il)
         else:
             _add_llama_layer(writer, weights, config, il)
     _finish(writer)
@@ -200,12 +207,12 @@ def _add_gemma4_shape(writer: gguf.GGUFWriter, config: TinyConfig) -> None:
 
 def _head_counts(config: TinyConfig) -> int | list[int]:
     """Of keys; a layer with none has no attention."""
-    if config.arch != "lfm2":
+    if config.arch not in ("lfm2", "granitehybrid"):
         return config.n_head_kv
     return [config.n_head_kv if il in config.attending else 0 for il in range(config.n_layer)]
 
 
-def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig) -> None:
+def _add_embeddings(writer: gguf.GGUFWriter, weights: Weights, config: TinyConfig) -> None:
     """Input and output embeddings.
 
     Each output row points away from the same token's input: a token speaks against its own
@@ -229,7 +236,7 @@ def _add_embeddings(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConf
 
 
 def _add_llama_layer(
-    writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int
+    writer: gguf.GGUFWriter, weights: Weights, config: TinyConfig, il: int
 ) -> None:
     # Scores have a standard deviation of 1.5 * 1.5: peaked, not one-hot.
     _add_projections(writer, weights, config, il=il, qk_gain=1.5, out_gain=2.0)
@@ -238,7 +245,7 @@ def _add_llama_layer(
 
 
 def _add_gemma3_layer(
-    writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int
+    writer: gguf.GGUFWriter, weights: Weights, config: TinyConfig, il: int
 ) -> None:
     # The CPU looks GELU up in an F16 table below 10: with gates far above that, what tests
     # compare does not drown in rounding. A norm follows, so the size itself is of no effect.
@@ -252,9 +259,7 @@ def _add_gemma3_layer(
         writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.n_embd, gain=gain))
 
 
-def _add_lfm2_layer(
-    writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int
-) -> None:
+def _add_lfm2_layer(writer: gguf.GGUFWriter, weights: Weights, config: TinyConfig, il: int) -> None:
     """A hybrid's: attention in some layers, in the others a convolution over the newest rows."""
     n_embd, attends = config.n_embd, il in config.attending
     _add_feed_forward(writer, weights, config, il)
@@ -274,9 +279,28 @@ def _add_lfm2_layer(
         writer.add_tensor(f"blk.{il}.shortconv.{name}.weight", tensor)
 
 
+def _add_stateful_layer(
+    writer: gguf.GGUFWriter, weights: Weights, config: TinyConfig, il: int
+) -> None:
+    """A hybrid's: attention in some layers, in the others a state."""
+    qwen = config.arch == "qwen35"
+    _add_feed_forward(writer, weights, config, il)
+    for name in ("attn_norm", "post_attention_norm" if qwen else "ffn_norm"):
+        writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.n_embd))
+    if il not in config.attending:
+        (add_delta_net if qwen else add_mamba2)(writer, weights, config, il)
+        return
+    # The queries of "qwen35" bring a gate of their width along.
+    widths = 2 if qwen else 1
+    gain = 1.0 if qwen else 1.5
+    _add_attention(writer, weights, config, il, qk_gain=gain, out_gain=2.0, q_widths=widths)
+    for name in ("attn_q_norm", "attn_k_norm") if qwen else ():
+        writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.head_dim, gain=1.25))
+
+
 def _add_projections(
     writer: gguf.GGUFWriter,
-    weights: _Weights,
+    weights: Weights,
     config: TinyConfig,
     *,
     il: int,
@@ -293,17 +317,18 @@ def _add_projections(
 
 def _add_attention(
     writer: gguf.GGUFWriter,
-    weights: _Weights,
+    weights: Weights,
     config: TinyConfig,
     il: int,
     *,
     qk_gain: float = 1.0,
     out_gain: float = 1.0,
+    q_widths: int = 1,
 ) -> None:
     n_embd = config.n_embd
     n_kv = config.n_head_kv * config.head_dim
     tensors = {
-        "attn_q": weights.matrix(n_embd, n_embd, qk_gain),
+        "attn_q": weights.matrix(q_widths * n_embd, n_embd, qk_gain),
         "attn_k": weights.matrix(n_kv, n_embd, qk_gain),
         "attn_v": weights.matrix(n_kv, n_embd),
         "attn_output": weights.matrix(n_embd, n_embd, out_gain),
@@ -314,7 +339,7 @@ def _add_attention(
 
 def _add_feed_forward(
     writer: gguf.GGUFWriter,
-    weights: _Weights,
+    weights: Weights,
     config: TinyConfig,
     il: int,
     *,
@@ -330,7 +355,7 @@ def _add_feed_forward(
         writer.add_tensor(f"blk.{il}.{name}.weight", tensor)
 
 
-def _add_experts(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int) -> None:
+def _add_experts(writer: gguf.GGUFWriter, weights: Weights, config: TinyConfig, il: int) -> None:
     n_embd, n_ff, n = config.n_embd, config.n_ff, config.n_expert
     shapes = {"gate": (n, n_ff, n_embd), "up": (n, n_ff, n_embd), "down": (n, n_embd, n_ff)}
     writer.add_tensor(f"blk.{il}.ffn_gate_inp.weight", weights.matrix(n, n_embd))
@@ -362,7 +387,7 @@ def _write_mmproj(path: Path, config: TinyConfig) -> None:
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
     writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
     writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
-    weights = _Weights(config.seed + 1)
+    weights = Weights(config.seed + 1)
     _add_vit_stem(writer, weights, config)
     for il in range(n_blocks):
         _add_vit_layer(writer, weights, config, il)
@@ -386,7 +411,7 @@ def _projector_type(config: TinyConfig) -> str:
     return "idefics3" if config.longest_edge else "mlp"
 
 
-def _add_vit_stem(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig) -> None:
+def _add_vit_stem(writer: gguf.GGUFWriter, weights: Weights, config: TinyConfig) -> None:
     """Patch and position embeddings; without a class embedding, which would cost patch 0."""
     n, patch = config.vit_n_embd, config.patch_size
     # Pixels are in [-1, 1]; what a patch shows must weigh more than where it is.
@@ -398,7 +423,7 @@ def _add_vit_stem(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig
         writer.add_tensor(f"v.{name}.bias", weights.normal((n,), 0.05))
 
 
-def _add_vit_layer(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfig, il: int) -> None:
+def _add_vit_layer(writer: gguf.GGUFWriter, weights: Weights, config: TinyConfig, il: int) -> None:
     n, n_ff = config.vit_n_embd, config.vit_n_ff
     for name in ("ln1", "ln2"):
         writer.add_tensor(f"v.blk.{il}.{name}.weight", weights.norm(n))
@@ -413,7 +438,7 @@ def _add_vit_layer(writer: gguf.GGUFWriter, weights: _Weights, config: TinyConfi
 
 def _add_linear(
     writer: gguf.GGUFWriter,
-    weights: _Weights,
+    weights: Weights,
     name: str,
     shape: tuple[int, int],
     *,

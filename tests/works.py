@@ -96,6 +96,7 @@ class Work:
         at_close: BaseException | None = None,
     ) -> None:
         self.cancelled = False
+        self.alone = False
         self.outcome: BaseException | None = None
         self.n_done = 0
         self.is_over = threading.Event()

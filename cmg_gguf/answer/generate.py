@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -18,14 +18,17 @@ import numpy as np
 from cmg_gguf.answer.logits import combine, gated, log_softmax
 from cmg_gguf.answer.reasoning import Reasoning
 from cmg_gguf.answer.text import StopStrings, Utf8Stream
+from cmg_gguf.answer.weighing import Weighing
+from cmg_gguf.answer.words import words_of
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import SamplingError
-from cmg_gguf.reply import FinishReason, Piece, Token
+from cmg_gguf.reply import FinishReason, Piece, Token, Word
 from cmg_gguf.request import Request
 from cmg_gguf.sampling import LogitsProcessor
 
 Decodes: TypeAlias = Generator[Any, Any, None]
 """Yields what it wants decoded, and is sent what came of it: see `cmg_gguf.engine.batch`."""
+Take: TypeAlias = Callable[[FloatArray], None]
 
 
 class Vocabulary(Protocol):
@@ -68,6 +71,7 @@ class Answer:
     n_reasoning_tokens: int = 0
     finish_reason: FinishReason = "length"
     seconds: float = 0.0
+    words: tuple[Word, ...] = ()
     scores: list[FloatArray] = field(default_factory=list)
 
 
@@ -98,6 +102,10 @@ class Generation:
         self._pending: list[Token] = []
         self._ids: list[int] = []
         self._started: float | None = None
+        self._is_done = False
+        self._n_passed = 0  # characters in front of the first stop string
+        model = request.evidence_model
+        self._weighing = None if model is None else Weighing(model)
 
     @property
     def n_said(self) -> int:
@@ -110,6 +118,8 @@ class Generation:
         self._started = self._started or time.perf_counter()
         for said in tuple(self._ids):
             yield from session.step(said)
+        if self._is_done:
+            return
         limit, stopped = self._request.max_tokens, False
         while limit is None or self.n_said < limit:
             token = yield from self._drawn(session)
@@ -117,11 +127,36 @@ class Generation:
                 self.answer.end = token
                 self.answer.finish_reason = "stop"
                 break
+            if self._weighing is not None:
+                self._weighing.note(token.id, session.l_o)
             stopped = self._said(token)
             if stopped or self.n_said == limit or not session.has_room:
                 break
             yield from session.step(token.id)
         self._finish(stopped=stopped)
+
+    def weigh(self, replaying: Callable[[list[int], Take], Decodes]) -> Decodes:
+        """Evidence of an answer that is done, where it was asked for; then its words.
+
+        replaying(tokens, take): reads the answer blind, see `Engine.replaying`.
+        """
+        answer, weighing = self.answer, self._weighing
+        if weighing is not None and self._ids:
+            weighing.restart()
+            yield from replaying(self._ids, weighing.weigh)
+            answer.tokens = [
+                replace(token, evidence=found)
+                for token, found in zip(answer.tokens, weighing.found, strict=True)
+            ]
+            self._note_time()
+        said = [self._vocabulary.token_bytes(token) for token in self._ids]
+        found = () if weighing is None else weighing.found
+        answer.words = words_of(said, answer.text, stop=self._n_passed, evidence=found)
+
+    def close(self) -> None:
+        """Frees what was kept for the evidence."""
+        if self._weighing is not None:
+            self._weighing.close()
 
     def _said(self, token: Token) -> bool:
         """Takes a token into the answer; whether that met a stop string."""
@@ -132,6 +167,7 @@ class Generation:
         data = self._vocabulary.token_bytes(token.id)
         was_within = self._reasoning.is_within
         text, stopped = self._stops.feed(self._characters.feed(data))
+        self._n_passed += len(text)
         parts = self._reasoning.feed(text)
         if was_within or self._reasoning.is_within or any(thought for _, thought in parts):
             self.answer.n_reasoning_tokens = self.n_said
@@ -146,8 +182,11 @@ class Generation:
             text, stopped = self._stops.feed(self._characters.flush())
             if stopped:
                 self.answer.finish_reason = "stop"
-            self._show(self._reasoning.feed(text + ("" if stopped else self._stops.flush())))
+            text += "" if stopped else self._stops.flush()
+            self._n_passed += len(text)
+            self._show(self._reasoning.feed(text))
         self._show(self._reasoning.flush())
+        self._is_done = True
         self._note_time()
         if self._pending:
             self._emit(Piece("", tuple(self._pending), self._reasoning.is_within))

@@ -64,6 +64,16 @@ def divergence(first: FloatArray, second: FloatArray) -> float:
     return min(max(total / 2, 0.0), math.log(2))
 
 
+def entropy(logits: FloatArray) -> float:
+    """Entropy in nats, 0 to log n_vocab, of the distribution of a row (n_vocab,) float32; in
+    float64."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    powers = np.exp(shifted)
+    total = float(powers.sum())
+    expected = float(np.where(powers > 0, powers * np.maximum(shifted, -1e9), 0.0).sum())
+    return max(math.log(total) - expected / total, 0.0)
+
+
 def log_softmax(logits: FloatArray) -> FloatArray:
     """Log-probabilities (n_vocab,) float32, computed in float64; -inf stays -inf."""
     shifted = logits.astype(np.float64) - float(logits.max())

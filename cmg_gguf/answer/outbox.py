@@ -21,9 +21,14 @@ class End:
 class Outbox(Generic[Event]):
     """Events in order, until there is an end. Whoever writes never waits."""
 
-    def __init__(self, drive: Callable[[Callable[[], bool]], object]) -> None:
-        """drive(there): makes events come until there(), where waiting would be for oneself."""
-        self._drive = drive
+    def __init__(
+        self,
+        drive: Callable[[Callable[[], bool]], object],
+        heard: Callable[[bool], None] = lambda over: None,
+    ) -> None:
+        """drive(there): makes events come until there(), where waiting would be for oneself.
+        heard(over): called by who writes, behind each event, and behind the end with True."""
+        self._drive, self._heard = drive, heard
         self._changed = threading.Condition()
         self._events: deque[Event] = deque()
         self._end: End | None = None
@@ -33,12 +38,14 @@ class Outbox(Generic[Event]):
         with self._changed:
             self._events.append(event)
             self._changed.notify()
+        self._heard(False)
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing will be told any more."""
         with self._changed:
             self._end = End(error)
             self._changed.notify_all()
+        self._heard(True)
 
     def get(self) -> Event | End:
         """The next event; waits for it. Behind the last, the end, as often as asked; its error
@@ -46,11 +53,24 @@ class Outbox(Generic[Event]):
         self._drive(self._has_any)
         with self._changed:
             self._changed.wait_for(self._has_any)
-            if self._events:
-                return self._events.popleft()
-            end, self._end = self._end, End()
-            assert end is not None
-            return end
+            return self._next()
+
+    def take(self) -> list[Event | End]:
+        """The events that are there, without waiting; where there are none, the end alone if it has
+        come, its error once."""
+        with self._changed:
+            events: list[Event | End] = list(self._events)
+            self._events.clear()
+            if not events and self._end is not None:
+                events.append(self._next())
+            return events
+
+    def _next(self) -> Event | End:
+        if self._events:
+            return self._events.popleft()
+        end, self._end = self._end, End()
+        assert end is not None
+        return end
 
     def _has_any(self) -> bool:
         return bool(self._events) or self._end is not None

@@ -8,7 +8,8 @@ micro-batch of a long prompt or of an image. So an answer never waits longer tha
 token, whatever others bring. Answers join and leave between rounds:
 
     waiting   in order, until a lane is free and prompt and a share of the answer fit; one whose
-              picture another is just decoding waits for it, and goes on from its cells
+              picture another is just decoding waits for it, and goes on from its cells; one
+              that is made alone waits for those ahead of it, and all behind it wait
     active    a generator that yields what it wants next (`Wanted`), and is sent what came of it
     dropped   where the KV cache is full after all: the newest makes room, and is begun again behind
               what it has said as soon as it fits. Nobody is ended for another
@@ -210,7 +211,7 @@ class Scheduler:
         with self._lock:
             waiting = tuple(self._waiting)
         for work in waiting:
-            if len(self._active) >= self.n_parallel:
+            if len(self._active) >= self.n_parallel or not self._goes_beside(work):
                 break
             try:
                 admission = work.admission() if self._active else "go"
@@ -229,6 +230,10 @@ class Scheduler:
                 self._advance(active, None)
                 admitted = True
         return admitted
+
+    def _goes_beside(self, work: Work) -> bool:
+        """Whether an answer may be made beside those under way."""
+        return not self._active or not (work.alone or any(a.work.alone for a in self._active))
 
     def _encode_one(self) -> bool:
         wanting = [(a, a.wanted) for a in self._active if isinstance(a.wanted, Encoding)]

@@ -26,6 +26,11 @@ class Utf8Stream:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
+    @property
+    def is_within(self) -> bool:
+        """Whether a character was begun and is not complete."""
+        return bool(self._decoder.getstate()[0])
+
     def feed(self, data: bytes) -> str:
         """Return the text that `data` completes; an unfinished sequence is held back.
 

@@ -33,9 +33,10 @@ Steps: TypeAlias = Generator[Any, Any, None]
 
 
 class Work(Protocol):
-    """An answer to make. cancelled: nobody wants it any more."""
+    """An answer to make. cancelled: nobody wants it any more. alone: it is made beside no other."""
 
     cancelled: bool
+    alone: bool
 
     def admission(self) -> Admission: ...
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cmg_gguf.captioning import layouts
 from cmg_gguf.captioning.pictures import Picture, find_pictures
+from cmg_gguf.captioning.review import Reviewed, placed, write_review
 from cmg_gguf.captioning.settings import Captions, Existing
 from cmg_gguf.captioning.texts import appended, caption_of, dressed, prompt_for, reads_tags
 from cmg_gguf.errors import CaptionError
@@ -55,6 +56,7 @@ class Captioned:
 
     n_written: captions that were made now. n_resumed: those that an unfinished run had made.
     n_skipped: pictures that had one. problems: pictures that have none, which `problem_file` lists.
+    review: the files of the review, where there is one.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Captioned:
     n_skipped: int
     problems: tuple[Problem, ...]
     problem_file: Path | None
+    review: tuple[Path, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,14 @@ def caption(
     return run.finish(work, progress or (lambda done, total: None))
 
 
-def planned(folder: str | Path, model: ModelFiles, **settings: Any) -> tuple[Planned, ...]:
+def planned(folder: str | Path, model: ModelFiles | None, **settings: Any) -> tuple[Planned, ...]:
     """What `caption` would ask about and write, in order; nothing is asked or written.
 
-    Raises CaptionError, ModelError.
+    model: None = not here, so that no unfinished run is known to be its. Raises CaptionError,
+    ModelError.
     """
-    run = _Run(Path(folder), model, Captions(**settings))
+    known = model or ModelFiles("", "")
+    run = _Run(Path(folder), known, Captions(**settings), name="" if model is None else None)
     done = run.finished_before()
     return tuple(todo for todo in run.plan().todo if todo.picture.name not in done)
 
@@ -146,7 +151,10 @@ class _Plan:
 class _Run:
     """One call of `caption`."""
 
-    def __init__(self, folder: Path, model: ModelFiles, wanted: Captions) -> None:
+    def __init__(
+        self, folder: Path, model: ModelFiles, wanted: Captions, name: str | None = None
+    ) -> None:
+        """name: of the method; None = by model and settings."""
         self._folder, self._model, self._wanted = folder, model, wanted
         pictures = find_pictures(folder, recursive=wanted.recursive)[: wanted.limit]
         shard = wanted.shard
@@ -156,11 +164,12 @@ class _Run:
                 f"shard {shard} is empty: there are {len(pictures)} pictures; cut into fewer"
             )
         _check_writable(self._pictures, folder)
-        part = "" if shard == WHOLE else f".{shard.index}-of-{shard.count}"
+        self._part = part = "" if shard == WHOLE else f".{shard.index}-of-{shard.count}"
         self._journal = folder / f".cmg-caption.{wanted.to}{part}.journal"
         self._problem_file = folder / f"caption-problems{part}.jsonl"
         self._captions = layouts.captions_in(folder, wanted.to, f".cmg-caption{part}.part")
-        self._method = _Captioner(_name(model, wanted), wanted.guidance, wanted.sampling)
+        told = _name(model, wanted) if name is None else name
+        self._method = _Captioner(told, wanted.guidance, wanted.sampling)
 
     def finished_before(self) -> set[str]:
         """Names of pictures that an unfinished run of the same settings has captioned."""
@@ -177,6 +186,7 @@ class _Run:
                 problems = self._answered(executor, plan, journal, len(finished), progress)
             finally:
                 self._captions.save()
+            review = self._review(journal.records.values())
             self._journal.unlink()
         problems = [*plan.problems, *problems]
         self._tell(problems)
@@ -187,6 +197,7 @@ class _Run:
             n_skipped=plan.n_skipped,
             problems=tuple(sorted(problems, key=lambda problem: problem.image)),
             problem_file=self._problem_file if problems else None,
+            review=review,
         )
 
     def plan(self, but: frozenset[str] | set[str] = frozenset()) -> _Plan:
@@ -258,6 +269,7 @@ class _Run:
             self._model,
             (self._method,),
             secrets.randbelow(MAX_SEED + 1) if seed is None else seed,
+            self._wanted.evidence,
         )
 
     def _keep(self, record: Record, picture: Picture, journal: Journal) -> None:
@@ -273,8 +285,10 @@ class _Run:
             raise _NoCaptionError(
                 f"the model said nothing{thought}: raise max_tokens (-n), or ask otherwise"
             )
-        text = dressed(text, wanted.prefix, wanted.suffix)
-        journal.add(replace(record, answer=text))
+        said, text = text, dressed(text, wanted.prefix, wanted.suffix)
+        start = text.index(said, len(wanted.prefix.lstrip()))
+        words = record.words and placed(record.words, record.answer, text, start, start + len(said))
+        journal.add(replace(record, answer=text, words=words))
         self._put(picture, text, wanted.existing)
 
     def _put(self, picture: Picture, text: str, existing: Existing) -> None:
@@ -301,6 +315,13 @@ class _Run:
                     pictures[record.item], record.answer, self._wanted.existing if own else "skip"
                 )
         return self._finished(records) & set(pictures)
+
+    def _review(self, records: Iterable[Record]) -> tuple[Path, Path] | None:
+        if self._wanted.evidence is None:
+            return None
+        mine = [record for record in records if record.method == self._method.name]
+        reviewed = (Reviewed(r.item, r.answer, r.words or []) for r in mine)
+        return write_review(self._folder, self._part, reviewed, self._wanted.evidence)
 
     def _finished(self, records: Sequence[Record]) -> set[str]:
         return {record.item for record in records if record.method == self._method.name}

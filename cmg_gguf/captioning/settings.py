@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from cmg_gguf.captioning.texts import check_placeholders, reads_tags
 from cmg_gguf.errors import CaptionError, shown
 from cmg_gguf.evaluation.items import WHOLE, Shard
+from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.sampling import Sampling
 
@@ -30,7 +31,8 @@ class Captions:
     tells. existing: what happens to a picture that has a caption there. limit: the first so many
     pictures alone. shard: this part of the pictures, for one machine of several. max_tokens: of an
     answer, at most; what that cuts off ends at its last whole sentence, if it has one.
-    sampling.seed: each picture draws by its own name and this.
+    sampling.seed: each picture draws by its own name and this. evidence: weights by which captions
+    are put in order for a review, see `cmg_gguf.captioning.review`; None = no review is written.
 
     Raises CaptionError for what cannot be.
     """
@@ -48,6 +50,7 @@ class Captions:
     guidance: Guidance = field(default_factory=Guidance)
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = MAX_TOKENS
+    evidence: EvidenceModel | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("to", Layout), ("existing", Existing)):
@@ -64,6 +67,11 @@ class Captions:
                 raise CaptionError(f"{name}={shown(getattr(self, name))} is no string")
         if not self.prompt.strip():
             raise CaptionError(f"the prompt is empty: ask something, such as {PROMPT!r}")
+        if not isinstance(self.evidence, EvidenceModel | None):
+            raise CaptionError(
+                f"evidence={shown(self.evidence)} is no EvidenceModel: write EvidenceModel(), or "
+                "load_settings(path).evidence for weights that were fitted"
+            )
         check_placeholders(self.prompt)
         if reads_tags(self.prompt) and (self.to, self.existing) == ("txt", "skip"):
             raise CaptionError(

@@ -12,10 +12,12 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeGuard
 
-from cmg_gguf.errors import SamplingError, UnsupportedError, shown
+from cmg_gguf.errors import PromptError, SamplingError, UnsupportedError, shown
+from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Piece, Reply, Token
 from cmg_gguf.request import Messages, Request
@@ -49,31 +51,36 @@ def request_of(
     messages: Messages,
     *,
     guidance: Guidance | None = None,
+    evidence: bool | EvidenceModel | None = None,
     max_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
     logprobs: bool | None = None,
     top_logprobs: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    cache_prompt: bool | None = None,
     **sampling: Any,
 ) -> Request:
     """The request of a chat completion.
 
-    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance` is
-    ours. max_tokens: None or <= 0 = until the context is full. logprobs: of the guided
-    distribution, before the other samplers. chat_template_kwargs: as in `Request`, and in
-    llama-server. sampling: see `sampling_of`. Raises what it, `Request`
-    and `Guidance` raise.
+    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance`
+    and `evidence` are ours, see `Request`. max_tokens: None or <= 0 = until the context is full.
+    logprobs: of the guided distribution, before the other samplers. chat_template_kwargs: as in
+    `Request`, and in llama-server. cache_prompt: False = nothing kept is gone on from, and the same
+    request gives the same bits: `Request.repeatable`, which costs others their kept prompts.
+    sampling: see `sampling_of`. Raises what it, `Request` and `Guidance` raise.
     """
     return Request(
         messages,
         guidance=guidance if guidance is not None else Guidance(),
+        evidence=False if evidence is None else evidence,
         sampling=sampling_of(**sampling),
         max_tokens=None if _is_number(max_tokens) and max_tokens <= 0 else max_tokens,
         stop=stop or (),
         top_logprobs=_top_logprobs(logprobs, top_logprobs),
         logits_processors=logits_processor or (),
         chat_template_kwargs={} if chat_template_kwargs is None else chat_template_kwargs,
+        repeatable=_is_repeatable(cache_prompt),
     )
 
 
@@ -89,6 +96,7 @@ def sampling_of(
     presence_penalty: float | None = 0.0,
     frequency_penalty: float | None = 0.0,
     repeat_penalty: float | None = 1.0,
+    penalty_last_n: int | None = None,
     mirostat_mode: int | None = 0,
     mirostat_tau: float | None = 5.0,
     mirostat_eta: float | None = 0.1,
@@ -98,9 +106,9 @@ def sampling_of(
 ) -> Sampling:
     """The sampling of a chat completion, with llama-cpp-python's defaults, also for None.
 
-    grammar: a `LlamaGrammar` or GBNF text. Tools, functions and tail-free sampling are not
-    supported: UnsupportedError, unless they are none, or left to the model ("auto") with none.
-    Raises what `Sampling` raises.
+    grammar: a `LlamaGrammar` or GBNF text. penalty_last_n: see `Sampling`. Tools, functions and
+    tail-free sampling are not supported: UnsupportedError, unless they are none, or left to the
+    model ("auto") with none. Raises what `Sampling` raises.
     """
     _refuse(unsupported)
     wanted: dict[str, Any] = {  # those that are None are left to `Sampling`
@@ -112,6 +120,7 @@ def sampling_of(
         "repeat_penalty": repeat_penalty,
         "frequency_penalty": frequency_penalty,
         "presence_penalty": presence_penalty,
+        "penalty_last_n": penalty_last_n,
         "mirostat_mode": mirostat_mode,
         "mirostat_tau": mirostat_tau,
         "mirostat_eta": mirostat_eta,
@@ -126,45 +135,73 @@ def sampling_of(
 def completion_of(reply: Reply, model: str, token_bytes: TokenBytes) -> dict[str, Any]:
     """A reply as a chat completion; `reasoning_content` is there where there was reasoning, as in
     llama-server. model: its name."""
-    message = {"role": "assistant", "content": reply.text}
-    if reply.reasoning:
-        message["reasoning_content"] = reply.reasoning
     return {
         **_head(model),
         "object": "chat.completion",
-        "choices": [
-            {
-                "index": 0,
-                "message": message,
-                "logprobs": _logprobs(reply.tokens, token_bytes),
-                "finish_reason": reply.finish_reason,
-            }
-        ],
+        "choices": [_choice(reply, 0, token_bytes)],
         "usage": usage(reply),
         "cmg": cmg_block(reply, token_bytes),
     }
 
 
+def completion_of_many(
+    replies: Sequence[Reply], model: str, token_bytes: TokenBytes
+) -> dict[str, Any]:
+    """Several replies to one prompt as one chat completion, each choice with its own `cmg`."""
+    choices = [
+        {**_choice(reply, i, token_bytes), "cmg": cmg_block(reply, token_bytes)}
+        for i, reply in enumerate(replies)
+    ]
+    head = {**_head(model), "object": "chat.completion"}
+    return {**head, "choices": choices, "usage": usage(*replies)}
+
+
 def chunks_of(answer: Pieces, model: str, token_bytes: TokenBytes) -> Iterator[dict[str, Any]]:
     """The chunks of a chat completion, as its pieces come. Closing it closes the answer."""
-    head = {**_head(model), "object": "chat.completion.chunk"}
-
-    def chunk(delta: dict[str, str], finish: str | None = None, **more: Any) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "delta": delta,
-            "logprobs": more.pop("logprobs", None),
-            "finish_reason": finish,
-        }
-        return {**head, "choices": [choice], **more}
-
+    chunks = Chunks(model, token_bytes)
     with contextlib.closing(answer):
-        yield chunk({"role": "assistant"})
+        yield chunks.first()
         for piece in answer:
-            said = "reasoning_content" if piece.reasoning else "content"
-            yield chunk({said: piece.text}, logprobs=_logprobs(piece.tokens, token_bytes))
-    reply, block = answer.reply, cmg_block(answer.reply, token_bytes)
-    yield chunk({}, reply.finish_reason, usage=usage(reply), cmg=block)
+            yield chunks.said(piece)
+    yield {**chunks.last(answer.reply), "usage": usage(answer.reply)}
+
+
+class Chunks:
+    """Makes the chunks of one chat completion. index: of the choice, where there are several."""
+
+    def __init__(self, model: str, token_bytes: TokenBytes) -> None:
+        self._head = {**_head(model), "object": "chat.completion.chunk"}
+        self._token_bytes = token_bytes
+
+    def first(self, index: int = 0) -> dict[str, Any]:
+        """Who speaks."""
+        return self._chunk(index, {"role": "assistant"})
+
+    def said(self, piece: Piece, index: int = 0) -> dict[str, Any]:
+        """Some of the answer."""
+        said = "reasoning_content" if piece.reasoning else "content"
+        logprobs = _logprobs(piece.tokens, self._token_bytes)
+        return self._chunk(index, {said: piece.text}, logprobs=logprobs)
+
+    def last(self, reply: Reply, index: int = 0) -> dict[str, Any]:
+        """How it ended, and what guidance did."""
+        chunk = self._chunk(index, {}, finish=reply.finish_reason)
+        return {**chunk, "cmg": cmg_block(reply, self._token_bytes)}
+
+    def counts(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """What all of it took, behind the last choice's end: OpenAI's `include_usage`."""
+        return {**self._head, "choices": [], "usage": usage(*replies)}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish: str | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._head, "choices": [choice]}
 
 
 def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
@@ -176,8 +213,10 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
         "gate": guidance_to_json(reply.guidance).get("gate"),
         "scope": reply.guidance.scope,
         "refresh": reply.guidance.refresh,
+        "states": reply.guidance.states,
         "layers": list(reply.layers),
         "n_image_tokens": reply.n_image_tokens,
+        "mended": list(reply.mended),
         "n_changed": reply.n_changed,
         "changed": [
             {
@@ -188,6 +227,7 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
             for i, token in enumerate(reply.tokens)
             if token.changed
         ],
+        **_evidence(reply),
         "seed": reply.seed,
         "seconds": {
             "encode": reply.seconds.encode,
@@ -197,21 +237,54 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
     }
 
 
-def usage(reply: Reply) -> dict[str, Any]:
-    """Counts as OpenAI names them; `cached_tokens`: of the prompt, those not computed anew;
-    `reasoning_tokens`: of the answer, where there was reasoning."""
-    n = len(reply.tokens)
-    thought = {"completion_tokens_details": {"reasoning_tokens": reply.n_reasoning_tokens}}
+def _evidence(reply: Reply) -> dict[str, Any]:
+    """Where it was asked for: each word with its score, what each token is scored by, and what the
+    weights were fitted on ("" = they were not, and scores are no probabilities)."""
+    if reply.evidence is None:
+        return {}
+    words = [
+        {"text": word.text, "start": word.start, "stop": word.stop, "score": word.evidence}
+        for word in reply.words
+    ]
+    tokens = [
+        {"token": token.text, **asdict(token.evidence)}
+        for token in reply.tokens
+        if token.evidence is not None
+    ]
+    fitted_on = reply.evidence.fitted_on
+    return {"evidence": {"fitted_on": fitted_on, "words": words, "tokens": tokens}}
+
+
+def usage(*replies: Reply) -> dict[str, Any]:
+    """Counts as OpenAI names them, of one prompt and what was said to it; `cached_tokens`: of the
+    prompt, those not computed anew; `reasoning_tokens`: of the answers, where there was any."""
+    n_prompt = replies[0].n_prompt_tokens
+    n = sum(len(reply.tokens) for reply in replies)
+    n_thought = sum(reply.n_reasoning_tokens for reply in replies)
     return {
-        "prompt_tokens": reply.n_prompt_tokens,
+        "prompt_tokens": n_prompt,
         "completion_tokens": n,
-        "total_tokens": reply.n_prompt_tokens + n,
-        "prompt_tokens_details": {"cached_tokens": reply.n_reused_tokens},
-        **(thought if reply.n_reasoning_tokens else {}),
+        "total_tokens": n_prompt + n,
+        "prompt_tokens_details": {"cached_tokens": replies[0].n_reused_tokens},
+        **({"completion_tokens_details": {"reasoning_tokens": n_thought}} if n_thought else {}),
     }
 
 
-def _logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> dict[str, Any] | None:
+def _choice(reply: Reply, index: int, token_bytes: TokenBytes) -> dict[str, Any]:
+    message = {"role": "assistant", "content": reply.text}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": _logprobs(reply.tokens, token_bytes),
+        "finish_reason": reply.finish_reason,
+    }
+
+
+def token_logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> list[dict[str, Any]] | None:
+    """Each token with its log-probability and the likeliest ones; None where none were asked
+    for."""
     if not tokens or tokens[0].logprob is None:
         return None
 
@@ -223,11 +296,15 @@ def _logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> dict[str, Any
             "logprob": max(logprob, MIN_LOGPROB),
         }
 
-    content = [
+    return [
         {**entry(t.id, t.logprob or 0.0), "top_logprobs": [entry(*best) for best in t.top]}
         for t in tokens
     ]
-    return {"content": content, "refusal": None}
+
+
+def _logprobs(tokens: Sequence[Token], token_bytes: TokenBytes) -> dict[str, Any] | None:
+    content = token_logprobs(tokens, token_bytes)
+    return None if content is None else {"content": content, "refusal": None}
 
 
 def _head(model: str) -> dict[str, Any]:
@@ -263,6 +340,14 @@ def _top_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int | None
             f"{MAX_TOP_LOGPROBS}"
         )
     return count if logprobs else None
+
+
+def _is_repeatable(cache_prompt: bool | None) -> bool:
+    if cache_prompt is not None and not isinstance(cache_prompt, bool):
+        raise PromptError(
+            f"cache_prompt={shown(cache_prompt)} is neither True nor False; write one of them"
+        )
+    return cache_prompt is False
 
 
 def _bias(logit_bias: Mapping[Any, float] | None) -> dict[int, float]:

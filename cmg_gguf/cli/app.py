@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cmg_gguf import __version__
-from cmg_gguf.cli import caption, chat, demo, info, run
+from cmg_gguf.cli import caption, chat, demo, doctor, heatmap, info, run, serve
 from cmg_gguf.cli.bundle import bundled
 from cmg_gguf.cli.evaluate import app as evaluate
 
@@ -53,6 +53,9 @@ def root(
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=run.EXAMPLES)(bundled(run.run))
 app.command(epilog=chat.EXAMPLES)(bundled(chat.chat))
+app.command(epilog=heatmap.EXAMPLES)(bundled(heatmap.heatmap))
 app.command(epilog=caption.EXAMPLES)(bundled(caption.caption))
+app.command(epilog=serve.EXAMPLES)(bundled(serve.serve))
 app.command(epilog=info.EXAMPLES)(bundled(info.info))
+app.command(epilog=doctor.EXAMPLES)(bundled(doctor.doctor))
 app.add_typer(evaluate)

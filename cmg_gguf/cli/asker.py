@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from cmg_gguf.cli.guidance_flags import GuidanceFlags
     from cmg_gguf.cli.model_flags import ModelFlags
+    from cmg_gguf.evidence import EvidenceModel
     from cmg_gguf.guidance import Guidance
     from cmg_gguf.reply import Piece, Reply
     from cmg_gguf.sampling import Sampling
@@ -33,12 +34,14 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Asker:
-    """A loaded model, and what all answers of a command share. seconds: loading took."""
+    """A loaded model, and what all answers of a command share. seconds: loading took. evidence: by
+    which weights; None = none."""
 
     vlm: GuidedVLM
     screen: Screen
     max_tokens: int | None
     seconds: float
+    evidence: EvidenceModel | None = None
 
     @classmethod
     def open(
@@ -49,14 +52,23 @@ class Asker:
         *,
         max_tokens: int | None,
         blind: bool = False,
+        evidence: bool = False,
     ) -> Asker:
         """Loads the model, and says so if it is the built-in one. blind: no image is shown.
+        evidence: of each answer about an image; says so where its weights are not fitted.
 
         Raises CMGError; KeyboardInterrupt on Ctrl-C.
         """
         flags.check()
         note_built_in(screen, flags, guidance.told(flags.own_settings, blind=blind))
+        weights = guidance.weights(flags.own_settings) if evidence else None
+        if weights is not None and not weights.is_fitted:
+            screen.note(
+                "no settings file with weights for this model is given, so the evidence is not "
+                "calibrated: its scores put words in an order, and are no probabilities"
+            )
         files = fetched(screen, flags)
+        note_unread(screen, flags, files[0])
         started = time.perf_counter()
         with Interrupt() as interrupt, screen.waiting("load") as waiting:
 
@@ -71,7 +83,7 @@ class Asker:
                 f"this model decodes a picture at once, so a step has room for {vlm.n_ubatch} "
                 "tokens: more memory (-ub 512 takes small pictures only)"
             )
-        return cls(vlm, screen, max_tokens, time.perf_counter() - started)
+        return cls(vlm, screen, max_tokens, time.perf_counter() - started, weights)
 
     def ask(
         self,
@@ -79,8 +91,11 @@ class Asker:
         guidance: Guidance,
         sampling: Sampling,
         show: Callable[[Piece], None] | None = None,
+        *,
+        heat: bool = False,
     ) -> Reply:
         """The answer. show: called with each piece as it comes; None = progress until the end.
+        heat: as in `Request`.
 
         Raises CMGError; Stopped on Ctrl-C.
         """
@@ -96,6 +111,8 @@ class Asker:
                 guidance=guidance,
                 sampling=sampling,
                 max_tokens=self.max_tokens,
+                heat=heat,
+                evidence=self.evidence if _has_images(messages) else None,
                 progress=progress,
             )
             n_tokens = 0
@@ -148,6 +165,21 @@ def note_built_in(screen: Screen, flags: ModelFlags, guided: str) -> None:
         screen.note(
             f"no -m is given, so the built-in tiny model answers{how}: it knows only the drawn "
             "scenes of cmg-gguf demo"
+        )
+
+
+def note_unread(screen: Screen, flags: ModelFlags, model: Path) -> None:
+    """Says which variables for the chat template it does not read. Raises ModelError, PromptError.
+
+    model: the model file.
+    """
+    from cmg_gguf.facts import unread_variables
+
+    for name in unread_variables(model, flags.chat_template, flags.template_variables):
+        given = flags.no_think and name == "enable_thinking"
+        screen.note(
+            f"{'--no-think' if given else '--template-kwargs'} without effect: the chat template "
+            f"does not read {name}"
         )
 
 

@@ -112,6 +112,14 @@ class CaptionFlags:
             help="Most tokens of an answer; what that cuts off ends at its last whole sentence.",
         ),
     ] = 256
+    evidence: Annotated[
+        bool,
+        _flag(
+            "--evidence",
+            help="Write FOLDER/review.jsonl and review.html: the captions made now, the one with "
+            "the least supported word first, doubtful words marked. By the weights of --settings.",
+        ),
+    ] = False
     limit: Annotated[
         int | None,
         _flag("--limit", min=1, metavar="N", help="The first N pictures alone, by name."),
@@ -129,7 +137,7 @@ class CaptionFlags:
         _flag(
             "--dry-run",
             help="Write to standard output which pictures would be captioned, and into which file; "
-            "no model is loaded and no file changed.",
+            "no model is loaded or downloaded, and no file changed.",
         ),
     ] = False
 
@@ -155,10 +163,16 @@ def caption(
 
     err = Screen(quiet=spread.quiet, progress=not model.verbose)
     settings = _settings(captions, guidance, sampling, model)
-    files = spread.files(model, err)
     if captions.dry_run:
-        _show(err, planned(folder, files, **settings), folder)
+        here = spread.files_here(model)
+        if here is None:
+            err.note(
+                f"{model.hf_repo} is not here yet and not downloaded for this, so what an "
+                "unfinished run has captioned already is listed too"
+            )
+        _show(err, planned(folder, here, **settings), folder)
         return
+    files = spread.files(model, err)
     if idle := sampling.idle():
         err.note(f"{', '.join(idle)} without effect: --temp 0 always takes the best token")
     note_built_in(err, model, guidance.told(model.own_settings))
@@ -178,6 +192,7 @@ def _settings(
         "shard": Shard.parse(flags.shard),
         "guidance": guidance.guidance(model.own_settings),
         "sampling": sampling.sampling(),
+        "evidence": guidance.weights(model.own_settings) if flags.evidence else None,
     }
 
 
@@ -194,6 +209,8 @@ def _captioned(
     before = f", {made.n_resumed} made before" if made.n_resumed else ""
     left = f", {made.n_skipped} left alone that had one" if made.n_skipped else ""
     speed = f" ({made.n_written / seconds:.2f} pictures/s)" if made.n_written else ""
+    if made.review is not None:
+        err.aside(f"{made.review[1]} shows the captions, the least supported word first")
     err.aside(f"{count(made.n_written, 'caption')} in {seconds:.1f} s{speed}{before}{left}")
     return made
 

@@ -14,6 +14,7 @@ import typer
 from numpy.typing import NDArray
 
 from cmg_gguf.cli.asker import Asker, system_messages, user_message
+from cmg_gguf.cli.evidence import print_marked
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
 from cmg_gguf.cli.model_flags import ModelFlags
@@ -62,6 +63,7 @@ def chat(
     a file, one that failed makes the exit code 1 at the end.
     """
     load_library()
+    screen.check()
     settings, draw = guidance.guidance(model.own_settings), sampling.sampling()
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
     if idle := sampling.idle():
@@ -72,7 +74,9 @@ def chat(
             "standard input holds what you say; give the image as a file", param_hint="'--image'"
         )
     images = list(zip(question.images, question.load_images(model.max_pixels), strict=True))
-    asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens)
+    asker = Asker.open(
+        model, guidance, err, max_tokens=question.max_tokens, evidence=screen.evidence
+    )
     with asker.vlm:
         talk = Chat(asker, settings, draw, show_changes=screen.show_changes)
         talk.begin(question.system_prompt, images)
@@ -170,8 +174,14 @@ class Chat:
             self._waiting = []
 
     def _say(self, messages: list[dict[str, Any]]) -> str:
-        with self._write.line() as write:
-            reply = self._asker.ask(messages, self._guidance, self._sampling, write)
+        if self._asker.evidence is not None:  # known only of a whole answer
+            reply = self._asker.ask(messages, self._guidance, self._sampling)
+            print_marked(reply)
+            if reply.evidence is None:
+                self._asker.screen.note("no image was shown yet, so no word is marked")
+        else:
+            with self._write.line() as write:
+                reply = self._asker.ask(messages, self._guidance, self._sampling, write)
         self._asker.summarise(reply, load=False)
         return reply.text
 

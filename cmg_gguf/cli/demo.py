@@ -16,7 +16,7 @@ from cmg_gguf.cli.compare import mark
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.output import write_rendered
 from cmg_gguf.cli.screen import Screen, count
-from cmg_gguf.guidance import Guidance, LayerRange, TopRatio
+from cmg_gguf.guidance import Guidance
 from cmg_gguf.tiny.scenes import Scene, draw, make_scene
 from cmg_gguf.tiny.scenes.catalogue import OBJECTS, article
 from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
@@ -24,7 +24,6 @@ from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cmg_gguf.arrays import IntArray
     from cmg_gguf.reply import Reply
     from cmg_gguf.vlm import GuidedVLM
 
@@ -35,7 +34,6 @@ FOLDER = Path("cmg-gguf-demo")
 MAX_TOKENS = 192
 TRIED = 50
 """Scenes that are looked through, at most, for one in which guidance changes the answer."""
-LOOKED = TopRatio(0.25)
 
 EXAMPLES = """\
 Examples:
@@ -78,7 +76,7 @@ def demo(
             "--save",
             metavar="DIR",
             file_okay=False,
-            help="Where the scene and the picture of where the model looked are written.",
+            help="Where the scene and a sheet of heat maps, where the model looked, are written.",
         ),
     ] = FOLDER,
 ) -> None:
@@ -95,11 +93,11 @@ def demo(
     with err.waiting("load"), GuidedVLM(*embedded_pair(), n_ctx=1024) as vlm:
         number, drawn, answers = _answered(vlm, guidance, kind, scene)
         pixels = draw(drawn)
-        heat = _looked_at(vlm, pixels)
     write_rendered(_shown(number, kind, drawn, answers, first=scene is None))
-    files = _write_pictures(save, pixels, heat)
+    files = _write_pictures(save, pixels, answers[1])
     err.aside(
-        f"written: {files[0]}, and {files[1]}: yellow is where the model looked while it answered"
+        f"written: {files[0]}, and {files[1]}: where the model looked for each word of the guided "
+        "answer"
     )
 
 
@@ -111,34 +109,12 @@ def _answered(
         scene = make_scene("test", number, kind)
         images = [draw(scene)]
         plain, guided = (
-            vlm.generate(PROMPT, images, guidance=g, max_tokens=MAX_TOKENS)
+            vlm.generate(PROMPT, images, guidance=g, max_tokens=MAX_TOKENS, heat=True)
             for g in (Guidance(alpha=0, beta=0), guidance)
         )
         if set(_named(plain.text)) != set(_named(guided.text)):
             break
     return number, scene, (plain, guided)
-
-
-def _looked_at(vlm: GuidedVLM, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(8, 8) float64: how often, over answer rows and layers, a patch was most looked at."""
-    barely = Guidance(alpha=1e-6, beta=0, tokens=LOOKED, layers=LayerRange(0, 1))
-    engine, model = vlm.engine, vlm.model
-    prompt = vlm.projector.encode(vlm.tokenize(PROMPT, [pixels]))
-    session = engine.open(prompt, barely)
-    engine.prefill(session)
-    looked: list[IntArray] = []
-    for _ in range(MAX_TOKENS):
-        engine.degraded(session)
-        looked += session.attended()
-        token = int(session.l_o.argmax())
-        if model.is_end(token):
-            break
-        engine.step(session, token)
-    engine.end(session)
-    n = prompt.n_image_tokens
-    share = np.bincount(np.concatenate(looked), minlength=n) / len(looked)
-    edge = round(n**0.5)
-    return share.reshape(edge, edge)
 
 
 def _shown(
@@ -205,19 +181,18 @@ def _told(scene: Scene, plain: Reply, guided: Reply) -> str:
     )
 
 
-def _write_pictures(
-    folder: Path, pixels: NDArray[np.uint8], heat: NDArray[np.float64]
-) -> tuple[Path, Path]:
+def _write_pictures(folder: Path, pixels: NDArray[np.uint8], reply: Reply) -> tuple[Path, Path]:
     from PIL import Image
 
-    from cmg_gguf.cli.heat import overlay
+    from cmg_gguf.cli.heatmap import drawn
     from cmg_gguf.errors import ImageError
+    from cmg_gguf.heat.sheet import words_of
 
     files = folder / "scene.png", folder / "looked.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(files[0])
-        overlay(pixels, heat).save(files[1])
+        drawn([pixels], reply, words_of(reply.tokens)).save(files[1])
     except OSError as exc:
         raise ImageError(
             f"the pictures cannot be written to {folder} ({exc.strerror}); name another folder "

@@ -18,12 +18,14 @@ from cmg_gguf.cli.options import (
     parse_tokens,
 )
 from cmg_gguf.errors import GuidanceError
-from cmg_gguf.guidance import MAX_ALPHA, Guidance, LayerRange, Refresh, Scope
+from cmg_gguf.evidence import EvidenceModel
+from cmg_gguf.guidance import MAX_ALPHA, Guidance, LayerRange, Refresh, Scope, States
 from cmg_gguf.settings import Settings, load_settings
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 _DEFAULT = Guidance()
+_AS_GIVEN = "alpha", "beta", "scope", "refresh", "states"
 _flag = partial(typer.Option, rich_help_panel="Guidance")
 
 
@@ -120,6 +122,15 @@ class GuidanceFlags:
             "prompt's last row.",
         ),
     ] = None
+    states: Annotated[
+        States | None,
+        _flag(
+            "--states",
+            show_default=_DEFAULT.states,
+            help="Of a model with recurrent layers, what these hold behind a picture in the "
+            "degraded branch: read = what they read of it, unread = what they held before it.",
+        ),
+    ] = None
     gate: Annotated[
         str | None,
         _flag(
@@ -156,6 +167,11 @@ class GuidanceFlags:
             return PLAIN
         return replace(self.file(own).guidance, **self._given())
 
+    def weights(self, own: Path | None = None) -> EvidenceModel:
+        """Weights of evidence: what the settings file says, or the model's own. Raises
+        GuidanceError."""
+        return self.file(own).evidence
+
     def file(self, own: Path | None = None) -> Settings:
         """What the settings file says, or `own`; the defaults without any. Raises GuidanceError."""
         file = self.settings or own
@@ -177,7 +193,7 @@ class GuidanceFlags:
     def _given(self) -> dict[str, Any]:
         """Settings that a flag is given for, by name."""
         as_text = {"tokens": parse_tokens, "layers": parse_layers, "gate": parse_gate}
-        plain = {name: getattr(self, name) for name in ("alpha", "beta", "scope", "refresh")}
+        plain = {name: getattr(self, name) for name in _AS_GIVEN}
         given = {name: value for name, value in plain.items() if value is not None}
         for name, parse in as_text.items():
             if (text := getattr(self, name)) is not None:

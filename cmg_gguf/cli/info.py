@@ -15,8 +15,18 @@ from cmg_gguf.cli.guidance_flags import LAYERS, Layers
 from cmg_gguf.cli.model_flags import ModelFile, ModelFlags, ProjectorFile, RepositoryName
 from cmg_gguf.cli.options import format_numbers, parse_layers
 from cmg_gguf.cli.output import write_json, write_rendered
+from cmg_gguf.cli.placement_flags import (
+    DeviceNames,
+    GpuLayers,
+    MainGpu,
+    NoKvOffload,
+    SplitModeName,
+    TensorSplit,
+    placement,
+)
 from cmg_gguf.cli.screen import Screen, size
 from cmg_gguf.guidance import LayerRange, LayerSet, static_layers
+from cmg_gguf.reply import MENDS
 
 EXAMPLES = """\
 Examples:
@@ -30,16 +40,6 @@ Examples:
   cmg-gguf info -m llava.gguf --layers 10-20   which layers that means
 """
 
-MENDS = {
-    "activation": "its gated networks have GELU, which its file does not name",
-    "class token": "its class token stands before the patches (llama.cpp issue 25814)",
-    "cleared": "what stands behind a row of patches does not depend on what memory held",
-    "layer": "the last layer of its file is run (llama.cpp issue 25817)",
-    "places": "each patch has the place that was learned for it",
-    "rows": "image tokens come row by row",
-}
-"""What is said of a mend of the image encoder."""
-
 
 @manners()
 def info(
@@ -47,19 +47,27 @@ def info(
     model: ModelFile = None,
     mmproj: ProjectorFile = None,
     hf_repo: RepositoryName = None,
+    n_gpu_layers: GpuLayers = -1,
+    device: DeviceNames = None,
+    split_mode: SplitModeName = "layer",
+    tensor_split: TensorSplit = None,
+    main_gpu: MainGpu = 0,
+    no_kv_offload: NoKvOffload = False,
     layers: Layers = LAYERS,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object instead of the table.")
     ] = False,
 ) -> None:
-    """Show what a model pair is, which layers guidance would mask, and what runs it."""
+    """Show what a model pair is, which layers guidance would mask, what runs it and where."""
     load_library()
     if model is None or hf_repo is not None:
         flags = ModelFlags(model=model, mmproj=mmproj, hf_repo=hf_repo)
         model, mmproj = fetched(Screen(), flags)
     from cmg_gguf.facts import pair_facts, system_facts
 
-    facts = {"cmg_gguf": __version__, **system_facts(), **pair_facts(model, mmproj)}
+    placed = placement(n_gpu_layers, device, split_mode, tensor_split, main_gpu)
+    pair = pair_facts(model, mmproj, offload_kqv=not no_kv_offload, **placed)
+    facts = {"cmg_gguf": __version__, **system_facts(), **pair}
     facts["guidance"] = _guidance_facts(layers, facts["model"])
     if as_json:
         write_json(facts)
@@ -94,6 +102,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
             ("model", model["path"]),
             ("", f"{model['description']}, {size(model['bytes'])}"),
             ("layers", _layers(model)),
+            *_places(model, facts["devices"]),
             ("vocabulary", f"{model['vocabulary']} tokens"),
             ("context", f"{model['context']} tokens in training"),
             ("chat template", _template(model["chat_template"])),
@@ -112,9 +121,15 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
         lines.append(("masked layers", _masked(facts["guidance"], model["layers"])))
     lines += [
         ("cmg-gguf", facts["cmg_gguf"]),
-        ("llama-cpp-python", f"{facts['llama_cpp_python']}, Python {facts['python']}"),
+        ("llama-cpp-python", facts["llama_cpp_python"]),
+        ("Python", f"{facts['python']}, NumPy {facts['numpy']}, Pillow {facts['pillow']}"),
     ]
     lines += [("device", _device(device)) for device in facts["devices"]]
+    if remedy := facts["repacking_remedy"]:
+        lines += [
+            ("weights", "not repacked: this build's AMX kernels crash. To be faster:"),
+            ("", remedy),
+        ]
     return [*lines, ("compiled with", facts["features"])]
 
 
@@ -124,6 +139,21 @@ def _by_size(tokens: list[int] | None) -> list[tuple[str, str]]:
     fewest, most = tokens
     words = f"{fewest} to {most} by an image's size, no more than half of -c (--image-max-tokens)"
     return [("", words)]
+
+
+def _places(model: dict[str, Any], devices: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Which layers and KV cells lie where, if there is a choice."""
+    if all(device["kind"] == "cpu" for device in devices):
+        return []
+    lines = [("layers lie on", _by_place(model["layer_devices"]))]
+    if model["cache_devices"] != model["layer_devices"]:
+        lines.append(("KV cells lie on", _by_place(model["cache_devices"])))
+    return lines
+
+
+def _by_place(places: list[str]) -> str:
+    lying = {name: [il for il, place in enumerate(places) if place == name] for name in places}
+    return ", ".join(f"{name or 'nowhere'} {format_numbers(on)}" for name, on in lying.items())
 
 
 def layer_bar(masked: list[int], n_layer: int) -> Text:
@@ -157,6 +187,7 @@ def _template(name: str) -> str:
 
 
 def _device(device: dict[str, Any]) -> str:
-    memory = f", {size(device['memory'])}" if device["memory"] else ""
+    free = f", {size(device['free'])} free" if device["kind"] != "cpu" else ""
+    memory = f", {size(device['memory'])}{free}" if device["memory"] else ""
     backend = "" if device["backend"] == device["name"] else f" ({device['backend']})"
     return f"{device['name']}{backend}: {device['description']}{memory}"

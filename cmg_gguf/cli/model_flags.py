@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from cmg_gguf.cli.placement_flags import (
+    DeviceNames,
+    GpuLayers,
+    MainGpu,
+    NoKvOffload,
+    NoMmprojOffload,
+    SplitModeName,
+    TensorSplit,
+    placement,
+)
+
 if TYPE_CHECKING:
     from cmg_gguf.stream import Progress
     from cmg_gguf.vlm import GuidedVLM
@@ -66,16 +77,13 @@ class ModelFlags:
             "each token of the answer twice; 0 = what the model was trained with.",
         ),
     ] = 4096
-    n_gpu_layers: Annotated[
-        int,
-        _flag(
-            "--n-gpu-layers",
-            "-ngl",
-            min=-1,
-            metavar="N",
-            help="Layers on the accelerator, if there is one; -1 = all, 0 = none.",
-        ),
-    ] = -1
+    n_gpu_layers: GpuLayers = -1
+    device: DeviceNames = None
+    split_mode: SplitModeName = "layer"
+    tensor_split: TensorSplit = None
+    main_gpu: MainGpu = 0
+    no_kv_offload: NoKvOffload = False
+    no_mmproj_offload: NoMmprojOffload = False
     threads: Annotated[
         int,
         _flag(
@@ -234,7 +242,9 @@ class ModelFlags:
             "n_ctx": self.ctx_size,
             "n_ubatch": self.ubatch_size,
             "n_threads": self.threads,
-            "n_gpu_layers": self.n_gpu_layers,
+            **self.placement,
+            "offload_kqv": not self.no_kv_offload,
+            "use_gpu": not self.no_mmproj_offload,
             "flash_attn": {"on": True, "off": False}.get(self.flash_attn),
             "type_k": self.cache_type_k,
             "type_v": self.cache_type_v,
@@ -246,6 +256,12 @@ class ModelFlags:
             **{name: value for name, value in self._where_given.items() if value is not None},
             "verbose": self.verbose,
         }
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """On which devices the model lies: see `Placement`. Raises BadParameter."""
+        named = self.n_gpu_layers, self.device, self.split_mode
+        return placement(*named, self.tensor_split, self.main_gpu)
 
     @property
     def _where_given(self) -> dict[str, Any]:
@@ -300,6 +316,14 @@ class ModelFlags:
         if self.model is not None and self.mmproj is not None:
             return self.model, self.mmproj
         return embedded_pair()
+
+    def held_pair(self) -> tuple[Path, Path] | None:
+        """What `pair` gives without a connection; None where something must be downloaded. Raises
+        what `pair` raises."""
+        from cmg_gguf.hub import held_pair
+
+        self.check()
+        return self.pair() if self.hf_repo is None else held_pair(self.hf_repo, self.mmproj)
 
     def check(self) -> None:
         """Raises what `pair` raises for flags that do not go together, and for names that are

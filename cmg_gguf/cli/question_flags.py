@@ -16,6 +16,7 @@ from cmg_gguf.cli.options import split_images
 _asked = partial(typer.Option, rich_help_panel="Question")
 _seen = partial(typer.Option, rich_help_panel="Output")
 
+_EVIDENCE = "'--evidence'"
 NO_LIMIT = -1
 STDIN = "-"
 """The image that standard input holds; a file of that name is "./-"."""
@@ -109,6 +110,31 @@ class ScreenFlags:
             help="Underline the tokens that guidance changed, where the answer goes to a terminal.",
         ),
     ] = False
+    evidence: Annotated[
+        bool,
+        _seen(
+            "--evidence",
+            help="Mark the words that the picture supports least: in colour on a terminal, as "
+            "word[?.31] elsewhere, .31 of 1 being the word's score. By what the model says with "
+            "the picture and with it hidden, once the answer is whole; it is no proof that "
+            "something is there, or is not.",
+        ),
+    ] = False
     quiet: Annotated[
         bool, _seen("--quiet", "-q", help="No progress, notes or figures on standard error.")
     ] = False
+
+    def check(self, *, compares: bool = False, blind: bool = False) -> None:
+        """Raises BadParameter where an answer would be marked in two ways, or by nothing.
+
+        compares: words that differ are marked. blind: there is no picture.
+        """
+        if not self.evidence:
+            return
+        if blind:
+            raise typer.BadParameter("it is about a picture; give --image", param_hint=_EVIDENCE)
+        if compares or self.show_changes:
+            other = "--compare" if compares else "--show-changes"
+            raise typer.BadParameter(
+                f"{other} marks words as well; leave one of the two out", param_hint=_EVIDENCE
+            )

@@ -10,6 +10,7 @@ import typer
 
 from cmg_gguf.cli.asker import Asker, system_messages, user_message
 from cmg_gguf.cli.compare import print_comparison
+from cmg_gguf.cli.evidence import print_marked
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import PLAIN, GuidanceFlags
 from cmg_gguf.cli.model_flags import ModelFlags
@@ -35,6 +36,8 @@ Examples:
   cmg-gguf run ... --alpha 2 --layers 0.5-     stronger, in the upper half of the layers
 
   cmg-gguf run ... --temp 0.7 --seed 1         drawn instead of greedy, and repeatable
+
+  cmg-gguf run ... --evidence                  the words that the picture supports least, marked
 
   cmg-gguf run ... --json | jq .cmg.changed    what guidance changed, for programs
 
@@ -84,13 +87,14 @@ def run(
     """
     load_library()
     model.check()
-    settings = guidance.guidance(model.own_settings)
+    settings, limit = guidance.guidance(model.own_settings), question.max_tokens
     _check_compares(settings, compare)
     draw, text = sampling.sampling(), _prompt(prompt, has_stdin=not question.reads_stdin)
-    pixels = question.load_images(model.max_pixels)
+    pixels, marks = question.load_images(model.max_pixels), screen.evidence
+    screen.check(compares=compare and not as_json, blind=not pixels)
     err = Screen(quiet=screen.quiet, progress=not model.verbose)
     _note_idle(err, sampling.idle(), blind=not pixels and settings.contrasts)
-    asker = Asker.open(model, guidance, err, max_tokens=question.max_tokens, blind=not pixels)
+    asker = Asker.open(model, guidance, err, max_tokens=limit, blind=not pixels, evidence=marks)
     messages = [*system_messages(question.system_prompt), user_message(text, pixels)]
     with asker.vlm:
         if compare:
@@ -98,8 +102,7 @@ def run(
         elif as_json:
             blocks = _silent(asker, messages, settings, draw)
         else:
-            blocks = {}
-            _stream(asker, messages, settings, draw, show_changes=screen.show_changes)
+            blocks = _written(asker, messages, settings, draw, screen)
         if as_json:
             write_json({**question_block(asker.vlm, question.images, text), **blocks})
 
@@ -119,17 +122,21 @@ def _note_idle(err: Screen, flags: list[str], *, blind: bool) -> None:
         err.note("no --image, so there is nothing to guide by")
 
 
-def _stream(
+def _written(
     asker: Asker,
     messages: list[dict[str, Any]],
     guidance: Guidance,
     sampling: Sampling,
-    *,
-    show_changes: bool,
-) -> None:
-    with AnswerWriter(show_changes=show_changes).line() as write:
-        reply = asker.ask(messages, guidance, sampling, write)
+    screen: ScreenFlags,
+) -> dict[str, Any]:
+    if screen.evidence:  # known only of a whole answer
+        reply = asker.ask(messages, guidance, sampling)
+        print_marked(reply)
+    else:
+        with AnswerWriter(show_changes=screen.show_changes).line() as write:
+            reply = asker.ask(messages, guidance, sampling, write)
     asker.summarise(reply)
+    return {}
 
 
 def _silent(

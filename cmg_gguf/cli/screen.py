@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,10 @@ from cmg_gguf.errors import ContextLengthError
 if TYPE_CHECKING:
     from cmg_gguf.reply import Reply
 
-Phase = Literal["download", "load", "encode", "prefill", "decode"]
+Phase = Literal["download", "load", "encode", "prefill", "decode", "examine"]
+
+TOLD_EVERY = 30.0
+"""Seconds between two lines of progress, where there is no terminal to show it on."""
 
 _DOING: dict[Phase, str] = {
     "download": "downloading the model",
@@ -34,6 +38,7 @@ _DOING: dict[Phase, str] = {
     "encode": "encoding the images",
     "prefill": "reading the prompt",
     "decode": "answering",
+    "examine": "examining",
 }
 
 
@@ -97,7 +102,11 @@ class Screen:
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Shows how much of much is done, as told by (done, total), its speed and time left."""
+        """Shows how much of much is done, as told by (done, total), its speed and time left: where
+        it is no terminal, in a line every `TOLD_EVERY` seconds."""
+        if not self._quiet and not self._console.is_interactive:
+            yield _Lines(self._console, what)
+            return
         columns = (
             *(SpinnerColumn(), "{task.description}", BarColumn(bar_width=24)),
             *(MofNCompleteColumn(), _Speed(), TimeRemainingColumn()),
@@ -118,6 +127,28 @@ class Screen:
                 progress.update(tasks[0], completed=done)
 
             yield count
+
+
+class _Lines:
+    """Progress as lines of a log."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what = console, what
+        self._first: tuple[float, int] | None = None
+        self._told = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._told = (now, done), now
+        if now - self._told < TOLD_EVERY or done == total:
+            return
+        self._told = now
+        started, before = self._first
+        speed = (done - before) / (now - started)
+        left = f", {duration((total - done) / speed)} left" if speed else ""
+        words = f"{done} of {total} {self._what}, {speed:.2f}/s{left}"
+        _line(self._console, Text(words, style="dim"))
 
 
 class _Speed(ProgressColumn):
@@ -213,12 +244,22 @@ def summary(reply: Reply, *, load: float | None = None, max_tokens: int | None =
             if value is not None
         )
     )
+    if reply.mended:
+        parts.append(f"encoder mended: {', '.join(reply.mended)}")
     return " · ".join([*parts, _masked(reply)])
 
 
 def count(n: int, what: str) -> str:
     """A number and what it counts: "1 token", "2 tokens"."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def duration(seconds: float) -> str:
+    """A time to wait: "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def size(n: int) -> str:

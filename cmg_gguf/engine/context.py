@@ -28,7 +28,11 @@ class Context(Protocol):
     """Layers that attend, ascending: in the others there is nothing to mask."""
     n_vocab: int
     merges: bool
-    """Whether rows of several sequences, of different numbers each, may share a decode."""
+    """Whether rows of several sequences, of different numbers each, may share a decode. Else only
+    one row of each may."""
+    has_state: bool
+    """Whether some layers keep a state of all rows of a sequence instead of a row for each. It is
+    shared where it stands: at a sequence's newest row. It cannot be cut back."""
     spare_seq: int
     """A sequence that nobody works in: for rows of no use."""
     patch: _core.GraphPatch
@@ -64,11 +68,21 @@ class Context(Protocol):
         ...
 
     def share(self, source: int, target: int, n_pos: int) -> None:
-        """Makes `target` share the first n_pos positions of `source`, and nothing else."""
+        """Makes `target` share the first n_pos positions of `source`, and nothing else; with a
+        state these must be all of its positions."""
         ...
 
     def share_more(self, source: int, target: int, start: int, stop: int) -> None:
         """Makes `target` share positions start to stop - 1 of `source` too."""
+        ...
+
+    def set_aside(self, source: int, target: int) -> None:
+        """Makes `target` hold the state of `source` as it stands, and nothing else."""
+        ...
+
+    def take_state(self, source: int, target: int, n_pos: int) -> None:
+        """Gives `target`, which has n_pos positions, the state that was set aside in `source` in
+        place of its own; `source` is empty then."""
         ...
 
     def truncate(self, seq: int, n_pos: int) -> None:
@@ -90,10 +104,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class Branches:
-    """Both branches of an answer: in one context ("pair"), or in one each ("contexts")."""
+    """Both branches of an answer: in one context ("pair"), or in one each ("contexts").
+
+    aside: a sequence of the degraded branch's context, where a state may be set aside.
+    """
 
     original: Branch
     degraded: Branch
+    aside: int | None = None
 
     @property
     def paired(self) -> bool:

@@ -29,8 +29,9 @@ class ContrastSession:
 
     guided = True
     is_whole = False
-    n_reused = first_row = 0
+    n_reused = first_row = n_named = 0
     layers: tuple[int, ...] = ()
+    recording = None
 
     def __init__(self, branches: Branches, original: Prompt, degraded: Prompt) -> None:
         """original, degraded: the two prompts, their images encoded."""
@@ -63,12 +64,13 @@ class ContrastSession:
         """Each prompt in its branch."""
         original, degraded = self.branches.original, self.branches.degraded
         first, second = self._rows
-        for _, batch in first.batches(original, 0, lambda part: None):
+        n = self._n_shared
+        cuts = (n,) if original.context.has_state else ()
+        for part, batch in first.batches(original, 0, lambda part: None, cuts=cuts):
             decoded = yield batch
+            if part.start < n <= part.stop:
+                degraded.context.share(original.seq, degraded.seq, second.position(n))
         self.l_o = decoded.logits[-1]
-        if self._n_shared:
-            position = second.position(self._n_shared)
-            degraded.context.share(original.seq, degraded.seq, position)
         for _, batch in second.batches(degraded, self._n_shared, lambda part: None):
             decoded = yield batch
         self.l_d = decoded.logits[-1]

@@ -13,13 +13,14 @@ import ctypes
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Batch, Decoded, ImageBatch
-from cmg_gguf.engine.context import Context
+from cmg_gguf.engine.context import Branch, Context
 from cmg_gguf.engine.merge import Merged, go_together, single_plan
 from cmg_gguf.engine.steps import Filling
 from cmg_gguf.errors import BackendError, ContextLengthError
@@ -47,29 +48,59 @@ def together(batches: Sequence[Batch | ImageBatch]) -> list[list[int]]:
     return groups
 
 
-class Decoder:
-    """Decodes groups of batches."""
+@dataclass
+class Counts:
+    """What has been decoded. n_batches: one for each session in each decode. n_rows: those that
+    fill small decodes up aside. n_degraded_rows: of these, the degraded branches'."""
 
-    def __init__(self, filling: Filling) -> None:
+    n_decodes: int = 0
+    n_batches: int = 0
+    n_rows: int = 0
+    n_degraded_rows: int = 0
+
+
+class Decoder:
+    """Decodes groups of batches. degraded: the branches whose rows count as that."""
+
+    def __init__(self, filling: Filling, degraded: Sequence[Branch] = ()) -> None:
+        self.counts = Counts()
         self._filling = filling
+        self._degraded = frozenset((id(branch.context), branch.seq) for branch in degraded)
 
     def decode(self, batches: Sequence[Batch | ImageBatch], n_free: int) -> list[Decoded | Failure]:
         """What came of batches that go together. n_free: KV cells that a decode may be filled up
         with."""
         try:
             if len(batches) == 1 and isinstance(image := batches[0], ImageBatch):
-                return [_decoded_image(image)]
-            return list(self._decoded([b for b in batches if isinstance(b, Batch)], n_free))
+                came = [_decoded_image(image)]
+            else:
+                texts = [b for b in batches if isinstance(b, Batch)]
+                came = list(self._decoded(texts, n_free))
+            self._count(batches)
+            return [*came]
         except (BackendError, ContextLengthError) as exc:
             for batch in batches:
                 _drop(batch)
             if len(batches) == 1:
                 return [exc]
-            return [came for batch in batches for came in self.decode([batch], 0)]
+            return [one for batch in batches for one in self.decode([batch], 0)]
         except BaseException:
             for batch in batches:
                 _drop(batch)
             raise
+
+    def _count(self, batches: Sequence[Batch | ImageBatch]) -> None:
+        counts = self.counts
+        counts.n_decodes += 1
+        counts.n_batches += len(batches)
+        for batch in batches:
+            if isinstance(batch, ImageBatch):
+                seqs = [batch.branch.seq] * batch.n_rows
+            else:
+                seqs = batch.seqs.tolist()
+            context = id(batch.context)
+            counts.n_rows += len(seqs)
+            counts.n_degraded_rows += sum((context, seq) in self._degraded for seq in seqs)
 
     def _decoded(self, batches: Sequence[Batch], n_free: int) -> Sequence[Decoded]:
         context = batches[0].context

@@ -17,29 +17,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Batch, Decoded, Decodes, ImageBatch
-from cmg_gguf.engine.context import Branches, Context
+from cmg_gguf.engine.checks import check_cells, check_prompt
+from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.contrast import PLAIN, ContrastSession, cells_of_both
 from cmg_gguf.engine.decoding import Decoder, Failure, together
 from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
-from cmg_gguf.engine.rows import PromptRows
+from cmg_gguf.engine.replay import first_blind
+from cmg_gguf.engine.rows import rows_of
 from cmg_gguf.engine.session import Session, cells_of
 from cmg_gguf.engine.steps import AUTO, Filling, Pace, Strategy
-from cmg_gguf.errors import (
-    BackendError,
-    ContextLengthError,
-    GuidanceError,
-    PromptError,
-    UnsupportedError,
-    shown,
-)
+from cmg_gguf.errors import BackendError, ContextLengthError
 from cmg_gguf.guidance import Guidance
-from cmg_gguf.prompt.segments import ImageSegment, Prompt
+from cmg_gguf.prompt.segments import Prompt
 
 Progress: TypeAlias = Callable[[int, int], None]
 AnySession: TypeAlias = Session | ContrastSession
@@ -67,11 +64,13 @@ class Engine:
         self.lanes = tuple(lanes)
         self._contexts = lanes[0].original.context, lanes[0].degraded.context
         self.prefixes = prefixes or PrefixCache(self._contexts)
-        self.strategy = strategy
+        # What a fork leaves out, a state would miss.
+        self.strategy = replace(strategy, fork=strategy.fork and not self._contexts[0].has_state)
         self.sessions: tuple[AnySession, ...] = ()
+        self._is_alone = False
         self._context = self._contexts[0]
         self._pace = pace or Pace()
-        self._decoder = Decoder(filling or Filling())
+        self.decoder = Decoder(filling or Filling(), [lane.degraded for lane in self.lanes])
         self.lock = threading.RLock()
         for branches in self.lanes:
             _clear(branches)
@@ -82,31 +81,36 @@ class Engine:
         once."""
         return max(self._n_own() + self.prefixes.n_held(), self._n_unshared())
 
-    def check(self, prompt: Prompt, guidance: Guidance) -> None:
+    def check(self, prompt: Prompt, guidance: Guidance, *, replays: bool = False) -> None:
         """Raises what `open` would raise about its arguments: PromptError, ContextLengthError,
         GuidanceError, UnsupportedError. Computes nothing."""
-        _check_prompt(prompt, self._context)
-        needed, n_tokens = self.cells(prompt, guidance, 1), prompt.n_tokens
-        n_images = prompt.n_image_tokens
-        self._check_cells(needed, "prompt needs", f"{n_tokens} tokens, {n_images} of them image")
+        check_prompt(prompt, self._context)
+        needed = self.cells(prompt, guidance, 1, replays=replays)
+        counts = f"{prompt.n_tokens} tokens, {prompt.n_image_tokens} of them image"
+        check_cells(needed, self._context.n_ctx, "prompt needs", counts)
 
     def check_contrast(self, original: Prompt, degraded: Prompt) -> None:
         """Raises what `open_contrast` would raise about its arguments."""
         for prompt in (original, degraded):
-            _check_prompt(prompt, self._context)
+            check_prompt(prompt, self._context)
         needed = self.contrast_cells(original, degraded, 1)
         counts = f"{original.n_tokens} and {degraded.n_tokens}"
-        self._check_cells(needed, "two prompts need", counts)
+        check_cells(needed, self._context.n_ctx, "two prompts need", counts)
 
-    def cells(self, prompt: Prompt, guidance: Guidance, n_tokens: int) -> int:
-        """KV cells of a prompt and n_tokens of its answer, if nothing of it is kept."""
-        rows, paired = self._rows_of(prompt, guidance), self.lanes[0].paired
-        return cells_of(rows, paired=paired) + (2 if rows.guided and paired else 1) * n_tokens
+    def cells(
+        self, prompt: Prompt, guidance: Guidance, n_tokens: int, *, replays: bool = False
+    ) -> int:
+        """KV cells of a prompt and n_tokens of its answer, if nothing of it is kept. replays: it
+        will be read blind too."""
+        rows, paired = rows_of(prompt, guidance, self._context), self.lanes[0].paired
+        blind = first_blind(prompt, self.lanes[0]) if replays else None
+        a_step = 2 if paired and (rows.guided or replays) else 1
+        return cells_of(rows, paired=paired, first_blind=blind) + a_step * n_tokens
 
     def contrast_cells(self, original: Prompt, degraded: Prompt, n_tokens: int) -> int:
         """The same of two prompts."""
-        n = cells_of_both(original.n_tokens, degraded.n_tokens, self.lanes[0])
-        return n + (2 if self.lanes[0].paired else 1) * n_tokens
+        both = original.n_tokens + n_tokens, degraded.n_tokens + n_tokens
+        return cells_of_both(*both, self.lanes[0])
 
     def fits(self, n_cells: int, prompt: Prompt | None = None, guidance: Guidance = PLAIN) -> bool:
         """Whether an answer of n_cells can begin: a lane is free, and every session gets the cells
@@ -115,10 +119,10 @@ class Engine:
         with self.lock:
             if len(self.sessions) == len(self.lanes):
                 return False
-            rows = None if prompt is None else self._rows_of(prompt, guidance)
+            rows = None if prompt is None else rows_of(prompt, guidance, self._context)
             n_leased, n_shared = self.prefixes.n_leased(prompt, rows)
             counted = [max(s.n_cells, s.n_reserved) for s in self.sessions]
-            own = sum(counted) - sum(map(_n_named, self.sessions))
+            own = sum(counted) - sum(session.n_named for session in self.sessions)
             needed = own + n_leased + n_cells - n_shared
             if not self.lanes[0].paired:
                 needed = max(needed, sum(counted) + n_cells)
@@ -135,30 +139,39 @@ class Engine:
             for session in self.sessions
         )
 
-    def open(self, prompt: Prompt, guidance: Guidance, *, n_reserved: int = 0) -> Session:
+    def open(
+        self,
+        prompt: Prompt,
+        guidance: Guidance,
+        *,
+        n_reserved: int = 0,
+        alone: bool = False,
+        replays: bool = False,
+    ) -> Session:
         """An answer to this prompt.
 
         The images need not be encoded: `Session.first_row` says from where on they must be for
-        `prefill`. n_reserved: KV cells to set aside, see `fits`. Raises what `check` raises;
-        BackendError if no lane is free.
+        `prefill`. n_reserved: KV cells to set aside, see `fits`. alone: it begins in empty caches
+        and goes one fixed way, so that the same gives the same bits; no other may be open
+        meanwhile. replays: `replaying` will be asked for. Raises what `check` raises; BackendError
+        if no lane is free.
         """
-        self.check(prompt, guidance)
+        self.check(prompt, guidance, replays=replays)
+        blind = first_blind(prompt, self.lanes[0]) if replays else None
         with self.lock:
             branches = self._free_lane()
-            return self._opened(
-                branches, n_reserved, lambda: self._new_session(prompt, guidance, branches)
-            )
+            new = partial(self._new_session, prompt, guidance, branches, alone, blind)
+            return self._opened(branches, n_reserved, alone, new)
 
     def open_contrast(
-        self, original: Prompt, degraded: Prompt, *, n_reserved: int = 0
+        self, original: Prompt, degraded: Prompt, *, n_reserved: int = 0, alone: bool = False
     ) -> ContrastSession:
         """An answer behind two prompts, their images encoded. Raises as `open` does."""
         self.check_contrast(original, degraded)
         with self.lock:
             branches = self._free_lane()
-            return self._opened(
-                branches, n_reserved, lambda: ContrastSession(branches, original, degraded)
-            )
+            new = partial(ContrastSession, branches, original, degraded)
+            return self._opened(branches, n_reserved, alone, new)
 
     def prefill(
         self, session: AnySession, prompt: Prompt | None = None, progress: Progress | None = None
@@ -188,6 +201,17 @@ class Engine:
         if len(self.lanes) > 1 and isinstance(session, Session) and session.decoded_pictures:
             self.keep(session)
 
+    def replaying(
+        self, session: AnySession, tokens: Sequence[int], take: Callable[[FloatArray], None]
+    ) -> Decodes:
+        """What reading an answer blind decodes, see `Session.replay`. What the session has decoded
+        is kept before, as at its end."""
+        assert isinstance(session, Session)
+        assert session.first_blind is not None
+        self.keep(session)
+        self.prefixes.part(session.lease, session.first_blind)
+        yield from session.replay(tokens, take)
+
     def step(self, session: AnySession, token: int) -> None:
         """Decodes one token, the same in both branches. Raises ContextLengthError when full."""
         self._check_open(session)
@@ -196,10 +220,8 @@ class Engine:
         self.finish(session.step(token))
 
     def degraded(self, session: AnySession) -> FloatArray | None:
-        """l_d of the newest row: (n_vocab,) float32; None without guidance.
-
-        Rows of the degraded branch that waited are decoded first.
-        """
+        """l_d of the newest row: (n_vocab,) float32; None without guidance. Rows of the degraded
+        branch that waited are decoded first."""
         self._check_open(session)
         self.finish(session.catch_up())
         return session.l_d
@@ -244,9 +266,9 @@ class Engine:
         Their sessions must have room, see `make_room`. An error reaches the batch it belongs to.
         """
         with self.lock:
-            fills = self.strategy.waiting == "cheapest"
+            fills = self.strategy.waiting == "cheapest" and not self._is_alone
             n_free = self._context.n_ctx - self.n_cells if fills else 0
-            came = self._decoder.decode(batches, n_free)
+            came = self.decoder.decode(batches, n_free)
             if any(isinstance(one, Exception) for one in came):
                 self.prefixes.forget()  # it is not known what of a failed decode the cells hold
             return came
@@ -263,38 +285,45 @@ class Engine:
             fits = self.prefixes.make_room(self._n_own() + n_more)
             return fits and unshared <= self._context.n_ctx
 
-    def _rows_of(self, prompt: Prompt, guidance: Guidance) -> PromptRows:
-        if not isinstance(guidance, Guidance):
-            raise GuidanceError(f"{shown(guidance)} is no Guidance; write Guidance(alpha=1.0)")
-        guided = guidance.contrasts and prompt.n_image_tokens > 0
-        context = self._context
-        attending = context.attention_layers if guided else None
-        return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
-
-    def _new_session(self, prompt: Prompt, guidance: Guidance, branches: Branches) -> Session:
-        rows = self._rows_of(prompt, guidance)
+    def _new_session(
+        self,
+        prompt: Prompt,
+        guidance: Guidance,
+        branches: Branches,
+        alone: bool,
+        blind: int | None,
+    ) -> Session:
+        by_clock = self.strategy.waiting == "cheapest"
+        strategy = replace(self.strategy, waiting="never") if alone and by_clock else self.strategy
+        rows = rows_of(prompt, guidance, self._context)
         if rows.guided and self.strategy.fork and branches.paired:
             if not is_surveyed(self._context) and self.make_room(max(SURVEYED)):
                 survey(self._context)
             forking = Forking(self._context, rows.layers or ())
-            if forking.pairs or self.strategy.may_wait(guidance):
+            if forking.pairs or strategy.may_wait(guidance):
                 rows.fork_at(forking.layer)
         return Session(
             branches,
             rows,
             guidance,
             self.prefixes.lease(prompt, rows, branches),
-            strategy=self.strategy,
+            strategy=strategy,
             pace=self._pace,
-            note_images=self.prefixes.keeps,
+            prefixes=self.prefixes if self.prefixes.keeps else None,
+            first_blind=blind,
         )
 
     def _opened(
-        self, branches: Branches, n_reserved: int, new: Callable[[], SomeSession]
+        self, branches: Branches, n_reserved: int, alone: bool, new: Callable[[], SomeSession]
     ) -> SomeSession:
+        if self._is_alone or (alone and self.sessions):
+            raise BackendError("an answer that is made alone has company; end the others first")
         _clear(branches)  # who decodes by hand can have left something
         try:
+            if alone:
+                self.prefixes.forget()  # no cell is taken: it gets those that it would get first
             session = new()
+            self._is_alone = alone
             session.n_reserved = n_reserved
             self.sessions = (*self.sessions, session)
             self._pace.company = len(self.sessions) > 1
@@ -323,7 +352,7 @@ class Engine:
 
     def _n_own(self) -> int:
         """KV cells of all sessions that no prefix names."""
-        return sum(session.n_cells - _n_named(session) for session in self.sessions)
+        return sum(session.n_cells - session.n_named for session in self.sessions)
 
     def _n_unshared(self) -> int:
         """KV cells of degraded branches in a context of their own, where nothing is kept."""
@@ -351,6 +380,7 @@ class Engine:
             if session.branches is branches and isinstance(session, Session):
                 self.prefixes.end(session.lease)
         self.sessions = tuple(s for s in self.sessions if s.branches is not branches)
+        self._is_alone = self._is_alone and bool(self.sessions)
         self._pace.company = len(self.sessions) > 1
         self.prefixes.settle()
         _clear(branches)
@@ -361,33 +391,6 @@ class Engine:
     def _check_open(self, session: AnySession) -> None:
         if not self._is_open(session):
             raise BackendError("this answer has ended; open another")
-
-    def _check_cells(self, needed: int, who: str, why: str) -> None:
-        if needed > self._context.n_ctx:
-            raise ContextLengthError(
-                f"the {who} {needed} KV cells ({why} tokens) and the context has "
-                f"{self._context.n_ctx}; raise n_ctx or shorten the prompt"
-            )
-
-
-def _n_named(session: AnySession) -> int:
-    return len(session.lease.cells) if isinstance(session, Session) else 0
-
-
-def _check_prompt(prompt: Prompt, context: Context) -> None:
-    if prompt.n_tokens == 0:
-        raise PromptError("the prompt is empty; give at least one token")
-    if isinstance(prompt.segments[-1], ImageSegment):
-        raise PromptError("the prompt ends with an image; put text behind it")
-    for segment in prompt.segments:
-        # A context of fewer cells is too short for the prompt, whatever n_ubatch is.
-        n_ubatch = context.n_ubatch
-        needed = segment.needs_ubatch if isinstance(segment, ImageSegment) else 0
-        if n_ubatch < min(needed, context.n_ctx):
-            raise UnsupportedError(
-                f"this model decodes the {segment.n_tokens} tokens of an image at once and "
-                f"n_ubatch is {n_ubatch}; raise n_ubatch"
-            )
 
 
 def _clear(branches: Branches) -> None:

@@ -108,8 +108,11 @@ def go_together(batches: Sequence[Batch]) -> bool:
     if len(batches) == 1:
         return True
     context = batches[0].context
-    if not context.merges or any(batch.context is not context for batch in batches):
+    if any(batch.context is not context for batch in batches):
         return False
+    if not context.merges:
+        seqs = np.concatenate([batch.seqs for batch in batches])
+        return len(seqs) <= context.n_ubatch and len(np.unique(seqs)) == len(seqs)
     n_rows = sum(batch.n_rows for batch in batches)
     n_below = sum(batch.n_below for batch in batches)
     layers = {batch.fork_layer for batch in batches} - {0}

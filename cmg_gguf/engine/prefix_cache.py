@@ -14,6 +14,10 @@ An answer's rows in the degraded branch are not kept: they may not have been dec
 neither may the prompt's (`cmg_gguf.engine.steps`). Rows that were left out below a fork are of use
 to those that are left out there too (`cmg_gguf.engine.fork`).
 
+Where layers have a state, it is kept as it stood, with the rows before it: such a prefix is reused
+as a whole or not at all. So a prompt leaves several, one where each state may be of use: behind its
+picture, behind both branches' prompt, and, where nothing is masked, behind its answer.
+
 Kept prefixes give way: the one that was not used for longest first, when the cells that may be kept
 are full, or when an answer needs room. Of those whose images a new prompt begins with, the new one
 takes the place.
@@ -44,6 +48,10 @@ from cmg_gguf.engine.prefixes import (
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.prompt.segments import Prompt
 
+UNREAD = "unread"
+"""The variant of a degraded branch that is the original's up to its first masked row, but for a
+state that never read the picture."""
+
 
 @dataclass(frozen=True, order=True)
 class Start:
@@ -59,8 +67,9 @@ class Lease:
 
     branches: the sequences it works in. items: what the original branch has decoded or will, prompt
     and answer. original, degraded: cells that a prefix held when they were shared, or holds since.
-    n_prompt: rows of the prompt; the degraded branch is only known to be whole as far as that, once
-    `is_complete`: it has decoded its part of the prompt. cells: both branches', each once.
+    unread: see `PromptRows.unread`. n_prompt: rows of the prompt; the degraded branch is only known
+    to be whole as far as that, once `is_complete`: it has decoded its part of the prompt. cells:
+    both branches', each once.
     """
 
     branches: Branches
@@ -69,6 +78,7 @@ class Lease:
     n_prompt: int
     variant: Hashable
     first_own: int
+    unread: bool
     original: Cells
     degraded: Cells
     is_complete: bool = False
@@ -107,6 +117,7 @@ class PrefixCache:
     ) -> None:
         self._contexts = contexts
         self._paired = contexts[0] is contexts[1]
+        self._has_state = contexts[0].has_state
         self._slots = tuple(slots)
         self._max_cells = max_cells
         self._store = PrefixStore(len(self._slots))
@@ -143,8 +154,17 @@ class PrefixCache:
             self._share(prefix, start, branches)
             original = prefix.original[: start.original]
             degraded = prefix.degraded[: start.degraded]
-        variant, first_own = self._variant(rows), rows.first_masked
-        lease = Lease(branches, start, list(items), rows.n, variant, first_own, original, degraded)
+        lease = Lease(
+            branches,
+            start,
+            list(items),
+            rows.n,
+            self._variant(rows),
+            rows.first_masked,
+            self._paired and rows.unread,
+            original,
+            degraded,
+        )
         self._leases.append(lease)
         self._n_held = None
         return lease
@@ -178,15 +198,16 @@ class PrefixCache:
             self._let_go(oldest)
         return True
 
-    def keep(self, lease: Lease) -> None:
+    def keep(self, lease: Lease, n: int | None = None) -> None:
         """Keeps what an answer has decoded. The original branch must be whole: every row of every
-        layer. It may go on; then its cells are known by the names that the prefix has."""
+        layer. It may go on; then its cells are known by the names that the prefix has. n: rows of
+        it that are kept; None = all."""
         if not self.keeps or not self._is_whole(lease):
             return
-        items, original, degraded = self._fitting(lease)
+        items, original, degraded = self._fitting(lease, n)
         if not items:
             return
-        for prefix in self._store.superseded(items):
+        for prefix in self._store.superseded(items, whole=self._has_state):
             self._let_go(prefix)
         cells = np.union1d(original, degraded)
         while (slot := self._store.free_slot) is None or (
@@ -202,10 +223,18 @@ class PrefixCache:
             shared = head(items, len(degraded))
             context, seq = branches.degraded.context, branches.degraded.seq
             self._move(context, seq, self._slots[slot][1], shared)
-        self._store.add(Prefix(slot, items, original, degraded, lease.variant))
+        variant = UNREAD if _parts_here(lease, len(original)) else lease.variant
+        self._store.add(Prefix(slot, items, original, degraded, variant))
         lease.name(original, degraded)
         self._n_held = None
         self._unsettled.discard(slot)
+
+    def part(self, lease: Lease, n_rows: int) -> None:
+        """The answer's degraded branch goes back to its first n_rows rows, and on from there on its
+        own: what prefixes hold of it beyond is theirs alone."""
+        lease.variant, lease.is_complete = None, False
+        lease.name(lease.original, lease.degraded[:n_rows])
+        self._n_held = None
 
     def end(self, lease: Lease) -> None:
         """The answer holds nothing any more. Does nothing for one that ended."""
@@ -235,11 +264,18 @@ class PrefixCache:
     def _start_from(self, prefix: Prefix, items: tuple[Item, ...], rows: PromptRows) -> Start:
         common = n_rows(items[: n_common(items, prefix.items)])
         common = min(common, rows.n - 1)
+        if self._has_state and common < n_rows(prefix.items):
+            return Start()
+        unread = prefix.variant == UNREAD and len(prefix.degraded)
+        if rows.unread and unread and common == rows.first_masked:
+            return Start(common, common)
         variant = self._variant(rows)
         same = variant is not None and variant == prefix.variant and len(prefix.degraded)
         both = min(common, len(prefix.degraded))
         if same and both > rows.first_masked:
             return Start(both, both)
+        if self._has_state:
+            return Start(common if common <= min(rows.first_observed, rows.first_changed) else 0)
         return Start(min(common, rows.first_observed))
 
     def _variant(self, rows: PromptRows) -> Hashable:
@@ -275,12 +311,14 @@ class PrefixCache:
         context.share(source, target, n_positions(items))
         context.patch.copy_image_tokens(source, target, n_image_rows(items))
 
-    def _fitting(self, lease: Lease) -> tuple[tuple[Item, ...], Cells, Cells]:
-        """As much of an answer as may be kept: (items, original, degraded)."""
-        items = tuple(lease.items)
+    def _fitting(self, lease: Lease, n: int | None) -> tuple[tuple[Item, ...], Cells, Cells]:
+        """As much of an answer's first n rows as may be kept: (items, original, degraded)."""
+        items = tuple(lease.items) if n is None else head(lease.items, n)
         original = self._named(lease.original, n_rows(items))
         degraded = NO_CELLS
-        if lease.n_degraded > 0:
+        if _parts_here(lease, len(original)) and len(original) <= self._max_cells:
+            degraded = original
+        elif lease.n_degraded > 0 and (not self._has_state or lease.n_degraded == len(original)):
             known = lease.degraded
             if not len(known):
                 known = original[: lease.first_own]
@@ -289,6 +327,8 @@ class PrefixCache:
                 degraded = NO_CELLS
         if not len(degraded):
             items = head(items, self._max_cells)
+            if self._has_state and not _is_of_use(lease, len(original), n_rows(items)):
+                items = ()
         return items, original[: n_rows(items)], degraded
 
     def _named(self, known: Cells, n: int) -> Cells:
@@ -309,3 +349,15 @@ class PrefixCache:
             context.truncate(seq, 0)
             context.patch.truncate_image_tokens(seq, 0)
         self._unsettled.discard(slot)
+
+
+def _parts_here(lease: Lease, n: int) -> bool:
+    """Whether the degraded branch has a state of its own behind n rows, and not yet a row."""
+    return lease.unread and n == lease.first_own
+
+
+def _is_of_use(lease: Lease, n: int, n_fitting: int) -> bool:
+    """Whether the original branch's state behind n rows is of use without the degraded one's: where
+    nothing before it is masked, in a prompt like this one."""
+    masks_newest_alone = lease.first_own >= lease.n_prompt - 1
+    return n == n_fitting and (n <= lease.first_own or masks_newest_alone)

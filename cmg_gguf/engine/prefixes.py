@@ -155,10 +155,15 @@ class PrefixStore:
         """KV cells that the prefixes hold and that are not among `beside`; shared ones once."""
         return len(np.setdiff1d(self.cells, beside))
 
-    def superseded(self, items: Sequence[Item]) -> list[Prefix]:
-        """Prefixes that begin like `items` and have all their images in that part."""
-        return [
+    def superseded(self, items: Sequence[Item], *, whole: bool = False) -> list[Prefix]:
+        """Prefixes that begin like `items` and have all their images in that part. whole: they are
+        reused as a whole, so that one that ends in a picture is superseded by its like alone."""
+        begun = [
             prefix
             for prefix in self._prefixes
             if (n := n_common(prefix.items, items)) and not n_image_rows(prefix.items[n:])
         ]
+        if not whole:
+            return begun
+        contained = [p for p in begun if n_common(p.items, items) == len(p.items)]
+        return [p for p in contained if len(p.items) == len(items) or isinstance(p.items[-1], int)]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.batch import NONE, Batch, ImageBatch, RowPlan, text_batch
-from cmg_gguf.engine.context import Branch
-from cmg_gguf.errors import UnsupportedError
+from cmg_gguf.engine.context import Branch, Context
+from cmg_gguf.errors import GuidanceError, UnsupportedError, shown
 from cmg_gguf.guidance import (
     AttentionMass,
     CumulativeMass,
@@ -53,6 +53,17 @@ def masked_rows(prompt: Prompt, scope: Scope) -> npt.NDArray[np.bool_]:
         return np.asarray(rows > pictures[-1])
     behind_first = rows >= pictures[0]
     return np.asarray(behind_first if scope == "all" else behind_first & ~in_picture)
+
+
+def rows_of(prompt: Prompt, guidance: Guidance, context: Context) -> PromptRows:
+    """The rows of a prompt under guidance. Raises GuidanceError for what is none."""
+    if not isinstance(guidance, Guidance):
+        raise GuidanceError(f"{shown(guidance)} is no Guidance; write Guidance(alpha=1.0)")
+    guided = guidance.contrasts and prompt.n_image_tokens > 0
+    if guided and guidance.states == "unread" and not context.has_state:
+        raise GuidanceError('states="unread": no layer of this model has one; use "read"')
+    attending = context.attention_layers if guided else None
+    return PromptRows(prompt, guidance, context.n_layer, guided=guided, attending=attending)
 
 
 def core_policy(policy: TokenPolicy) -> _core.TokenPolicy:
@@ -116,13 +127,14 @@ class PromptRows:
             else None
         )
         self.observe_layers = self._attending if self.layers is None else self.layers
+        self.unread = guided and guidance.states == "unread"
         self.first_masked = int(self.masked.argmax()) if guided else self.n
         observed = self.observed != NONE
         self.first_observed = int(observed.argmax()) if observed.any() else self.n
         self.fork_layer = 0
         self._variant: Hashable = None
         if guided and self.layers and guidance.refresh == "step" and guidance.scope != "decode":
-            self._variant = (guidance.scope, guidance.tokens, self.layers)
+            self._variant = (guidance.scope, guidance.tokens, self.layers, guidance.states)
             if guidance.scope == "question":  # rows do not tell what a later picture makes of them
                 self._variant += (self.first_masked,)
 
@@ -131,6 +143,25 @@ class PromptRows:
         """All that the degraded branch's rows depend on besides the prompt before them; None where
         they depend on more, such as which row is the prompt's last."""
         return None if self._variant is None else (self._variant, self.fork_layer)
+
+    @property
+    def first_changed(self) -> int:
+        """First row before which both branches are alike, state and all."""
+        first = self.first_masked
+        return min(first, self.pictures[0].start) if self.unread else first
+
+    @property
+    def pictures(self) -> list[slice]:
+        """The rows of each picture, ascending; text between its tiles is part of it."""
+        edges = np.flatnonzero(np.diff(np.r_[False, self.prompt.in_picture, False]))
+        return [slice(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+    @property
+    def picture_end(self) -> int:
+        """Row behind the last picture up to which no row is masked or observed; 0 = there is none.
+        As far as that both branches are alike, whatever is asked next."""
+        most = min(self.first_masked, self.first_observed, self.n - 1)
+        return max((p.stop for p in self.pictures if p.stop <= most), default=0)
 
     def fork_at(self, layer: int) -> None:
         """Lets the degraded branch's rows enter at this layer; 0 = at none. Images never do: where
@@ -170,16 +201,24 @@ class PromptRows:
         return self.first_masked if paired else 0
 
     def batches(
-        self, branch: Branch, first: int, plan: PlanOf
+        self,
+        branch: Branch,
+        first: int,
+        plan: PlanOf,
+        *,
+        cuts: Sequence[int] = (),
+        most_text: int | None = None,
     ) -> Iterator[tuple[slice, Batch | ImageBatch]]:
-        """The rows from `first` on, in batches of up to the context's n_ubatch rows. The logits of
-        the last row are wanted. plan: what the patch does with some rows."""
+        """The rows from `first` on, in batches of up to the context's n_ubatch rows, of text up to
+        `most_text`. The logits of the last row are wanted. plan: what the patch does with some
+        rows. cuts: rows that a batch begins with."""
         n_ubatch = branch.context.n_ubatch
+        n_text = n_ubatch if most_text is None else min(n_ubatch, most_text)
         row = position = 0
         for segment in self.prompt.segments:
             n = segment.n_tokens
-            for start in range(max(0, first - row), n, n_ubatch):
-                stop = min(start + n_ubatch, n)
+            most = n_ubatch if isinstance(segment, ImageSegment) else n_text
+            for start, stop in _spans(max(0, first - row), n, most, [c - row for c in cuts]):
                 part = slice(row + start, row + stop)
                 if isinstance(segment, ImageSegment):
                     image = ImageBatch(branch, segment, start, stop - start, position, plan(part))
@@ -199,17 +238,20 @@ class PromptRows:
         first_own: int,
         *,
         note_images: bool = False,
+        recording: _core.Recording | None = None,
     ) -> PlanOf:
         """The original branch notes where images lie and observes the masked rows' attention.
 
         first_own: first row that the degraded branch decodes itself. note_images: note them without
-        guidance too.
+        guidance too. recording: where the last row's attention is recorded, in slot 0.
         """
 
         def plan(part: slice) -> RowPlan | None:
-            if not self.masked.any() and not (note_images and self.is_image[part].any()):
-                return None
             is_last = part.stop == self.n
+            notes = note_images and self.is_image[part].any()
+            records = is_last and recording is not None
+            if not (self.masked.any() or notes or records):
+                return None
             shared = _core.Part(
                 selections=selections,
                 residuals=residuals,
@@ -218,6 +260,8 @@ class PromptRows:
                 n_image_tokens=self.n_image_tokens,
                 keep_influence=is_last and isinstance(self._layer_policy, AttentionMass),
                 read_residual=is_last and isinstance(self._layer_policy, LowestCosine),
+                recording=recording if records else None,
+                record=0 if records else NONE,
             )
             table = self._table(part, observed=self.observed)
             return self._forked(RowPlan(shared, table), part, first_own, entering=False)
@@ -265,6 +309,15 @@ class PromptRows:
             if slots is not None:
                 table[:, column] = slots[part]
         return table
+
+
+def _spans(first: int, n: int, most: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """`first` to n in pieces of at most `most`, none across a cut."""
+    start = first
+    while start < n:
+        stop = min([start + most, n, *(cut for cut in cuts if cut > start)])
+        yield start, stop
+        start = stop
 
 
 def _numbered(flags: npt.NDArray[np.bool_]) -> IntArray:

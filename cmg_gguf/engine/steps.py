@@ -175,7 +175,8 @@ class Masking:
     """What the degraded rows of an answer's tokens may not see.
 
     layers: masked ones, ascending. observed: whether each row chooses its own image tokens, by its
-    attention in the original branch; else all hide what slot 0 holds.
+    attention in the original branch; else all hide what slot 0 holds. recording: where what the
+    original's rows attend to is recorded; None = nowhere.
     """
 
     selections: _core.Selections
@@ -184,11 +185,18 @@ class Masking:
     policy: _core.TokenPolicy
     n_image_tokens: int
     observed: bool
+    recording: _core.Recording | None = None
 
     def plan(
-        self, rows: Sequence[tuple[int, int, int]], *, fork_layer: int = 0, n_below: int = 0
+        self,
+        rows: Sequence[tuple[int, int, int]],
+        *,
+        fork_layer: int = 0,
+        n_below: int = 0,
+        record: int = NONE,
     ) -> RowPlan:
-        """What the patch does with a batch. rows: slot observed into, slot hidden, residual."""
+        """What the patch does with a batch. rows: slot observed into, slot hidden, residual.
+        record: slot of the recording for the newest original row; nothing without a recording."""
         part = _core.Part(
             selections=self.selections,
             residuals=self.residuals,
@@ -196,6 +204,8 @@ class Masking:
             mask_layers=list(self.layers),
             policy=self.policy,
             n_image_tokens=self.n_image_tokens,
+            recording=self.recording,
+            record=NONE if self.recording is None else record,
         )
         table = np.array([(NONE, *row) for row in rows], np.int32)
         if fork_layer == 0:

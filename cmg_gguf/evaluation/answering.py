@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from cmg_gguf.errors import BackendError, CMGError, ImageError, PromptError
 from cmg_gguf.evaluation.changed import changes_of
+from cmg_gguf.evaluation.grounding import words_told
 from cmg_gguf.evaluation.items import seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles
 from cmg_gguf.evaluation.method import PLAIN, Method, Question
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.task import Item, Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
+from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.prompt.images import image_id, load_image
 from cmg_gguf.request import Request
 
@@ -38,12 +40,16 @@ PROBLEMS = (ImageError, PromptError, BackendError)
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of a run is told; values only, so that it can be sent."""
+    """What every process of a run is told; values only, so that it can be sent.
+
+    evidence: of every answer about an image whose degraded branch has no prompt of its own.
+    """
 
     task: Task
     model: ModelFiles
     methods: tuple[Method, ...]
     seed: int
+    evidence: EvidenceModel | None = None
 
 
 @dataclass(frozen=True)
@@ -207,9 +213,12 @@ class Answerer:
             words=self._words,
         )
         try:
-            return method.request(question)
+            request = method.request(question)
+            if image is not None and request.contrast is None:
+                request = replace(request, evidence=self._job.evidence or False)
         except PROBLEMS as exc:
             return _problem(item, method.name, exc)
+        return request
 
     def _record(self, asked: _Asked, outcome: Outcome) -> Record:
         if isinstance(outcome.error, PROBLEMS):
@@ -228,6 +237,7 @@ class Answerer:
             encode=asked.encode,
             seconds=seconds.encode + seconds.prefill + seconds.decode,
             parallel=self.n_parallel,
+            words=words_told(reply),
             **(self._yes_no(reply) if "label" in asked.item.truth else {}),
         )
 

@@ -13,9 +13,7 @@ from typing import Any
 from cmg_gguf.errors import EvaluationError, shown
 from cmg_gguf.evaluation.answers import Label
 from cmg_gguf.evaluation.task import BadItem, Item
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Suffixes, in lower case, of the files that are taken for images where a folder is searched."""
+from cmg_gguf.prompt.formats import image_suffixes
 
 Record = dict[str, Any]
 
@@ -100,7 +98,9 @@ def image_in(images: Path, name: str) -> Path:
 
 def _with_suffix(path: Path) -> list[Path]:
     """The files that are `path` and the suffix of an image."""
-    suffixes = [spelled for suffix in IMAGE_SUFFIXES for spelled in (suffix, suffix.upper())]
+    suffixes = [
+        spelled for suffix in sorted(image_suffixes()) for spelled in (suffix, suffix.upper())
+    ]
     named = [path.with_name(path.name + suffix) for suffix in suffixes]
     # Where upper case does not count, two names are one file.
     found = {(one.stat().st_dev, one.stat().st_ino): one for one in named if one.is_file()}

@@ -3,19 +3,23 @@
     python -m lmms_eval --model cmg_gguf --tasks pope --batch_size 1 \\
         --model_args model=llava.gguf,mmproj=mmproj.gguf,settings=llava.json
 
-Model arguments: model, mmproj; settings = a file of guidance settings, or alpha and beta; any other
-is an option of `GuidedVLM`. alpha=0,beta=0 is plain decoding.
+Model arguments: model, mmproj, or hf=owner/repo:QUANT of the Hugging Face hub; settings = a file of
+guidance settings, or alpha and beta; any other is an option of `GuidedVLM`. alpha=0,beta=0 is plain
+decoding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.sampling import Sampling
 from cmg_gguf.settings import load_settings
+
+if TYPE_CHECKING:
+    from cmg_gguf.vlm import GuidedVLM
 
 MODEL_ID = "cmg_gguf"
 DEFAULT_MAX_TOKENS = 1024
@@ -42,7 +46,9 @@ def _model_class() -> Any:
     except ImportError as exc:
         raise UnsupportedError("lmms-eval is not installed: pip install lmms-eval") from exc
 
-    def init(self: Any, model: str, mmproj: str, **arguments: Any) -> None:
+    def init(
+        self: Any, model: str | None = None, mmproj: str | None = None, **arguments: Any
+    ) -> None:
         lmms.__init__(self)
         self._answerer = Answerer(model, mmproj, **arguments)
 
@@ -69,9 +75,10 @@ class Answerer:
 
     def __init__(
         self,
-        model: str,
-        mmproj: str,
+        model: str | None = None,
+        mmproj: str | None = None,
         *,
+        hf: str | None = None,
         settings: str | None = None,
         alpha: float | None = None,
         beta: float | None = None,
@@ -81,15 +88,13 @@ class Answerer:
         **options: Any,
     ) -> None:
         """batch_size, device: what lmms-eval tells every model; this one takes one at a time."""
-        from cmg_gguf.vlm import GuidedVLM
-
         if batch_size is not None and str(batch_size) != "1":
             raise UnsupportedError(f"batch_size={batch_size} is not supported: only 1")
         base = load_settings(settings).guidance if settings else Guidance()
         given = {"alpha": alpha, "beta": beta}
         changes: dict[str, Any] = {k: float(v) for k, v in given.items() if v is not None}
         self._guidance = Guidance(**{**vars(base), **changes})
-        self._vlm = GuidedVLM(model, mmproj, **{"strategy": "exact", **options})
+        self._vlm = _opened(model, mmproj, hf, {"strategy": "exact", **options})
 
     def answer(
         self,
@@ -111,6 +116,21 @@ class Answerer:
             max_tokens=int(settings.get("max_new_tokens") or DEFAULT_MAX_TOKENS),
             stop=[stop] if isinstance(stop, str) else [text for text in stop if text],
         ).text
+
+
+def _opened(
+    model: str | None, mmproj: str | None, hf: str | None, options: dict[str, Any]
+) -> GuidedVLM:
+    """The model by its files, or by its repository with a projector file of one's own or not."""
+    from cmg_gguf.vlm import GuidedVLM
+
+    if hf is not None and model is None:
+        return GuidedVLM.from_pretrained(hf, mmproj_path=mmproj, **options)
+    if hf is not None or model is None or mmproj is None:
+        raise UnsupportedError(
+            f"model={model}, mmproj={mmproj}, hf={hf} name no model: give model and mmproj, or hf"
+        )
+    return GuidedVLM(model, mmproj, **options)
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:

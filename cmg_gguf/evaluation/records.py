@@ -38,6 +38,8 @@ class Record:
     Of yes/no items, by the method's own scores at the first token before the cut: yes_margin,
     log p(yes) - log p(no); yes_lead, the best score of a yes token minus the best of all others.
     says_yes: whether the first token is a yes token. None of the three where that is reasoning.
+    words: where evidence was asked for, of each word of the answer where it starts and stops and
+    what `Evidence` holds of it: log_p_o, log_p_d, divergence, entropy, score.
     """
 
     item: str
@@ -55,6 +57,7 @@ class Record:
     yes_lead: float | None = None
     says_yes: bool | None = None
     problem: str | None = None
+    words: list[list[float]] | None = None
 
     @property
     def key(self) -> tuple[str, str]:

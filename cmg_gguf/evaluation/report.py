@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cmg_gguf.errors import EvaluationError
 from cmg_gguf.evaluation.changed import TokenClass, changed_by_class
 from cmg_gguf.evaluation.frontier import Frontier, frontier
+from cmg_gguf.evaluation.grounding_report import Grounding, groundings
 from cmg_gguf.evaluation.lengths import FIGURE, matched_lengths
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.run import Run
@@ -76,7 +77,7 @@ class Row:
 class Part:
     """A part of the items, or all of them. encode: seconds of a mean item's `Row.seconds` in which
     its image was encoded, once for all methods; NaN as those. frontier: None where no method was
-    run at several strengths."""
+    run at several strengths. groundings: by method, where there is evidence."""
 
     name: str
     n_items: int
@@ -85,6 +86,7 @@ class Part:
     encode: float = math.nan
     frontier: Frontier | None = None
     majority: float | None = None
+    groundings: Mapping[str, Grounding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ def _part(
         encode / len(items),
         frontier(*sampled),
         _majority(items),
+        groundings(task, items, told, n=bs.n, seed=bs.seed),
     )
 
 

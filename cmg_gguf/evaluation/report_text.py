@@ -15,6 +15,7 @@ from rich.text import Text
 
 from cmg_gguf.evaluation.changed import CLASSES
 from cmg_gguf.evaluation.frontier import START, Frontier
+from cmg_gguf.evaluation.grounding_report import HEADER, LEFT_HEADER, area_rows, left_rows
 from cmg_gguf.evaluation.lengths import FIGURE
 from cmg_gguf.evaluation.method import point_of
 from cmg_gguf.evaluation.records import write_whole
@@ -38,6 +39,8 @@ def rendered(report: Report) -> RenderableType:
             blocks += [Text(), _grid(CHANGED, CLASSES_HEADER, rows)]
         if part.frontier:
             blocks += [Text(), _grid(_matched(part.frontier), *frontier_table(part))]
+        for title, header, cells in _groundings(part):
+            blocks += [Text(), _grid(title, header, cells)]
     all_items = report.parts[0]
     if rows := [row for row in difference_rows(report, all_items) if point_of(row[0]) is None]:
         title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals"
@@ -51,6 +54,8 @@ def markdown(report: Report) -> str:
     lines = [f"# {report.run.task.name}", "", *(f"- {line}" for line in heading(report))]
     for part in report.parts:
         lines += ["", f"## {_title(part)}", "", *_markdown_table(*figure_table(part))]
+        for title, header, cells in _groundings(part):
+            lines += ["", f"{title}:", "", *_markdown_table(header, cells)]
         if rows := list(difference_rows(report, part)):
             title = f"Differences to {report.baseline}, {LEVEL:.0%} intervals:"
             lines += ["", title, "", *_markdown_table(DIFFERENCES, rows)]
@@ -249,6 +254,14 @@ def _effort(found: Frontier) -> str:
 
 def _matched(found: Frontier) -> str:
     return f"{_label(found.up)} at matched {_label(found.across)}, {LEVEL:.0%} intervals"
+
+
+def _groundings(part: Part) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    if part.groundings:
+        title = "AUROC of objects that are there against invented ones, in percent"
+        yield title, HEADER, area_rows(part.groundings)
+        title = "CHAIR_i where the least supported mentions are dropped"
+        yield title, LEFT_HEADER, left_rows(part.groundings)
 
 
 def _figure_row(row: Row, names: Sequence[str]) -> list[str]:

@@ -48,6 +48,7 @@ from cmg_gguf.evaluation.records import (
 )
 from cmg_gguf.evaluation.task import BadItem, Item, Task
 from cmg_gguf.evaluation.yes_bias import settled
+from cmg_gguf.evidence import EvidenceModel
 
 Progress = Callable[[int, int], None]
 """progress(done, total) counts answers; those of an earlier, unfinished run are done."""
@@ -97,6 +98,7 @@ def evaluate(
     shard: Shard = WHOLE,
     leave_out: frozenset[str] = frozenset(),
     tuned_on: frozenset[str] = frozenset(),
+    evidence: EvidenceModel | None = None,
     executor: Executor = in_process,
     progress: Progress | None = None,
 ) -> Run:
@@ -105,7 +107,8 @@ def evaluate(
 
     seed: of all draws, together with each item's id. limit: so many items, from the first on.
     leave_out: hashes of items to pass over. tuned_on: hashes of items that settings were tuned on;
-    none of them may be among the items. executor: where the work is done. progress: what it raises
+    none of them may be among the items. evidence: weights of what is noted of each word, see
+    `Record.words`; None = nothing is. executor: where the work is done. progress: what it raises
     ends the run, which can go on later.
 
     Raises EvaluationError: nothing to run, methods that do not fit, a folder that holds another
@@ -122,12 +125,14 @@ def evaluate(
             f"shard {shard} is empty: there are {len(groups(read.items))} images; cut into fewer"
         )
     told = manifest(task, model, methods, read.items, seed=seed, limit=limit)
+    if evidence is not None:
+        told = {**told, "evidence": asdict(evidence)}
     told = {**told, "shard": {"part": str(shard), **counted(own.items)}}
     folder = Path(folder)
     _claim(folder, told, places(task))
     # A copy, without what the task has read and keeps: a job travels.
     lean = replace(task) if is_dataclass(task) and not isinstance(task, type) else task
-    job = Job(lean, model, tuple(methods), seed)
+    job = Job(lean, model, tuple(methods), seed, evidence)
     with Journal(folder / JOURNAL) as journal:
         _answer_all(job, mine, journal, executor, progress or (lambda done, total: None))
         records = dict(journal.records)

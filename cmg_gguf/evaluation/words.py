@@ -115,6 +115,7 @@ class Lexicon:
 
     def spans(self, text: str) -> list[Named]:
         """The same, with the place of each."""
+        # In lower case a text can be longer: each word has the place that it has in the text.
         places = [match.span() for match in _WORD.finditer(text)]
         words = [text[start:end].lower() for start, end in places]
         found: list[Named] = []

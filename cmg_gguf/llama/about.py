@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import llama_cpp.llama_cpp
 
 import cmg_gguf.llama.native  # noqa: F401  (loads the backends)
 
+Kind = Literal["cpu", "gpu", "igpu", "accel"]
+KINDS: tuple[Kind, ...] = ("cpu", "gpu", "igpu", "accel")
+"""By ggml's numbers. An accel works in the host's memory, an igpu is part of the processor."""
+
 
 @dataclass(frozen=True)
 class Device:
-    """A device that llama.cpp can compute on. memory: bytes in all, 0 if it does not say."""
+    """A device that llama.cpp can compute on. memory, free: bytes, 0 if it does not say."""
 
     name: str
     description: str
     backend: str
+    kind: Kind
     memory: int
+    free: int
+
+
+def library() -> Path:
+    """The file of the libllama that is loaded."""
+    return Path(llama_cpp.llama_cpp._lib._name)
 
 
 def devices() -> list[Device]:
@@ -26,6 +38,24 @@ def devices() -> list[Device]:
     count = _function("ggml_backend_dev_count", ctypes.c_size_t)
     get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
     return [_device(get(i)) for i in range(count())]
+
+
+def device_handle(name: str) -> int:
+    """The ggml_backend_dev_t of the device. Raises KeyError."""
+    find = _function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
+    handle: int | None = find(name.encode())
+    if handle is None:
+        raise KeyError(name)
+    return handle
+
+
+def free_memory() -> str:
+    """What devices other than the CPU have left: "Vulkan0 has 1.2 of 8.0 GB free"; "" without."""
+    return ", ".join(
+        f"{device.name} has {device.free / 1e9:.1f} of {device.memory / 1e9:.1f} GB free"
+        for device in devices()
+        if device.kind != "cpu" and device.memory
+    )
 
 
 def features() -> str:
@@ -48,7 +78,9 @@ def _device(handle: int) -> Device:
         name=text("ggml_backend_dev_name", handle),
         description=text("ggml_backend_dev_description", handle),
         backend=text("ggml_backend_reg_name", registry),
+        kind=KINDS[_function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)(handle)],
         memory=total.value,
+        free=free.value,
     )
 
 

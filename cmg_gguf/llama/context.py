@@ -6,7 +6,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import BackendError, ContextLengthError, UnsupportedError
+from cmg_gguf.llama.about import free_memory
 from cmg_gguf.llama.chunks import image_positions
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
@@ -110,8 +111,9 @@ class LlamaContext:
         self.n_layer = model.n_layer
         self.attention_layers = model.attention_layers
         self.n_vocab = model.n_vocab
-        # llama.cpp cuts rows with a recurrent state into graphs of its own.
-        self.merges = not model.has_recurrent_layers
+        self.has_state = model.has_recurrent_layers
+        # llama.cpp cuts rows with a state into graphs of as many rows of each sequence.
+        self.merges = not self.has_state
         self.spare_seq = n_seq_max if self.merges else NO_SEQ
         self.n_seq_max = n_seq_max + self.merges
         threads = options.n_threads or usable_threads()
@@ -125,6 +127,8 @@ class LlamaContext:
             handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
             reason = errors[0] if errors else "no reason given"
+            if free := free_memory():
+                reason += f"; {free}; if it does not fit, lower n_ctx, n_ubatch or n_gpu_layers"
             raise BackendError(f"llama.cpp cannot make a context with {options}: {reason}")
         self.handle = handle
         # The patch and the model must outlive the context: the finalizer holds them.
@@ -150,7 +154,8 @@ class LlamaContext:
         """See `Context.decode`. Raises BackendError; ContextLengthError if full."""
         self._check_open()
         self._batch.fill(tokens, positions, seqs, outputs)
-        with self._patched(plan):
+        # Of rows behind a picture whose rows share positions, a state's cells warn.
+        with self._patched(plan), captured_errors() if self.has_state else nullcontext():
             code = llama_cpp.llama_decode(self.handle, self._batch.struct)
             _check(code, f"{len(tokens)} rows", self.n_ctx)
 
@@ -192,8 +197,12 @@ class LlamaContext:
         return address
 
     def share(self, source: int, target: int, n_pos: int) -> None:
-        """See `Context.share`. Metadata only: no KV cell is copied."""
+        """See `Context.share`. Metadata only: no KV cell is copied, and a state when it is next
+        written. Raises BackendError where the state of `source` stands elsewhere."""
         self._check_open()
+        newest = llama_cpp.llama_memory_seq_pos_max(self._memory, source)
+        if self.has_state and 0 < n_pos <= newest:
+            raise BackendError(f"sequence {source} stands behind {newest}, not at {n_pos}")
         llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
         if n_pos > 0:
             llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, n_pos)
@@ -202,6 +211,23 @@ class LlamaContext:
         """See `Context.share_more`. Metadata only."""
         self._check_open()
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, stop)
+
+    def set_aside(self, source: int, target: int) -> None:
+        """See `Context.set_aside`."""
+        self._check_open()
+        llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, 0)  # rows of no position
+
+    def take_state(self, source: int, target: int, n_pos: int) -> None:
+        """See `Context.take_state`."""
+        self._check_open()
+        newest = llama_cpp.llama_memory_seq_pos_min(self._memory, source)
+        # Where positions may leap (M-RoPE), a state may stay behind.
+        if newest >= 0 and not self.model.positions_leap:
+            shift = n_pos - 1 - newest
+            llama_cpp.llama_memory_seq_add(self._memory, source, newest, newest + 1, shift)
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, 0)
+        llama_cpp.llama_memory_seq_rm(self._memory, source, -1, -1)
 
     def truncate(self, seq: int, n_pos: int) -> None:
         """See `Context.truncate`. Nothing is left to drop after `close`."""
@@ -213,7 +239,9 @@ class LlamaContext:
     def is_whole(self, seq: int) -> bool:
         """See `Context.is_whole`."""
         self._check_open()
-        return bool(llama_cpp.llama_memory_seq_pos_min(self._memory, seq) == 0)
+        first: int = llama_cpp.llama_memory_seq_pos_min(self._memory, seq)
+        # A state has but its newest position, and hides what a window let go: see `opening`.
+        return first >= 0 if self.has_state else first == 0
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:

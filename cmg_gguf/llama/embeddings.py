@@ -14,6 +14,8 @@ class Embeddings:
         self._max_bytes = max_bytes
         self._n_bytes = 0
         self._rows: dict[Hashable, FloatArray] = {}  # oldest first
+        self.n_found = self.n_missed = 0
+        """How often `get` found an image, and how often not."""
 
     @property
     def n_bytes(self) -> int:
@@ -23,7 +25,9 @@ class Embeddings:
     def get(self, key: Hashable) -> FloatArray | None:
         """(n_tokens, n_embd) float32, not to be written to; None if it is not kept."""
         if key not in self._rows:
+            self.n_missed += 1
             return None
+        self.n_found += 1
         self._rows[key] = rows = self._rows.pop(key)
         return rows
 

@@ -1,9 +1,9 @@
-"""Which layers of a model attend, as the graph shows it that llama.cpp makes of the model."""
+"""Which layers attend, how large the state of others is, where each lies, as one token shows it."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 
@@ -12,34 +12,64 @@ from cmg_gguf.errors import BackendError
 from cmg_gguf.llama.log import captured_errors
 
 
-def attending_layers(model: Any, n_layer: int) -> tuple[int, ...]:
-    """Layers that attend to the rows before, ascending. model: llama_model pointer.
+class Shown(NamedTuple):
+    """attending: layers that attend to the rows before, ascending. state_bytes: memory of one
+    sequence's state."""
 
-    Decodes one token in a small context of its own. Raises BackendError if that cannot be done.
+    attending: tuple[int, ...]
+    state_bytes: int
+
+
+def shown_layers(model: Any, n_layer: int) -> Shown:
+    """What one token shows, decoded in a small context of its own. model: llama_model pointer.
+
+    Raises BackendError if that cannot be done.
     """
     patch = _core.GraphPatch(n_layer)
+    state_bytes = _decode_one(model, _params(patch))
+    return Shown(tuple(patch.attended_layers), state_bytes)
+
+
+def layer_places(model: Any, n_layer: int, *, offload_kqv: bool) -> _core.LayerPlaces:
+    """On which devices weights and KV cells of each layer lie. model: llama_model pointer.
+
+    Nothing is computed. Raises BackendError if a small context cannot be made.
+    """
+    places = _core.LayerPlaces(n_layer)
+    params = _params(places)
+    params.offload_kqv = offload_kqv
+    _decode_one(model, params)
+    return places
+
+
+def _decode_one(model: Any, params: Any) -> int:
+    """Decodes one token; bytes of a state behind it."""
+    state_bytes = 0
     with captured_errors() as errors:
-        context = llama_cpp.llama_init_from_model(model, _params(patch))
+        context = llama_cpp.llama_init_from_model(model, params)
         if context:
             try:
                 token = (llama_cpp.llama_token * 1)(0)
                 code = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1))
+                state_bytes = llama_cpp.llama_state_seq_get_size_ext(
+                    context, 0, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+                )
             finally:
                 llama_cpp.llama_free(context)
     if not context or code != 0:
         raise BackendError(
-            "llama.cpp cannot decode one token, which would show the layers of this model that "
-            f"attend: {errors[0] if errors else 'no reason given'}"
+            "llama.cpp cannot decode one token, which would show the layers of this model: "
+            f"{errors[0] if errors else 'no reason given'}"
         )
-    return tuple(patch.attended_layers)
+    return state_bytes
 
 
-def _params(patch: _core.GraphPatch) -> Any:
+def _params(asked: _core.GraphPatch | _core.LayerPlaces) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 8
     params.n_seq_max = 1
     params.kv_unified = True
     params.no_perf = True
-    params.cb_eval = ctypes.cast(patch.callback, llama_cpp.ggml_backend_sched_eval_callback)
-    params.cb_eval_user_data = patch.user_data
+    params.cb_eval = ctypes.cast(asked.callback, llama_cpp.ggml_backend_sched_eval_callback)
+    params.cb_eval_user_data = asked.user_data
     return params

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ import cmg_gguf.llama.native  # noqa: F401  (binds _core before anything uses it
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.errors import ModelError
+from cmg_gguf.llama.about import free_memory
 from cmg_gguf.llama.header import read_architecture
-from cmg_gguf.llama.layers import attending_layers
+from cmg_gguf.llama.layers import Shown, shown_layers
 from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.llama.placement import Placement
+from cmg_gguf.llama.repacking import is_safe
 from cmg_gguf.prompt.reasoning import MARKS
 from cmg_gguf.prompt.specials import Specials
 
@@ -30,10 +33,19 @@ class Model:
     handle: llama_model pointer. Everything made from a model keeps it alive.
     """
 
-    def __init__(self, handle: Any, *, path: Path, owner: object = None) -> None:
-        """Wraps a loaded llama_model; frees it at the end unless `owner` (kept alive) does."""
+    def __init__(
+        self,
+        handle: Any,
+        *,
+        path: Path,
+        owner: object = None,
+        placement: Placement | None = None,
+    ) -> None:
+        """Wraps a loaded llama_model; frees it at the end unless `owner` (kept alive) does.
+        placement: where it lies, if it is known."""
         self.handle = handle
         self.path = path
+        self.placement = placement
         self._owner = owner
         if owner is None:
             self._finalizer = weakref.finalize(self, llama_cpp.llama_model_free, handle)
@@ -47,6 +59,11 @@ class Model:
         self.has_recurrent_layers: bool = llama_cpp.llama_model_is_recurrent(
             handle
         ) or llama_cpp.llama_model_is_hybrid(handle)
+        self.positions_leap: bool = llama_cpp.llama_model_rope_type(handle) in (
+            llama_cpp.LLAMA_ROPE_TYPE_MROPE,
+            llama_cpp.LLAMA_ROPE_TYPE_IMROPE,
+        )
+        self.has_windows: bool = llama_cpp.llama_model_n_swa(handle) > 0
         self._token_bytes = functools.lru_cache(maxsize=65536)(
             functools.partial(_piece, self.vocab)
         )
@@ -56,14 +73,15 @@ class Model:
         cls,
         path: str | Path,
         *,
-        n_gpu_layers: int = -1,
-        main_gpu: int = 0,
         use_mmap: bool = True,
         progress: Callable[[float], None] | None = None,
+        **placed: Any,
     ) -> Model:
         """Loads a GGUF language model. progress: called with 0 to 1; what it raises ends loading.
+        placed: see `Placement`.
 
-        Raises ModelError for a missing, damaged or swapped file.
+        Raises ModelError for a missing, damaged or swapped file, or one that a device has no room
+        for; UnsupportedError for a placement that cannot be.
         """
         path = Path(path)
         if read_architecture(path, "model") in ("clip", "mmproj"):
@@ -71,9 +89,10 @@ class Model:
                 f"{path} is an image projector (mmproj), not a language model; are the two files "
                 "swapped?"
             )
+        placement = Placement(**placed)
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        params.main_gpu = main_gpu
+        kept = placement.fill(params)
+        params.use_extra_bufts = is_safe()
         params.load_mode = (
             llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         )
@@ -82,11 +101,11 @@ class Model:
         params.progress_callback_user_data = report.user_data
         with captured_errors() as errors:
             handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        model = cls(handle, path=path) if handle else None
+        model = cls(handle, path=path, placement=placement) if handle else None
+        del kept
         report.rethrow()
         if model is None:
-            reason = errors[0] if errors else "no reason given"
-            raise ModelError(f"llama.cpp cannot load model file {path}: {reason}")
+            raise ModelError(f"llama.cpp cannot load model file {path}: {_why(path, errors)}")
         return model
 
     @property
@@ -97,13 +116,23 @@ class Model:
         """
         return self if self._owner is None else None
 
-    @functools.cached_property
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers that attend, ascending: all, but in a model with recurrent layers, where one token
         is decoded to see. Raises BackendError if that cannot be done."""
         if self.has_recurrent_layers:
-            return attending_layers(self.handle, self.n_layer)
+            return self._shown.attending
         return tuple(range(self.n_layer))
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the recurrent layers take for one sequence, however long; 0 without such
+        layers. Raises as `attention_layers` does."""
+        return self._shown.state_bytes if self.has_recurrent_layers else 0
+
+    @functools.cached_property
+    def _shown(self) -> Shown:
+        return shown_layers(self.handle, self.n_layer)
 
     def close(self) -> None:
         """Frees the weights. Nothing made from this model may be used afterwards."""
@@ -182,6 +211,18 @@ class Model:
             if len(tokens) == 1 and not self._token_bytes(int(tokens[0])):
                 found[int(tokens[0])] = mark.encode()
         return found
+
+
+def _why(path: Path, errors: Sequence[str]) -> str:
+    """Why a file could not be loaded; where there are devices, how much room they have."""
+    reason = errors[0] if errors else "no reason given"
+    free = free_memory()
+    if not free:
+        return reason
+    return (
+        f"{reason}; the file is of {path.stat().st_size / 1e9:.1f} GB, and {free}; if it does not "
+        "fit, lower n_gpu_layers"
+    )
 
 
 def _having(texts: Mapping[str, int], attribute: int) -> frozenset[str]:

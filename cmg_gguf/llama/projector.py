@@ -22,10 +22,12 @@ from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import BackendError, ModelError, ProjectorError, PromptError
 from cmg_gguf.llama.chunks import Chunk, Part, Pixels, Source, cut
 from cmg_gguf.llama.embeddings import Embeddings
-from cmg_gguf.llama.header import read_architecture
+from cmg_gguf.llama.header import projector_facts, read_architecture
 from cmg_gguf.llama.legacy import lacks_layer, repaired
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.placement import Placement
+from cmg_gguf.llama.views import View, ViewError, coordinates, levels, view_of
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
 from cmg_gguf.prompt.specials import split_specials
 
@@ -35,6 +37,10 @@ Encoder = Literal["mended", "stock"]
 
 SHAPES = tuple((round(4096 * 2 ** (i / 32)), round(4096 / 2 ** (i / 32))) for i in range(-96, 97))
 """Width and height of large pictures, of all shapes up to 64 to 1."""
+TRIED = 64, 64
+"""Pixels of the pictures that show what black and white are to the encoder."""
+MOST_SIZES = 64
+"""Sizes of pictures for which it is kept what the encoder is given of them."""
 
 
 class Projector:
@@ -74,9 +80,16 @@ class Projector:
         self.path = path
         self.embeddings = Embeddings(cache_bytes)
         self.marker = f"<__image_{secrets.token_hex(16)}__>"
+        self.kind = projector_facts(path).kind
         self._mend = _core.EncoderMend() if encoder == "mended" else None
+        self._probe = _core.EncoderProbe(self._mend)
+        self._views: dict[tuple[int, int], list[View] | str] = {}
         self._is_legacy = self._mend is not None and lacks_layer(path)
-        params = self._params(use_gpu, n_threads)
+        # By tokens and positions of an image: its shape decides what its graph is.
+        self._mended: dict[tuple[int, int], set[str]] = {}
+        placement = model.placement or Placement()
+        params = self._params(use_gpu and placement.on_device, n_threads)
+        params.device = placement.encoder_device()
         params.image_min_tokens = -1 if image_min_tokens is None else image_min_tokens
         params.image_max_tokens = -1 if image_max_tokens is None else image_max_tokens
         with (
@@ -93,7 +106,7 @@ class Projector:
         self.model = model
         self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(handle)
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _free, handle, (model.keepalive, self._mend))
+        self._finalizer = weakref.finalize(self, _free, handle, (model.keepalive, self._probe))
         if not mtmd_cpp.mtmd_support_vision(handle):
             self.close()
             raise ProjectorError(f"{path} cannot see: it has no image encoder")
@@ -105,8 +118,21 @@ class Projector:
         "layer": in the file, see `cmg_gguf.llama.legacy`. "class token", "places", "rows",
         "activation", "cleared": in the graphs that ran so far, see csrc/encoder_mend.hpp.
         """
-        found = set(self._mend.mended) if self._mend is not None else set()
-        return frozenset(found | {"layer"} if self._is_legacy else found)
+        own = {"layer"} if self._is_legacy else set()
+        return frozenset(own.union(*self._mended.values()))
+
+    def mended_in(self, prompt: Prompt) -> frozenset[str]:
+        """What has been put right for the images of a prompt, also where they are kept and were
+        encoded for another; none where there are none."""
+        images = [s for s in prompt.segments if isinstance(s, ImageSegment)]
+        found = [self._mended.get((image.n_tokens, image.n_pos), set()) for image in images]
+        own = {"layer"} if images and self._is_legacy else set()
+        return frozenset(own.union(*found))
+
+    @property
+    def is_mended(self) -> bool:
+        """Whether the image encoder is put right where it has to be."""
+        return self._mend is not None
 
     def close(self) -> None:
         """Frees the image encoder."""
@@ -157,6 +183,23 @@ class Projector:
         segments = self.tokenize(self.marker, [pixels], add_bos=False).segments
         return [segment for segment in segments if isinstance(segment, ImageSegment)]
 
+    def views(self, width: int, height: int) -> list[View]:
+        """What the encoder is given of a picture of this size, one for each of `pieces_of`.
+
+        Measured once for each size, as `cmg_gguf.llama.views` does it: takes as long as preparing
+        such a picture. Raises ViewError where that is no plain part of the picture.
+        """
+        size = width, height
+        with self._lock:
+            if size not in self._views:
+                if len(self._views) >= MOST_SIZES:
+                    self._views.pop(next(iter(self._views)))
+                self._views[size] = self._measured(size)
+            found = self._views[size]
+        if isinstance(found, str):
+            raise ViewError(found)
+        return found
+
     def rows_at_once(self) -> int:
         """Rows that the model's pictures need in one decode, as a multiple of 64, for any shape up
         to 64 to 1; 1 where a picture may be decoded in parts. Nothing is computed."""
@@ -195,12 +238,34 @@ class Projector:
         params.media_marker = self.marker.encode()
         if n_threads > 0:
             params.n_threads = n_threads
-        if self._mend is not None:
-            params.cb_eval = ctypes.cast(
-                self._mend.callback, llama_cpp.ggml_backend_sched_eval_callback
-            )
-            params.cb_eval_user_data = self._mend.user_data
+        params.cb_eval = ctypes.cast(
+            self._probe.callback, llama_cpp.ggml_backend_sched_eval_callback
+        )
+        params.cb_eval_user_data = self._probe.user_data
         return params
+
+    def _measured(self, size: tuple[int, int]) -> list[View] | str:
+        try:
+            black, white = (self._given(np.full((*TRIED, 3), c, np.uint8)) for c in (0, 255))
+            known, seen = levels(black, white), self._given(coordinates(*size))
+            views = [view_of(one, known, size) for one in seen]
+            if all(view.is_padding for view in views):
+                raise ViewError("nothing of it reaches the image encoder")
+            return views
+        except (ViewError, RuntimeError) as exc:
+            return str(exc)
+
+    def _given(self, pixels: Pixels) -> list[FloatArray]:
+        """(3, height, width) each: what the encoder is given of a picture."""
+        found = []
+        for chunk in cut(self.handle, Source((None,), (pixels,), False), pixels_of=0):
+            if isinstance(chunk, Chunk):
+                self._probe.begin()
+                with captured_errors():
+                    mtmd_cpp.mtmd_encode_chunk(self.handle, chunk.handle)
+                self._probe.end()
+                found.append(self._probe.pixels()[0])
+        return found
 
     def _parts(self, text: str, seams: Sequence[int]) -> tuple[Part | None, ...]:
         parts: list[Part | None] = []
@@ -262,6 +327,7 @@ class Projector:
                 f'the image encoder\'s graph cannot be mended ({exc}); with encoder="stock" it is '
                 "left as llama.cpp has it"
             ) from exc
+        self._mended.setdefault((chunk.n_tokens, chunk.n_pos), set()).update(self._mend.mended)
         return code
 
 

@@ -58,7 +58,7 @@ def identified(stream: BinaryIO, name: str) -> ImageFile:
     if _is_heif(prefix) and "HEIF" not in Image.OPEN:
         raise ImageError(
             f"{name} is HEIC, which is read where pillow-heif is installed: pip install "
-            "pillow-heif, or save it as JPEG"
+            "'cmg-gguf[heif]', or save it as JPEG"
         )
     raise ImageError(
         f"{name} is no image, or of a format that is not read: give one of {', '.join(_formats())}"

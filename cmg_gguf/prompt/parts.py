@@ -5,7 +5,9 @@
     attached({"role": "user", "content": "", "images": ["a.png"]}, "message 0")  # its `images`
 
 A key that sounds like a picture or another file and is not read is an error: dropped, it would let
-the model answer blind.
+the model answer blind. So is a limit of one picture's size (Transformers' `max_pixels`): limits are
+the model's, for all pictures alike. OpenAI's `detail` is taken and changes nothing: a picture is
+always seen as finely as those limits allow.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ _FILES = frozenset(
 """Words of which a key's name has one where it seems to hold a picture or another file..."""
 _ABOUT = frozenset(("type", "name", "format", "size", "count"))
 """...and none of these, with which it only says something about one."""
+
+_LIMITS = frozenset(("pixel", "resize", "resized", "crop"))
+"""Words of which a picture's key has one where it seems to limit or change its size."""
 
 _WORDS = re.compile(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+")
 
@@ -92,6 +97,8 @@ def read_part(part: object, where: str) -> Text | Picture:
 def _picture(part: Mapping[str, Any], kind: str, where: str) -> ImageSource:
     keys = tuple(_READERS) if kind == "image" else ("image_url",)
     _check_unread(part, keys, where)
+    for holder in (part, *(part[key] for key in keys if isinstance(part.get(key), Mapping))):
+        _check_unlimited(holder, where)
     given = [key for key in keys if part.get(key) is not None]
     if kind != "image":
         return _url(part.get("image_url"), "image_url", where)
@@ -168,13 +175,29 @@ def _check_unread(holder: Mapping[str, Any], read: Sequence[str], where: str) ->
     for key, value in holder.items():
         if key in read or key == "type" or not isinstance(key, str) or _is_nothing(value):
             continue
-        words = {word.lower() for word in _WORDS.findall(key)}
-        words |= {word.removesuffix("s") for word in words}
+        words = _words(key)
         if words & _FILES and not words & _ABOUT:
             raise PromptError(
                 f"{where} has {shown(key)}, which is not read: give pictures as parts of the "
                 'content, {"type": "image", "image": source}, or as "images": [source]'
             )
+
+
+def _check_unlimited(holder: Mapping[str, Any], where: str) -> None:
+    """Raise where a key of a picture seems to limit its size."""
+    for key, value in holder.items():
+        if isinstance(key, str) and value is not None and _words(key) & _LIMITS:
+            raise PromptError(
+                f"{where} has {shown(key)}, which is not read: sizes are limited for all pictures "
+                "of a model alike, by max_pixels, image_min_tokens and image_max_tokens "
+                "(--max-pixels, --image-max-tokens)"
+            )
+
+
+def _words(key: str) -> set[str]:
+    """The words of a key's name, in lower case, as they are and without an s at their end."""
+    words = {word.lower() for word in _WORDS.findall(key)}
+    return words | {word.removesuffix("s") for word in words}
 
 
 def _is_nothing(value: object) -> bool:

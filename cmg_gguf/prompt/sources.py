@@ -72,7 +72,7 @@ def opened(source: object) -> tuple[BinaryIO, str]:
     if start.startswith("data:"):
         return _open_data_url(source)
     if start.startswith("file:"):
-        return _open_file(_path_of_url(source))
+        return _open_file(path_of_url(source))
     if scheme := _URL_SCHEME.match(source):
         raise ImageError(
             f"{shown(source)} is a {scheme[1].lower()} URL and this library does not download: "
@@ -94,10 +94,39 @@ def base64_bytes(text: bytes) -> bytes:
     return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
 
 
+def image_of_base64(text: bytes) -> bytes | None:
+    """Return the image file whose base64 this is; None where no image comes of it."""
+    if not _BASE64_TEXT.fullmatch(text):
+        return None
+    try:
+        content = base64_bytes(text)
+    except ValueError:
+        return None
+    return content if is_image(content[:N_PREFIX]) else None
+
+
+def path_of_url(url: str) -> str:
+    """Return the path of a `file:` URL; '?' and '#' belong to the path, as RFC 8089 has it.
+
+    Raises:
+        ImageError: it names another host.
+    """
+    path = url[len("file:") :]
+    if path.startswith("//"):
+        host, slash, rest = path[2:].partition("/")
+        if host.lower() not in ("", "localhost"):
+            raise ImageError(
+                f"{shown(url)} names the host {shown(host)} and only local files are read: "
+                "write file:///path"
+            )
+        path = slash + rest
+    return url2pathname(path)
+
+
 def _open_bytes(content: bytes) -> tuple[BinaryIO, str]:
     if content[:5].lower() == b"data:":
         return _open_data_url(content.decode("latin-1"))
-    decoded = None if is_image(content[:N_PREFIX]) else _image_of_base64(content)
+    decoded = None if is_image(content[:N_PREFIX]) else image_of_base64(content)
     if decoded is not None:
         return io.BytesIO(decoded), f"base64 of {len(content)} bytes"
     return io.BytesIO(content), f"image of {len(content)} bytes"
@@ -112,7 +141,7 @@ def _open_text(text: str) -> tuple[BinaryIO, str]:
         spelled = text.encode("ascii", "replace")
         if not (missing and text.strip() and _BASE64_TEXT.fullmatch(spelled)):
             raise
-        decoded = _image_of_base64(spelled)
+        decoded = image_of_base64(spelled)
         if decoded is None:
             reason = getattr(exc.__cause__, "strerror", None) or exc.__cause__
             raise ImageError(
@@ -120,17 +149,6 @@ def _open_text(text: str) -> tuple[BinaryIO, str]:
                 f"({reason}) nor the base64 of an image: give a path, or the whole file's base64"
             ) from exc
         return io.BytesIO(decoded), f"base64 {shown(text)} of {len(text)} characters"
-
-
-def _image_of_base64(text: bytes) -> bytes | None:
-    """Return the image file whose base64 this is; None where no image comes of it."""
-    if not _BASE64_TEXT.fullmatch(text):
-        return None
-    try:
-        content = base64_bytes(text)
-    except ValueError:
-        return None
-    return content if is_image(content[:N_PREFIX]) else None
 
 
 def _read_all(file: Any) -> bytes:
@@ -180,20 +198,6 @@ def _read_pipe(path: str) -> bytes:
     os.set_blocking(pipe, True)
     with os.fdopen(pipe, "rb") as stream:
         return stream.read()
-
-
-def _path_of_url(url: str) -> str:
-    """Return the path of a `file:` URL; '?' and '#' belong to the path, as RFC 8089 has it."""
-    path = url[len("file:") :]
-    if path.startswith("//"):
-        host, slash, rest = path[2:].partition("/")
-        if host.lower() not in ("", "localhost"):
-            raise ImageError(
-                f"{shown(url)} names the host {shown(host)} and only local files are read: "
-                "write file:///path"
-            )
-        path = slash + rest
-    return url2pathname(path)
 
 
 def _open_data_url(url: str) -> tuple[BinaryIO, str]:

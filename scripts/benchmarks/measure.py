@@ -12,6 +12,7 @@ from rich.progress import Progress
 from benchmarks.answers import measure_questions, measure_requests
 from benchmarks.decoding import WAYS, Unhooked, encoded_prompt, measure_decoding, open_ways
 from benchmarks.memory import KINDS, LOADS, measure_memory
+from benchmarks.plain_llama import open_llama
 from benchmarks.ratios import milliseconds
 from benchmarks.report import Figures
 from benchmarks.schedule import Schedule
@@ -91,8 +92,8 @@ def _count_tokens(
 @contextmanager
 def _opened(subject: Subject, options: Options) -> Iterator[llama_cpp.Llama]:
     """A `Llama`, whose weights everything that is compared shares; closed with all of it."""
-    llama = llama_cpp.Llama(
-        str(subject.pair.llm),
+    llama = open_llama(
+        subject.pair.llm,
         n_ctx=N_CTX,
         n_threads=options.n_threads,
         n_threads_batch=options.n_threads,

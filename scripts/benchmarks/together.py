@@ -30,7 +30,7 @@ N_PICTURES, N_CAPTIONS = 8, 16
 class Replay:
     """One caption of a prompt: see `cmg_gguf.answer.work.Work`."""
 
-    cancelled = False
+    cancelled = alone = False
 
     def __init__(
         self, engine: Engine, prompt: Prompt, guidance: Guidance, asked: Asked, token: int

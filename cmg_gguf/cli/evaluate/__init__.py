@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from cmg_gguf.cli.bundle import bundled
-from cmg_gguf.cli.evaluate import reporting, running, tuning
+from cmg_gguf.cli.evaluate import reporting, running, tuning, weights
 from cmg_gguf.cli.evaluate.task_flags import TASKS
 
 __all__ = ["app"]
@@ -53,5 +53,6 @@ app.add_typer(_tune, rich_help_panel="Results and settings")
 for _command, _examples in (
     (reporting.report, reporting.REPORT_EXAMPLES),
     (reporting.merge, reporting.MERGE_EXAMPLES),
+    (weights.weights, weights.EXAMPLES),
 ):
     app.command(epilog=_examples, rich_help_panel="Results and settings")(bundled(_command))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cmg_gguf.cli.evaluate.run_flags import needed
-from cmg_gguf.cli.evaluate.running import tell_skipped
+from cmg_gguf.cli.evaluate.running import tell_faults
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.output import write_rendered
 from cmg_gguf.cli.screen import Screen
@@ -72,7 +72,7 @@ def report(
     err = Screen(quiet=quiet)
     for folder in runs:
         run = read_run(folder)
-        tell_skipped(err, run)
+        tell_faults(err, run)
         made = make_report(run, baseline=baseline, n_samples=samples)
         write_rendered(rendered(made), wide=True)
         written = write_report(made, folder)
@@ -106,5 +106,5 @@ def merge(
 
     err = Screen(quiet=quiet)
     run = merge_runs(shards, needed(out))
-    tell_skipped(err, run)
+    tell_faults(err, run)
     err.aside(f"{len(run.records)} answers in {run.folder}; cmg-gguf eval report shows them")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cmg_gguf.cli.asker import fetched
+from cmg_gguf.cli.asker import fetched, note_unread
 
 if TYPE_CHECKING:
     from cmg_gguf.cli.model_flags import ModelFlags
@@ -66,10 +66,20 @@ class SpreadFlags:
     ] = False
 
     def files(self, model: ModelFlags, screen: Screen) -> ModelFiles:
-        """The model, as each process opens it. Raises what `fetched` raises."""
+        """The model, as each process opens it. Raises what `fetched` and `note_unread` raise."""
+        files = fetched(screen, model)
+        note_unread(screen, model, files[0])
+        return self._opened_by(model, files)
+
+    def files_here(self, model: ModelFlags) -> ModelFiles | None:
+        """The same, as far as it need not be downloaded; None where it must."""
+        files = model.held_pair()
+        return None if files is None else self._opened_by(model, files)
+
+    def _opened_by(self, model: ModelFlags, files: tuple[Path, Path]) -> ModelFiles:
         from cmg_gguf.evaluation.manifest import ModelFiles
 
-        return ModelFiles(*fetched(screen, model), {**model.options(), "n_parallel": self.parallel})
+        return ModelFiles(*files, {**model.options(), "n_parallel": self.parallel})
 
     def executor(self) -> Executor:
         """Raises BadParameter for both at once; UnsupportedError without Dask."""
@@ -140,6 +150,15 @@ class RunFlags:
         _flag(
             "--skip-tuned",
             help="Leave out the items that --settings were tuned on, instead of refusing them.",
+        ),
+    ] = False
+    evidence: Annotated[
+        bool,
+        _flag(
+            "--evidence",
+            help="Note of every word how much the picture supports it, by the weights of "
+            "--settings; of captions, the report says how well that tells invented objects from "
+            "real ones. Not of vcd, no-image, m3id, icd.",
         ),
     ] = False
 

@@ -90,12 +90,13 @@ def evaluate_task(
             shard=shard,
             leave_out=tuned_on if run.skip_tuned else frozenset(),
             tuned_on=tuned_on,
+            evidence=guidance.weights(model.own_settings) if run.evidence else None,
             executor=spread.executor(),
             progress=progress,
         )
 
     finished = watched(err, work)
-    tell_skipped(err, finished)
+    tell_faults(err, finished)
     if shard != WHOLE:
         err.note(f"{folder} is shard {shard}; cmg-gguf eval merge puts all of them together")
     report = make_report(finished)
@@ -128,8 +129,9 @@ def watched(err: Screen, work: Callable[[Progress], Run]) -> Run:
     return run
 
 
-def tell_skipped(err: Screen, run: Run) -> None:
-    """Notes what could not be asked or answered, with the first reason."""
+def tell_faults(err: Screen, run: Run) -> None:
+    """Notes what could not be asked or answered, with the first reason, and which answers ended
+    before they began."""
     from cmg_gguf.evaluation.items import first_reason
     from cmg_gguf.evaluation.task import BadItem
 
@@ -139,4 +141,12 @@ def tell_skipped(err: Screen, run: Run) -> None:
         err.note(
             f"{count(n, 'item')} could not be answered; {run.folder / 'skipped.jsonl'} says why "
             f"({why})"
+        )
+    answers = [record for record in run.records if record.problem is None]
+    thinking = sum(r.finish == "length" and 0 < r.tokens <= r.reasoning for r in answers)
+    if thinking:
+        err.note(
+            f"{thinking} of {count(len(answers), 'answer')} ended within the model's reasoning, so "
+            "they are scored as empty: let it answer at once (--no-think), or give it room where "
+            "the task has -n"
         )

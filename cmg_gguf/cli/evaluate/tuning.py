@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cmg_gguf.cli.asker import note_built_in
 from cmg_gguf.cli.evaluate.run_flags import SpreadFlags, needed
-from cmg_gguf.cli.evaluate.running import tell_skipped, watched
+from cmg_gguf.cli.evaluate.running import tell_faults, watched
 from cmg_gguf.cli.evaluate.task_flags import ScenesFlags, TaskFlags
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
@@ -233,7 +233,7 @@ def tune_task(
         found.append(tuned)
         return tuned.report.run
 
-    tell_skipped(err, watched(err, work))
+    tell_faults(err, watched(err, work))
     (tuned,) = found
     save_settings(folder / "settings.json", tuned.settings)
     write_rendered(_table(tuned), wide=True)

@@ -26,6 +26,7 @@ from cmg_gguf.evaluation.answers import DASH_B, Label, YesNoRule
 from cmg_gguf.evaluation.confusion import confusion_counts, confusion_figures
 from cmg_gguf.evaluation.statistics import Floats, column, percent, ratio
 from cmg_gguf.evaluation.task import BadItem, Item, Sums
+from cmg_gguf.prompt.formats import image_suffixes
 
 QUESTION = "Can you see a {} in this image? Please answer only with yes or no."
 _FOLDERS: dict[str, Label] = {"neg": "no", "pos": "yes"}
@@ -43,13 +44,13 @@ class DashB:
 
     def items(self) -> Iterator[Item | BadItem]:
         """Raises EvaluationError if one of the two folders is missing or has no image in it."""
-        root = files.folder(self.root, "DASH-B's folder")
+        root, suffixes = files.folder(self.root, "DASH-B's folder"), image_suffixes()
         for folder, label in _FOLDERS.items():
             inner = files.folder(root / folder, f"DASH-B's folder {folder}")
             found = [
                 path
                 for path in sorted(inner.rglob("*"))
-                if path.suffix.lower() in files.IMAGE_SUFFIXES and path.is_file()
+                if path.suffix.lower() in suffixes and path.is_file()
             ]
             if not found:
                 raise EvaluationError(

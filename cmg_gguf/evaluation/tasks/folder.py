@@ -14,6 +14,7 @@ from cmg_gguf.errors import EvaluationError, shown
 from cmg_gguf.evaluation import files
 from cmg_gguf.evaluation.statistics import Floats
 from cmg_gguf.evaluation.task import BadItem, Item, Sums
+from cmg_gguf.prompt.formats import image_suffixes
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class FolderPrompt:
     def items(self) -> Iterator[Item | BadItem]:
         """Raises EvaluationError if the folder is missing or has no image in it."""
         images = files.folder(self.images, "image folder")
+        suffixes = image_suffixes()
         found = [
             path
             for path in sorted(images.iterdir())
-            if path.is_file() and path.suffix.lower() in files.IMAGE_SUFFIXES
+            if path.is_file() and path.suffix.lower() in suffixes
         ]
         if not found:
             raise EvaluationError(
                 f"image folder {shown(str(images))} has no image: give one with "
-                f"{', '.join(files.IMAGE_SUFFIXES)} files"
+                f"{', '.join(sorted(suffixes))} files"
             )
         for path in found:
             yield Item(path.name, path, self.prompt, cluster=path.name, max_tokens=self.max_tokens)

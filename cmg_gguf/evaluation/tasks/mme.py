@@ -31,6 +31,7 @@ from cmg_gguf.evaluation.answers import MME, YesNoRule
 from cmg_gguf.evaluation.confusion import confusion_counts, confusion_figures
 from cmg_gguf.evaluation.statistics import Floats, add_counts, column, percent
 from cmg_gguf.evaluation.task import BadItem, Item, Sums
+from cmg_gguf.prompt.formats import image_suffixes
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark"),
@@ -125,10 +126,11 @@ def _texts(subtask: Path) -> list[Path]:
 
 def _records(subtask: Path) -> Iterator[tuple[str, Any]]:
     inner = subtask / "images"
+    suffixes = image_suffixes()
     images = {
         path.stem: path
         for path in sorted((inner if inner.is_dir() else subtask).iterdir())
-        if path.suffix.lower() in files.IMAGE_SUFFIXES
+        if path.suffix.lower() in suffixes
     }
     for path in _texts(subtask):
         for number, line in enumerate(files.text_lines(path), start=1):

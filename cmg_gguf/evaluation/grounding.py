@@ -1,0 +1,186 @@
+"""What tells objects that are there from those that are not, at the words that name them.
+
+    mentions = with_evidence(words_told(reply), task.mentions(item, reply.text), item.cluster)
+    areas(mentions)["evidence"].own          # AUROC in percent, with its interval
+    calibration(mentions)                    # expected calibration error, in percent
+    left(mentions, 0.2)                      # CHAIR_i without the least supported 20 %
+    fitted(mentions, "what they are")        # weights for `cmg_gguf.evidence`
+
+A mention is a word or phrase that names an object (`cmg_gguf.evaluation.words`); what is measured
+of it is measured at the token in which its first word begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
+
+from cmg_gguf.errors import EvaluationError
+from cmg_gguf.evaluation.statistics import Floats, Result, bootstrap_auc
+from cmg_gguf.evaluation.task import Mention
+from cmg_gguf.evidence import LEAST, EvidenceModel
+from cmg_gguf.reply import Evidence, Reply
+
+BASELINE = "probability"
+N_BINS = 10
+"""Of equal width, in which score and share of objects that are there are compared."""
+N_SAMPLES = 2000
+_RIDGE = 1e-4
+_STEPS = 100
+
+
+@dataclass(frozen=True)
+class ScoredMention:
+    """An object that an answer names, and its evidence.
+
+    present: whether it is there. cluster: mentions with the same one are resampled together.
+    """
+
+    name: str
+    present: bool
+    cluster: str
+    evidence: Evidence
+
+
+WordsTold = list[list[float]]
+"""As in `Record.words`."""
+
+
+def words_told(reply: Reply) -> WordsTold | None:
+    """What a record says of an answer's words; None without evidence."""
+    if reply.evidence is None:
+        return None
+    told = []
+    for word in reply.words:
+        evidence = reply.tokens[word.first].evidence
+        assert evidence is not None
+        told.append([word.start, word.stop, *astuple(evidence)])
+    return told
+
+
+def with_evidence(
+    words: WordsTold, mentions: Iterable[Mention], cluster: str
+) -> list[ScoredMention]:
+    """The mentions of an answer, with what is said of its words."""
+    found = []
+    for named in mentions:
+        told = next(told for told in words if told[0] <= named.start < told[1])
+        found.append(ScoredMention(named.name, named.present, cluster, Evidence(*told[2:])))
+    return found
+
+
+def scores(mentions: Sequence[ScoredMention]) -> dict[str, Floats]:
+    """(n,) float64 of each way to tell them apart; higher = rather there."""
+    terms = _terms(mentions)
+    return {
+        "probability": terms[:, 0],
+        "entropy": -terms[:, 3],
+        "difference": terms[:, 1],
+        "divergence": terms[:, 2],
+        "evidence": np.array([mention.evidence.score for mention in mentions], np.float64),
+    }
+
+
+def areas(
+    mentions: Sequence[ScoredMention],
+    *,
+    baseline: str = BASELINE,
+    n_samples: int = N_SAMPLES,
+    seed: int = 0,
+) -> dict[str, Result]:
+    """The AUROC of each in percent: of a mention that is there and one that is not, how often the
+    first has the higher score; with a bootstrap over clusters, and the difference to one of them.
+    {} where all mentions are there, or none."""
+    labels = _labels(mentions)
+    if not len(labels) or labels.all() or not labels.any():
+        return {}
+    clusters = [mention.cluster for mention in mentions]
+    return bootstrap_auc(
+        scores(mentions), labels, clusters, baseline=baseline, n=n_samples, seed=seed
+    )
+
+
+def calibration(mentions: Sequence[ScoredMention]) -> float:
+    """Expected calibration error of the evidence in percent: over bins of the score, how far its
+    mean is from the share of mentions that are there, weighted by mentions; nan without any.
+
+    Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015.
+    """
+    if not mentions:
+        return float("nan")
+    score, labels = scores(mentions)["evidence"], _labels(mentions)
+    bins = np.minimum((score * N_BINS).astype(int), N_BINS - 1)
+    gaps = np.bincount(bins, score - labels, N_BINS)
+    return float(100 * np.abs(gaps).sum() / len(score))
+
+
+def left(mentions: Sequence[ScoredMention], dropped: float, by: str = "evidence") -> float:
+    """CHAIR_i in percent of the mentions that are left where a share of them is dropped, those of
+    the lowest score first; nan where none is left. by: a name of `scores`."""
+    order = np.argsort(scores(mentions)[by], kind="stable")
+    kept = _labels(mentions)[order][round(dropped * len(order)) :]
+    return float(100 * (1 - kept.mean())) if len(kept) else float("nan")
+
+
+def fitted(mentions: Sequence[ScoredMention], fitted_on: str) -> EvidenceModel:
+    """The weights with which the score is likeliest to be the share of mentions that are there:
+    logistic regression, by Newton's method. Raises EvaluationError where all are there, or none."""
+    labels = _labels(mentions).astype(np.float64)
+    if not len(labels) or labels.min() == labels.max():
+        raise EvaluationError("all of these mentions are there, or none: weights need both")
+    terms = _terms(mentions)
+    mean, scale = terms.mean(axis=0), terms.std(axis=0) + 1e-12
+    x = np.column_stack([np.ones(len(terms)), (terms - mean) / scale])
+    w = np.zeros(x.shape[1])
+    for _ in range(_STEPS):
+        p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+        slope = x.T @ (p - labels) + _RIDGE * w
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + _RIDGE * np.eye(len(w))
+        step = np.linalg.solve(curvature, slope)
+        w -= step
+        if np.abs(step).max() < 1e-10:
+            break
+    weights = w[1:] / scale
+    intercept = float(w[0] - weights @ mean)
+    log_p_o, difference, divergence, entropy = map(float, weights)
+    return EvidenceModel(
+        intercept=intercept,
+        log_p_o=log_p_o,
+        difference=difference,
+        divergence=divergence,
+        entropy=entropy,
+        fitted_on=fitted_on,
+    )
+
+
+def rescored(mentions: Sequence[ScoredMention], model: EvidenceModel) -> list[ScoredMention]:
+    """The same mentions, by other weights."""
+    return [
+        ScoredMention(m.name, m.present, m.cluster, _scored(m.evidence, model)) for m in mentions
+    ]
+
+
+def _terms(mentions: Sequence[ScoredMention]) -> Floats:
+    """(n, 4) float64: log p_o, log p_o - log p_d, JSD, H, as the score has them."""
+    rows = []
+    for mention in mentions:
+        e = mention.evidence
+        log_p_o, log_p_d = max(e.log_p_o, LEAST), max(e.log_p_d, LEAST)
+        rows.append((log_p_o, log_p_o - log_p_d, e.divergence, e.entropy))
+    return np.array(rows, np.float64).reshape(len(rows), 4)
+
+
+def _labels(mentions: Sequence[ScoredMention]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    return np.array([mention.present for mention in mentions], bool)
+
+
+def _scored(evidence: Evidence, model: EvidenceModel) -> Evidence:
+    score = model.score(
+        log_p_o=evidence.log_p_o,
+        log_p_d=evidence.log_p_d,
+        divergence=evidence.divergence,
+        entropy=evidence.entropy,
+    )
+    return replace(evidence, score=score)

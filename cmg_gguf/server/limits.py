@@ -1,0 +1,27 @@
+"""What a request may be and take, at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """body_bytes: of a request's body. held_bytes: of the bodies of all requests under way.
+    header_bytes: of a request's head. read_seconds: in which head and body must have come.
+    max_tokens: of an answer; None = until the context is full. ping_seconds: between the signs of
+    life of a stream that has nothing to say. drain_seconds: that answers under way get when the
+    server is told to end."""
+
+    body_bytes: int = 32 * 2**20
+    held_bytes: int = 256 * 2**20
+    header_bytes: int = 64 * 2**10
+    read_seconds: float = 30.0
+    max_tokens: int | None = None
+    ping_seconds: float = 15.0
+    drain_seconds: float = 30.0
+
+    def tokens(self, wanted: int | None) -> int | None:
+        """Of an answer that asked for so many, None = no limit of its own."""
+        known = [n for n in (wanted, self.max_tokens) if n is not None]
+        return min(known, default=None)
