@@ -21,7 +21,7 @@ from pathlib import Path
 from device_suite import ROOT, CannotRunError, call, last_counts, requirements, say
 
 SOURCE = "llama-cpp-python"
-VERSIONS = ("0.3.27", "0.3.35", "0.3.36")
+VERSIONS = ("0.3.31", "0.3.35", "0.3.36")
 """The oldest that is supported, one between, the newest that was there."""
 TESTS = (
     "test_versions.py",

@@ -57,14 +57,14 @@ def imported(version: str, before: str = "") -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("version", ["0.3.26", "0.2.90", "0.3"])
+@pytest.mark.parametrize("version", ["0.3.30", "0.2.90", "0.3"])
 def test_a_version_that_lacks_what_is_called_is_refused_with_what_to_install(version: str) -> None:
     with pytest.raises(ImportError, match=f"{version} is too old, {OLDEST} is the first") as error:
         check_version(version)
     assert str(error.value).endswith(REMEDY)
 
 
-@pytest.mark.parametrize("version", [OLDEST, "0.3.30", NEWEST_TESTED, f"{NEWEST_TESTED}.post1"])
+@pytest.mark.parametrize("version", [OLDEST, "0.3.33", NEWEST_TESTED, f"{NEWEST_TESTED}.post1"])
 def test_of_a_tested_version_nothing_is_told(version: str) -> None:
     check_version(version)
     assert untested(version) is None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-OLDEST = "0.3.27"
-"""The first whose mtmd cuts a prompt without its pictures' pixels."""
+OLDEST = "0.3.31"
+"""The first whose image encoders are all mended; pictures need no pixels to be cut since 0.3.27."""
 NEWEST_TESTED = "0.3.36"
 REQUIREMENT = f"llama-cpp-python>={OLDEST}"
 REMEDY = f'pip install "{REQUIREMENT},<={NEWEST_TESTED}" --force-reinstall'
