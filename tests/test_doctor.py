@@ -194,7 +194,7 @@ def test_another_llama_cpp_python_is_a_finding_and_no_traceback() -> None:
     assert told["ok"] is False
     (finding,) = told["findings"]
     assert finding["status"] == "failed"
-    assert "0.3.20 is outside the tested range" in finding["found"]
+    assert "0.3.20 is too old" in finding["found"]
     assert finding["remedy"].startswith("pip install")
 
 
