@@ -1,8 +1,9 @@
 #include "api.hpp"
 
+#include "operations.hpp"
+
 #include <cstring>
 #include <stdexcept>
-#include <utility>
 
 namespace cmg {
 namespace {
@@ -32,10 +33,10 @@ void check_tensor_layout(const Api & api) {
     float params[3];
     std::memcpy(params, node->op_params, sizeof(params));
     const bool leaf = mask->type == GGML_TYPE_F16 && mask->ne[0] == 3 && mask->ne[1] == 5 &&
-                      mask->nb[1] == 6 && mask->nb[2] == 30 && mask->op == GGML_OP_NONE &&
+                      mask->nb[1] == 6 && mask->nb[2] == 30 && op_of(mask) == GGML_OP_NONE &&
                       mask->src[0] == nullptr && mask->view_src == nullptr &&
                       mask->data == nullptr && std::strcmp(mask->name, "abi") == 0;
-    const bool attention = node->op == GGML_OP_FLASH_ATTN_EXT && node->src[0] == q &&
+    const bool attention = op_of(node) == GGML_OP_FLASH_ATTN_EXT && node->src[0] == q &&
                            node->src[1] == k && node->src[3] == mask && params[0] == 0.25f &&
                            params[1] == 2.0f && params[2] == 30.0f;
     api.ggml_free(ctx);
@@ -44,42 +45,19 @@ void check_tensor_layout(const Api & api) {
 
 // A sampler of ours must be called as these headers say, on tokens laid out as they say.
 void check_sampler_layout(const Api & api) {
-    static llama_sampler_i interface{};
-    interface.name = [](const llama_sampler *) { return "abi"; };
-    interface.apply = [](llama_sampler *, llama_token_data_array * cur) {
+    static SamplerInterface interface;
+    interface.known.name = [](const llama_sampler *) { return "abi"; };
+    interface.known.apply = [](llama_sampler *, llama_token_data_array * cur) {
         const bool same = cur->size == 2 && cur->data[1].id == 7 && cur->data[1].logit == 0.5f;
         cur->selected = same ? 1 : 0;
     };
     llama_token_data tokens[] = {{3, 1.0f, 0.0f}, {7, 0.5f, 0.0f}};
     llama_token_data_array all = {tokens, 2, -1, false};
-    llama_sampler * sampler = api.llama_sampler_init(&interface, nullptr);
+    llama_sampler * sampler = api.llama_sampler_init(&interface.known, nullptr);
     const bool named = std::strcmp(api.llama_sampler_name(sampler), "abi") == 0;
     api.llama_sampler_apply(sampler, &all);
     api.llama_sampler_free(sampler);
     check(named && all.selected == 1, "llama_sampler");
-}
-
-void check_op_names(const Api & api) {
-    const std::pair<ggml_op, const char *> ops[] = {
-        {GGML_OP_FLASH_ATTN_EXT, "FLASH_ATTN_EXT"},
-        {GGML_OP_SOFT_MAX, "SOFT_MAX"},
-        {GGML_OP_SET_ROWS, "SET_ROWS"},
-        {GGML_OP_MUL_MAT, "MUL_MAT"},
-        {GGML_OP_SCALE, "SCALE"},
-        {GGML_OP_UNARY, "UNARY"},
-        {GGML_OP_VIEW, "VIEW"},
-        {GGML_OP_PERMUTE, "PERMUTE"},
-        {GGML_OP_ROPE, "ROPE"},
-        {GGML_OP_GLU, "GLU"},
-        {GGML_OP_ADD, "ADD"},
-        {GGML_OP_CONCAT, "CONCAT"},
-        {GGML_OP_CONT, "CONT"},
-        {GGML_OP_GET_ROWS, "GET_ROWS"},
-        {GGML_OP_REPEAT, "REPEAT"},
-    };
-    for (const auto & [op, name] : ops) {
-        check(std::strcmp(api.ggml_op_name(op), name) == 0, std::string("operation ") + name);
-    }
 }
 
 } // namespace
@@ -110,8 +88,8 @@ void bind_api(const std::map<std::string, std::uintptr_t> & addresses) {
         next.ggml_cpu_fp16_to_fp32 = reinterpret_cast<decltype(next.ggml_cpu_fp16_to_fp32)>(
             addresses.at("ggml_cpu_fp16_to_fp32"));
     }
+    resolve_operations(next);
     check_tensor_layout(next);
-    check_op_names(next);
     check_sampler_layout(next);
     bound = next;
 }

@@ -3,7 +3,8 @@
 // Nothing is linked: llama-cpp-python has already loaded the libraries, and a second copy of ggml
 // in the process would crash it. Python looks every name up in the loaded handles and passes the
 // addresses to `bind_api` once, at import. The declarations come from the headers that
-// llama-cpp-python installs, so one build serves CPU, CUDA and Metal builds of that version.
+// llama-cpp-python installs, so one build serves CPU, CUDA and Metal builds. It serves other
+// versions, too, as long as what these headers say of layouts holds, which `bind_api` tries.
 #pragma once
 
 #include "ggml-backend.h"
@@ -33,6 +34,7 @@ namespace cmg {
     X(ggml_free)                      \
     X(ggml_get_type_traits)           \
     X(ggml_get_unary_op)              \
+    X(ggml_glu_op_name)               \
     X(ggml_init)                      \
     X(ggml_nbytes)                    \
     X(ggml_new_tensor_4d)             \
@@ -40,6 +42,7 @@ namespace cmg {
     X(ggml_row_size)                  \
     X(ggml_set_name)                  \
     X(ggml_tensor_overhead)           \
+    X(ggml_unary_op_name)             \
     X(llama_sampler_accept)           \
     X(llama_sampler_apply)            \
     X(llama_sampler_free)             \
@@ -52,6 +55,13 @@ struct Api {
 #undef CMG_API_MEMBER
     // Vectorised for the CPU at hand; optional, `ggml_fp16_to_fp32_row` stands in.
     void (*ggml_cpu_fp16_to_fp32)(const ggml_fp16_t *, float *, int64_t) = nullptr;
+};
+
+// Functions of a sampler of ours. A llama.cpp newer than these headers reads further ones behind
+// them: there are none.
+struct SamplerInterface {
+    llama_sampler_i known{};
+    void * later[16] = {};
 };
 
 // The bound functions. Null until `bind_api` has succeeded.

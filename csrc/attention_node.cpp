@@ -2,6 +2,7 @@
 
 #include "api.hpp"
 #include "influence.hpp"
+#include "operations.hpp"
 
 #include <cstdlib>
 #include <cstring>
@@ -40,7 +41,7 @@ AttentionNode from_flash(const ggml_tensor * node) {
     a.mask_src = 3;
     a.q = node->src[0];
     a.k = node->src[1];
-    if (a.k->op == GGML_OP_CPY) {
+    if (op_of(a.k) == GGML_OP_CPY) {
         a.k = a.k->src[0]; // an F32 cache is cast, and the cast is not computed when we are asked
     }
     a.sinks = node->src[4];
@@ -56,14 +57,14 @@ AttentionNode from_soft_max(const ggml_tensor * node, const ggml_tensor * produc
     float inner = 1.0f;
     bool capped = false;
     const ggml_tensor * kq = node->src[0];
-    if (product != nullptr && kq->op == GGML_OP_NONE && copied_name(kq) == product->name) {
+    if (product != nullptr && op_of(kq) == GGML_OP_NONE && copied_name(kq) == product->name) {
         kq = product;
     }
-    for (; kq != nullptr && kq->op != GGML_OP_MUL_MAT; kq = kq->src[0]) {
-        if (kq->op == GGML_OP_SCALE && op_param(kq, 1) == 0.0f) {
+    for (; kq != nullptr && op_of(kq) != GGML_OP_MUL_MAT; kq = kq->src[0]) {
+        if (op_of(kq) == GGML_OP_SCALE && op_param(kq, 1) == 0.0f) {
             (capped ? inner : outer) *= op_param(kq, 0);
-        } else if (kq->op == GGML_OP_UNARY && !capped &&
-                   api().ggml_get_unary_op(kq) == GGML_UNARY_OP_TANH) {
+        } else if (op_of(kq) == GGML_OP_UNARY && !capped &&
+                   api().ggml_get_unary_op(kq) == loaded_numbers().tanh) {
             capped = true;
         } else {
             return {};
@@ -140,9 +141,9 @@ void to_float(ggml_type type, const uint8_t * from, float * to, int64_t n) {
 }
 
 AttentionNode find_attention(const ggml_tensor * node, const ggml_tensor * product) {
-    AttentionNode a = node->op == GGML_OP_FLASH_ATTN_EXT ? from_flash(node)
-                      : node->op == GGML_OP_SOFT_MAX     ? from_soft_max(node, product)
-                                                         : AttentionNode{};
+    AttentionNode a = op_of(node) == GGML_OP_FLASH_ATTN_EXT ? from_flash(node)
+                      : op_of(node) == GGML_OP_SOFT_MAX     ? from_soft_max(node, product)
+                                                            : AttentionNode{};
     if (a.mask_src >= 0 && node->src[a.mask_src] != nullptr) {
         a.mask = node->src[a.mask_src];
         a.cache_il = layer_in_name(root(a.k), "cache_k_l");

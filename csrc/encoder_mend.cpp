@@ -1,6 +1,7 @@
 #include "encoder_mend.hpp"
 
 #include "api.hpp"
+#include "operations.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -14,7 +15,7 @@ namespace {
 
 // A weight, an input, or a backend's copy of one: nothing that the graph computes.
 bool is_leaf(const ggml_tensor * t) {
-    return t->op == GGML_OP_NONE && t->view_src == nullptr;
+    return op_of(t) == GGML_OP_NONE && t->view_src == nullptr;
 }
 
 float op_param(const ggml_tensor * node, int i) {
@@ -28,7 +29,7 @@ float op_param(const ggml_tensor * node, int i) {
 bool appends_class_token(const ggml_tensor * node) {
     const ggml_tensor * patches = node->src[0];
     const ggml_tensor * last = node->src[1];
-    const bool learned = is_leaf(last) || (last->op == GGML_OP_REPEAT && is_leaf(last->src[0]));
+    const bool learned = is_leaf(last) || (op_of(last) == GGML_OP_REPEAT && is_leaf(last->src[0]));
     return node->op_params[0] == 1 && !is_leaf(patches) && learned && last->ne[1] == 1 &&
            patches->ne[1] > 1;
 }
@@ -57,8 +58,8 @@ void write(ggml_tensor * index, const std::vector<int32_t> & values) {
 // nothing to do, unless a second reordering was to stand between.
 bool leaves_tokens_by_column(const ggml_tensor * node) {
     const ggml_tensor * from = node->src[0];
-    if (from->op != GGML_OP_CONT || from->src[0]->op != GGML_OP_PERMUTE ||
-        from->src[0]->src[0]->op != GGML_OP_RESHAPE) {
+    if (op_of(from) != GGML_OP_CONT || op_of(from->src[0]) != GGML_OP_PERMUTE ||
+        op_of(from->src[0]->src[0]) != GGML_OP_RESHAPE) {
         return false;
     }
     const int32_t * axes = from->src[0]->op_params;
@@ -69,7 +70,7 @@ bool leaves_tokens_by_column(const ggml_tensor * node) {
 
 // 0 times something that is no value of the model's.
 bool clears(const ggml_tensor * node) {
-    return node->op == GGML_OP_SCALE && op_param(node, 0) == 0.0f && op_param(node, 1) == 0.0f &&
+    return op_of(node) == GGML_OP_SCALE && op_param(node, 0) == 0.0f && op_param(node, 1) == 0.0f &&
            is_leaf(node->src[0]);
 }
 
@@ -109,7 +110,7 @@ bool EncoderMend::callback(ggml_tensor * node, bool ask, void * self) {
 
 // True where the node is to be computed, and shown again, before anything else is.
 bool EncoderMend::ask(ggml_tensor * node) {
-    switch (node->op) {
+    switch (op_of(node)) {
     case GGML_OP_CONCAT:
         if (n_rows_ == 0 && appends_class_token(node)) {
             n_rows_ = node->ne[1];
@@ -126,8 +127,8 @@ bool EncoderMend::ask(ggml_tensor * node) {
         ask_cont(node);
         return false;
     case GGML_OP_GLU:
-        if (node->op_params[0] == GGML_GLU_OP_GEGLU_QUICK) {
-            node->op_params[0] = GGML_GLU_OP_GEGLU;
+        if (node->op_params[0] == loaded_numbers().geglu_quick) {
+            node->op_params[0] = loaded_numbers().geglu;
             mended_.insert("activation");
         }
         return false;
@@ -183,7 +184,7 @@ void EncoderMend::ask_cont(ggml_tensor * node) {
     }
     ggml_tensor * tokens = node->src[0];
     by_rows_ = *tokens;
-    by_rows_.op = GGML_OP_PERMUTE;
+    by_rows_.op = loaded_numbers().permute;
     std::fill(std::begin(by_rows_.src), std::end(by_rows_.src), nullptr);
     by_rows_.src[0] = tokens;
     by_rows_.view_src = tokens;

@@ -2,6 +2,7 @@
 
 #include "api.hpp"
 #include "attention_node.hpp"
+#include "operations.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -18,7 +19,7 @@ bool is_input(const ggml_tensor * t) {
     const char * name = copied != nullptr ? copied + 1 : t->name;
     const size_t n = std::strlen("inp_raw");
     return std::strncmp(name, "inp_raw", n) == 0 && (name[n] == '\0' || name[n] == '#') &&
-           t->op == GGML_OP_NONE && t->type == GGML_TYPE_F32 && t->buffer != nullptr;
+           op_of(t) == GGML_OP_NONE && t->type == GGML_TYPE_F32 && t->buffer != nullptr;
 }
 
 } // namespace

@@ -1,5 +1,7 @@
 #include "fork_survey.hpp"
 
+#include "operations.hpp"
+
 #include "attention_node.hpp"
 #include "row_dim.hpp"
 
@@ -122,7 +124,7 @@ void ForkSurvey::find_crossings(const std::vector<ggml_tensor *> & nodes, const 
                 forbid(memory->second, place, src);
             }
         }
-        if (!is_view_op(nodes[i]->op) && nodes[i]->view_src != nullptr) {
+        if (!is_view_op(op_of(nodes[i])) && nodes[i]->view_src != nullptr) {
             written.emplace(root(nodes[i]), place);
         }
     }

@@ -1,5 +1,7 @@
 #include "graph_patch.hpp"
 
+#include "operations.hpp"
+
 #include "attention_node.hpp"
 
 #include <algorithm>
@@ -132,7 +134,7 @@ bool GraphPatch::ask(ggml_tensor * node) {
         stream_.asked(node);
     }
     const bool enters = active_ && fork_.ask(node);
-    if (node->op == GGML_OP_SET_ROWS) {
+    if (op_of(node) == GGML_OP_SET_ROWS) {
         return ask_set_rows(node);
     }
     if (enters || (active_ && stream_.reads(node))) {
@@ -172,7 +174,7 @@ void GraphPatch::computed(ggml_tensor * node) {
         return;
     }
     fork_.computed(node);
-    if (node->op == GGML_OP_SET_ROWS) {
+    if (op_of(node) == GGML_OP_SET_ROWS) {
         observation_.reached_keys(layer_in_name(root(node), "cache_k_l"));
     } else if (stream_.reads(node)) {
         stream_.read(node);

@@ -2,6 +2,7 @@
 
 #include "api.hpp"
 #include "attention_node.hpp"
+#include "operations.hpp"
 
 #include <algorithm>
 #include <iterator>
@@ -48,7 +49,7 @@ ggml_tensor * MaskTensor::assign(const ggml_tensor * original, const std::vector
         }
     }
     tensor_ = *original;
-    tensor_.op = GGML_OP_NONE;
+    tensor_.op = loaded_numbers().none;
     std::fill(std::begin(tensor_.src), std::end(tensor_.src), nullptr);
     tensor_.view_src = nullptr;
     tensor_.view_offs = 0;

@@ -2,6 +2,7 @@
 
 #include "api.hpp"
 #include "fork_survey.hpp"
+#include "operations.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -52,11 +53,11 @@ void ResidualStream::begin(const Plan & plan) {
 // In its last layer llama.cpp goes on with the rows alone whose logits are wanted: it picks them by
 // an input of the graph that names them.
 void ResidualStream::asked(const ggml_tensor * node) {
-    if (rows_.empty() || node->op != GGML_OP_GET_ROWS) {
+    if (rows_.empty() || op_of(node) != GGML_OP_GET_ROWS) {
         return;
     }
     const ggml_tensor * index = node->src[1];
-    const bool input = index->op == GGML_OP_NONE && index->type == GGML_TYPE_I32;
+    const bool input = op_of(index) == GGML_OP_NONE && index->type == GGML_TYPE_I32;
     if (input && node->src[0]->ne[1] == n_rows_ && index->ne[1] == 1) {
         kept_.resize(static_cast<size_t>(index->ne[0]));
         api().ggml_backend_tensor_get(index, kept_.data(), 0, kept_.size() * sizeof(int32_t));
@@ -71,7 +72,7 @@ bool ResidualStream::reads(const ggml_tensor * node) const {
 void ResidualStream::read(const ggml_tensor * node) {
     const int32_t il = residual_layer(node);
     const ggml_tensor * stream = il < 0 ? node->src[0] : node;
-    if (stream->type != GGML_TYPE_F32 || stream->op == GGML_OP_MUL_MAT || il >= n_layer_ ||
+    if (stream->type != GGML_TYPE_F32 || op_of(stream) == GGML_OP_MUL_MAT || il >= n_layer_ ||
         (il >= 0 && !entered_)) {
         return; // its cosine stays unknown, which `end` reports
     }

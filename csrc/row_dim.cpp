@@ -1,6 +1,7 @@
 #include "row_dim.hpp"
 
 #include "api.hpp"
+#include "operations.hpp"
 
 #include <algorithm>
 #include <iterator>
@@ -81,7 +82,7 @@ bool only_first(const Dims & dims) {
 }
 
 int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims) {
-    switch (node->op) {
+    switch (op_of(node)) {
     case GGML_OP_ADD:
     case GGML_OP_SUB:
     case GGML_OP_MUL:
@@ -119,7 +120,7 @@ int32_t row_dim(const ggml_tensor * node, int64_t n_rows,
     Dims dims;
     std::transform(std::begin(node->src), std::end(node->src), dims,
                    [&](const ggml_tensor * src) { return src == nullptr ? no_rows : dim_of(src); });
-    if (node->op == GGML_OP_GET_ROWS && only_first(dims) && dims[0] == no_rows) {
+    if (op_of(node) == GGML_OP_GET_ROWS && only_first(dims) && dims[0] == no_rows) {
         const bool embeds = node->src[1]->ne[0] == n_rows && own_memory(node);
         return embeds ? 1 : unclear_rows;
     }
@@ -130,7 +131,7 @@ int32_t row_dim(const ggml_tensor * node, int64_t n_rows,
     if (std::count(std::begin(dims), std::end(dims), unclear_rows) != 0) {
         return unclear_rows;
     }
-    switch (node->op) {
+    switch (op_of(node)) {
     case GGML_OP_SET_ROWS: // as many as its source has
         return only_first(dims) && is_outermost(node->src[0], dims[0]) ? no_rows : unclear_rows;
     case GGML_OP_RESHAPE:
@@ -156,7 +157,7 @@ int32_t row_dim_of_copy(const ggml_tensor * copy, const ggml_tensor * node, int3
 void shrink_rows_inplace(ggml_tensor * node, int32_t dim, int64_t n_rows, int64_t n_kept) {
     node->ne[dim] = node->ne[dim] / n_rows * n_kept;
     const ggml_tensor * src = node->src[0];
-    switch (node->op) {
+    switch (op_of(node)) {
     case GGML_OP_NONE: // a copy
     case GGML_OP_VIEW:
         return;

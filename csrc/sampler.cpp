@@ -61,18 +61,18 @@ void guidance_apply(llama_sampler * smpl, llama_token_data_array * cur) {
     cur->sorted = cur->sorted && !guided;
 }
 
-llama_sampler_i make_interface() {
-    llama_sampler_i interface{};
-    interface.name = guidance_name;
-    interface.apply = guidance_apply;
+SamplerInterface make_interface() {
+    SamplerInterface interface;
+    interface.known.name = guidance_name;
+    interface.known.apply = guidance_apply;
     return interface;
 }
 
 } // namespace
 
 llama_sampler * new_guidance_sampler(GuidanceState * state) {
-    static llama_sampler_i interface = make_interface();
-    return api().llama_sampler_init(&interface, state);
+    static SamplerInterface interface = make_interface();
+    return api().llama_sampler_init(&interface.known, state);
 }
 
 PairSampler::PairSampler(int32_t n_vocab, llama_sampler * constraints, llama_sampler * guided,

@@ -42,7 +42,7 @@ from cmg_gguf.settings import Settings, save_settings
 STDERR = Console(stderr=True)
 HALF = Guidance(layers=LayerRange(0.5, 1.0))
 PLAIN = Guidance(alpha=0.0, beta=0.0)
-N_TOKENS, N_CLIENTS, N_CTX = 32, 4, 8192
+N_CLIENTS, N_CTX = 4, 8192
 END = {"2": -100.0}
 """The end token, which no answer draws."""
 COMPARED = {
@@ -86,7 +86,7 @@ class Asker:
         self._client = httpx.Client(base_url=url, timeout=600, trust_env=False)
         self._body = body
 
-    def __call__(self, messages: Messages, n_tokens: int = N_TOKENS, **fields: Any) -> Timed:
+    def __call__(self, messages: Messages, n_tokens: int, **fields: Any) -> Timed:
         limits = {"max_tokens": n_tokens, "logit_bias": END, "temperature": 0.0}
         body = {"messages": messages, "stream": True, **limits, **self._body, **fields}
         started, arrivals = time.perf_counter(), []
@@ -104,9 +104,15 @@ class Bench:
     """Measures in turns. times: milliseconds by name, one of each round."""
 
     def __init__(
-        self, vlm: GuidedVLM, subject: Subject, server: Asker, stock: Asker | None
+        self,
+        vlm: GuidedVLM,
+        subject: Subject,
+        server: Asker,
+        stock: Asker | None,
+        n_tokens: int,
     ) -> None:
         self.times: Times = {}
+        self._n_tokens = n_tokens
         self._vlm, self._subject, self._server, self._stock = vlm, subject, server, stock
         self._seeds = count(1)
 
@@ -115,12 +121,12 @@ class Bench:
         messages = self._new()
         tokens: dict[str, Callable[[], Timed]] = {
             "engine, guided": lambda: self._engine(messages, HALF),
-            "server, guided": lambda: self._server(messages),
+            "server, guided": lambda: self._server(messages, self._n_tokens),
             "engine, plain": lambda: self._engine(messages, PLAIN),
-            "server, plain": lambda: self._server(messages, cmg="off"),
+            "server, plain": lambda: self._server(messages, self._n_tokens, cmg="off"),
         }
         if (stock := self._stock) is not None:
-            tokens["stock, plain"] = lambda: stock(messages)
+            tokens["stock, plain"] = lambda: stock(messages, self._n_tokens)
         for ask in tokens.values():
             ask()  # its prompt is kept from here on: what is timed are tokens
         for name, ask in rotated(tokens, i):
@@ -143,18 +149,18 @@ class Bench:
         several = [self._new() for _ in range(N_CLIENTS)]
         for messages in several:
             self._server(messages, 2)
-        n_tokens = N_CLIENTS * N_TOKENS
+        n_tokens = N_CLIENTS * self._n_tokens
         started = time.perf_counter()
         for messages in several:
-            self._server(messages)
+            self._server(messages, self._n_tokens)
         self._note("one client", (time.perf_counter() - started) * 1e3 / n_tokens)
         with ThreadPoolExecutor(N_CLIENTS) as pool:
             started = time.perf_counter()
-            list(pool.map(self._server, several))
+            list(pool.map(self._server, several, [self._n_tokens] * N_CLIENTS))
             self._note("four clients", (time.perf_counter() - started) * 1e3 / n_tokens)
 
     def _engine(self, messages: Messages, guidance: Guidance) -> Timed:
-        limits: dict[str, Any] = {"max_tokens": N_TOKENS, "guidance": guidance}
+        limits: dict[str, Any] = {"max_tokens": self._n_tokens, "guidance": guidance}
         sampling = Request("", **limits).sampling
         bias = {int(token): value for token, value in END.items()}
         sampling = type(sampling)(logit_bias=bias)
@@ -162,7 +168,7 @@ class Bench:
         for piece in self._vlm.stream(Request(messages, sampling=sampling, **limits)):
             if piece.text:
                 arrivals.append(time.perf_counter())
-        return timed(started, arrivals, N_TOKENS)
+        return timed(started, arrivals, self._n_tokens)
 
     def _new(self) -> Messages:
         """The first question about a picture that nobody has seen."""
@@ -210,7 +216,7 @@ def stock_serving(subject: Subject, threads: int) -> Iterator[str]:
         process.wait()
 
 
-def measure(subject: Subject, n_rounds: int, threads: int, *, stock: bool) -> Times:
+def measure(subject: Subject, n_rounds: int, threads: int, n_tokens: int, *, stock: bool) -> Times:
     """Milliseconds of everything in each round."""
     files = ["-m", str(subject.pair.llm), "--mmproj", str(subject.pair.mmproj)]
     settings = cache_folder() / "bench-server-settings.json"
@@ -230,10 +236,12 @@ def measure(subject: Subject, n_rounds: int, threads: int, *, stock: bool) -> Ti
                 n_parallel=N_CLIENTS,
             )
         )
-        bench = Bench(vlm, subject, Asker(url), Asker(stock_url) if stock_url else None)
+        beside = Asker(stock_url) if stock_url else None
+        bench = Bench(vlm, subject, Asker(url), beside, n_tokens)
         for i in range(n_rounds):
             bench.round(i)
-            STDERR.print(f"a round of {n_rounds}")
+            last = {name: round(values[-1], 1) for name, values in bench.times.items()}
+            STDERR.print(f"a round of {n_rounds}: {last}")
         return bench.times
 
 
@@ -243,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=("random", "embedded"), default="random")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--no-stock", action="store_true")
     args = parser.parse_args(argv)
     set_verbose(False)
@@ -251,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     there = importlib.util.find_spec("starlette_context") is not None
     if not there and not args.no_stock:
         STDERR.print("llama_cpp.server is not installed: pip install 'llama-cpp-python[server]'")
-    times = measure(subject, args.rounds, args.threads, stock=there and not args.no_stock)
+    stock = there and not args.no_stock
+    times = measure(subject, args.rounds, args.threads, args.tokens, stock=stock)
     report(times, subject.name)
     return 0
 

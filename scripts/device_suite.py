@@ -44,14 +44,21 @@ def call(command: Sequence[str], **environment: str) -> None:
 def requirements(pyproject: str) -> list[str]:
     """What building, installing and testing this package takes, by its pyproject.toml.
 
-    The lists `requires`, `dependencies` and the extra `test`, as they stand there.
+    The lists `requires`, `dependencies` and the extra `test`, as they stand there; where one names
+    other extras of the package, what those list.
     """
     found: list[str] = []
-    for name in ("requires", "dependencies", "test"):
+    names = ["requires", "dependencies", "test"]
+    for name in names:
         listed = re.search(rf'^{name} = \[((?:[^]"]|"[^"]*")*)\]', pyproject, re.MULTILINE)
         if listed is None:
             raise CannotRunError(f"pyproject.toml has no list named {name}")
-        found += re.findall(r'"([^"]+)"', listed.group(1))
+        for line in re.findall(r'"([^"]+)"', listed.group(1)):
+            extras = re.fullmatch(r"cmg-gguf\[([\w,]+)\]", line)
+            if extras is None:
+                found.append(line)
+            else:
+                names += [extra for extra in extras.group(1).split(",") if extra not in names]
     return list(dict.fromkeys(found))
 
 

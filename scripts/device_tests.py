@@ -91,7 +91,6 @@ CHOSEN = (
     f"{_REUSE}more_questions_about_an_image_are_the_judges[gemma-decode-prompt]",
     f"{_REUSE}a_conversation_goes_on_where_it_stopped[llama-text]",
     "test_graph_patch.py::test_cosines_are_the_judges_and_only_there_when_asked_for",
-    "test_graph_patch.py::test_masks_toggled_between_steps_touch_their_own_steps_alone",
     "test_vlm.py::test_the_pieces_of_a_stream_are_the_reply",
     "test_vlm.py::test_two_contexts_say_what_a_pair_says",
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import httpx
+from commands import PROGRAM, environment
 from PIL import Image
 
 from cmg_gguf import GuidedVLM
@@ -86,6 +89,29 @@ def serving(vlm: dict[str, Any] | None = None, **settings: Any) -> Iterator[Serv
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextmanager
+def program(*arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`cmg-gguf serve` as a program of its own, and its address."""
+    process = subprocess.Popen(
+        [*PROGRAM, "serve", "--port", "0", "-t", "1", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        env={**environment(), **env},
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"is served at (\S+)/v1", line):
+                break
+        else:
+            raise AssertionError("it has ended")
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def data_url(scene: int = 0) -> str:

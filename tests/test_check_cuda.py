@@ -48,6 +48,8 @@ def test_what_is_packed_is_what_the_project_names() -> None:
     names = {name.split(">")[0].split("=")[0] for name in needed}
     assert {"scikit-build-core", "pybind11", "llama-cpp-python", "numpy", "gguf", "pytest"} <= names
     assert len(needed) == len(set(needed))
+    assert "huggingface-hub" in names  # of an extra that the extra `test` names
+    assert not any(name.startswith("cmg-gguf") for name in needed)
 
 
 def test_requirements_with_extras_are_read_whole() -> None:

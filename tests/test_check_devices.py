@@ -24,6 +24,8 @@ from device_suite import (
 from device_tests import ALSO_ON_TWO, CHOSEN, LEFT_OUT, ON_LAVAPIPE
 from vulkan_check import headers, install_packages, lavapipe, missing
 
+from cmg_gguf.llama.versions import REQUIREMENT
+
 
 def functions_of(file: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
@@ -121,9 +123,7 @@ def test_a_command_that_fails_is_told() -> None:
 
 
 def test_the_sources_are_those_that_the_project_pins() -> None:
-    assert pinned_source((ROOT / "pyproject.toml").read_text("utf-8")).startswith(
-        "llama-cpp-python>=0.3.36"
-    )
+    assert pinned_source((ROOT / "pyproject.toml").read_text("utf-8")).startswith(REQUIREMENT)
 
 
 # --- Vulkan -------------------------------------------------------------------------------------

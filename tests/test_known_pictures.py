@@ -71,7 +71,9 @@ def fresh(tiny: Tiny, text: str, images: list[NDArray[np.uint8]]) -> Described:
         pixels = image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         bitmaps.append(mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], pixels))
         mtmd.mtmd_bitmap_set_id(bitmaps[-1], str(i).encode())
-    request = mtmd.mtmd_input_text(data, len(data), True, True)
+    request = mtmd.mtmd_input_text(
+        text=data, text_len=len(data), add_special=True, parse_special=True
+    )
     array = (mtmd.mtmd_bitmap_p_ctypes * max(1, len(bitmaps)))(*bitmaps)
     made = mtmd.mtmd_input_chunks_init()
     found: Described = []

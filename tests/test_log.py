@@ -20,6 +20,7 @@ from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import ModelError, _core
+from cmg_gguf.llama.chunks import HAS_PARTS
 from cmg_gguf.llama.log import captured_errors, set_verbose
 
 
@@ -206,7 +207,7 @@ except KeyboardInterrupt:
         'llama_cpp, "llama_model_load_from_file"',
         'mtmd_cpp, "mtmd_init_from_file"',
         'llama_cpp, "llama_init_from_model"',
-        'mtmd_cpp, "mtmd_tokenize_from_parts"',
+        f'mtmd_cpp, "mtmd_tokenize{"_from_parts" if HAS_PARTS else ""}"',
         'mtmd_cpp, "mtmd_encode_chunk"',
         'llama_cpp, "llama_decode"',
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
@@ -87,7 +88,16 @@ def test_without_names_all_gpus_are_meant_and_those_inside_where_there_is_no_oth
 def test_the_image_encoder_goes_where_the_first_layer_may(
     placed: dict[str, Any], handle: int | None
 ) -> None:
-    assert Placement(**placed).encoder_device() == handle
+    params = SimpleNamespace(device=None)
+    Placement(**placed).fill_encoder(params)
+    assert params.device == handle
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_an_mtmd_that_cannot_be_told_the_encoders_device_is_not_asked_for_one() -> None:
+    Placement().fill_encoder(SimpleNamespace())
+    with pytest.raises(UnsupportedError, match=r"since llama-cpp-python 0\.3\.36; update it"):
+        Placement(devices=["CUDA1"]).fill_encoder(SimpleNamespace())
 
 
 @pytest.mark.usefixtures("two_gpus")

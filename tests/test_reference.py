@@ -91,7 +91,9 @@ class Plain:
         bitmaps = [_bitmap(image) for image in images]
         chunks = mtmd.mtmd_input_chunks_init()
         raw = text.encode()
-        given = mtmd.mtmd_input_text(raw, len(raw), True, True)
+        given = mtmd.mtmd_input_text(
+            text=raw, text_len=len(raw), add_special=True, parse_special=True
+        )
         pointers = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
         status = mtmd.mtmd_tokenize(
             self.vision, chunks, ctypes.byref(given), pointers, len(bitmaps)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
+from benchmarks.plain_llama import open_llama
 from commands import flat, invoke
 from guided import open_vlm, png
 from PIL import Image
@@ -136,7 +136,7 @@ def test_the_command_line_has_llama_cpps_names_for_the_limits(
 
 
 def test_the_handler_takes_the_limits_too(any_size: TinyPair) -> None:
-    llama = llama_cpp.Llama(str(any_size.llm), n_ctx=2048, verbose=False)
+    llama = open_llama(any_size.llm, n_ctx=2048, verbose=False)
     limits: dict[str, Any] = {"image_min_tokens": 32, "image_max_tokens": 64, "max_pixels": 10**6}
     handler = CMGChatHandler(any_size.mmproj, use_gpu=False, **limits)
     vlm = handler.vlm(llama)

@@ -162,7 +162,8 @@ def test_temperature_divides_the_combined_logits(model: Model, rows: Rows) -> No
 
 
 def _penalties(model: Model, last_n: int, *penalties: float) -> Any:
-    return llama_cpp.llama_sampler_init_penalties(model.n_vocab, last_n, *penalties)
+    first = (model.n_vocab,) if hasattr(llama_cpp, "LLAMA_LOAD_MODE_MMAP") else ()  # since 0.3.35
+    return llama_cpp.llama_sampler_init_penalties(*first, last_n, *penalties)
 
 
 def _then_draw(*samplers: Any, temperature: float = 1.5) -> list[Any]:

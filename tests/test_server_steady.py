@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from commands import PROGRAM, environment
-from served import Served, asking, serving
+from served import Served, asking, program, serving
 
 from cmg_gguf import ModelError
 from cmg_gguf.server.limits import Limits
@@ -283,27 +280,24 @@ def test_a_model_that_nobody_asks_is_freed_and_loaded_again() -> None:
                 assert served.service.lifetime.vlm is not None
 
 
-@contextlib.contextmanager
-def program(*arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`cmg-gguf serve` as a program of its own, and its address."""
-    process = subprocess.Popen(
-        [*PROGRAM, "serve", "--port", "0", "-t", "1", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd="/",
-        env={**environment(), **env},
-    )
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if found := re.search(r"is served at (\S+)/v1", line):
-                break
-        else:
-            pytest.fail("it has ended")
-        yield process, found[1]
-    finally:
-        process.kill()
-        process.communicate()
+def test_a_model_that_cannot_be_loaded_again_is_told_and_holds_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(sleep_seconds=1.0) as served:
+        lifetime, queue = served.service.lifetime, served.service.queue
+        load = lifetime._load
+        assert served.wait(lambda: lifetime.vlm is None)
+
+        def gone() -> Any:
+            raise ModelError("/models/x.gguf is gone")
+
+        monkeypatch.setattr(lifetime, "_load", gone)
+        refused = served.post(asking(0))
+        assert refused.status_code == 503
+        assert "/models" not in refused.text
+        assert served.wait(lambda: queue.n_taken == 0)
+        monkeypatch.setattr(lifetime, "_load", load)
+        assert served.post(asking(0)).status_code == 200
 
 
 def test_told_to_end_it_lets_answers_end_and_takes_no_new_ones() -> None:

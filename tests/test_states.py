@@ -33,6 +33,7 @@ from cmg_gguf.guidance import (
     LowestCosine,
     Refresh,
     Scope,
+    States,
     TopRatio,
 )
 from cmg_gguf.prompt.segments import Prompt
@@ -186,17 +187,31 @@ def test_a_state_that_never_read_the_pictures_is_two_contexts(
 @every_refresh
 @pytest.mark.parametrize("scope", ["text", "question"])
 @pytest.mark.parametrize("stepping", [EAGER, WAITS], ids=["eager", "waits"])
+@pytest.mark.parametrize("states", ["read", "unread"])
 def test_more_questions_about_a_picture_decode_their_text_alone(
-    stateful: Tiny, scope: Scope, refresh: Refresh, stepping: Strategy
+    stateful: Tiny, scope: Scope, refresh: Refresh, stepping: Strategy, states: States
 ) -> None:
+    if states == "unread" and scope != "text":
+        return  # refused
     rig = Rig(stateful, n_slots=2, stepping=stepping)
-    guidance = Guidance(scope=scope, refresh=refresh)
+    guidance = Guidance(scope=scope, refresh=refresh, states=states)
     prompts = [stateful.prompt(text, PICTURE) for text in QUESTIONS]
     behind = int(prompts[0].is_image.argmax()) + 16
     assert agree(rig, prompts[0], guidance)[0] == prompts[0].n_tokens
     for prompt in prompts[1:] + prompts[:1]:
         assert agree(rig, prompt, guidance) == (prompt.n_tokens - behind,) * 2
         assert rig.engine.n_reused == behind
+
+
+@every_arch
+@pytest.mark.parametrize("guidance", [PLAIN, Guidance(), Guidance(states="unread")], ids=str)
+def test_what_takes_more_cells_than_may_be_kept_is_not_kept(
+    stateful: Tiny, guidance: Guidance
+) -> None:
+    rig, prompt = Rig(stateful, n_slots=2, max_cells=12), stateful.prompt(QUESTIONS[0], PICTURE)
+    for _ in range(2):
+        assert agree(rig, prompt, guidance)[0] == prompt.n_tokens
+    assert rig.engine.prefixes.n_prefixes == 0
 
 
 @every_arch

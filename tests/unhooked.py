@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -73,6 +74,9 @@ class Unhooked:
 
     def _decode_image(self, image: ImageSegment, n_past: int, seq: int) -> None:
         assert image.embd is not None
+        observer: tuple[Any, ...] = ()
+        if hasattr(mtmd, "mtmd_helper_post_decode_callback"):  # not in the oldest versions
+            observer = (mtmd.mtmd_helper_post_decode_callback(), ctypes.c_void_p(0))
         status = mtmd.mtmd_helper_decode_image_chunk(
             self._tiny.projector.handle,
             self.handle,
@@ -82,7 +86,6 @@ class Unhooked:
             seq,
             self._n_ubatch,
             ctypes.byref(llama_cpp.llama_pos()),
-            mtmd.mtmd_helper_post_decode_callback(),
-            ctypes.c_void_p(0),
+            *observer,
         )
         assert status == 0

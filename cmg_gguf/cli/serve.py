@@ -65,7 +65,12 @@ def serve(
     running.on_start = partial(_tell, err, running, server)
     # uvicorn raises the signal again when it has drained: that is the end that was asked for.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    running.run()
+    try:
+        running.run()
+    except SystemExit as exc:  # uvicorn's, which has logged why
+        raise UnsupportedError(
+            f"the server cannot listen at {server.host}:{server.port}; name another --port"
+        ) from exc
 
 
 def load_server() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 from cmg_gguf import __version__
 from cmg_gguf.doctor.finding import Finding
 from cmg_gguf.facts import system_facts
+from cmg_gguf.llama.versions import REMEDY, untested
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 CUDA_REMEDY = (
     "the accelerator computes with a llama-cpp-python that was built for it: CMAKE_ARGS=-DGGML_CUDA"
-    "=on pip install llama-cpp-python==0.3.36 --no-cache-dir --force-reinstall"
+    f"=on {REMEDY} --no-cache-dir"
 )
 
 
@@ -26,6 +27,8 @@ def look() -> Iterator[Finding]:
         f"cmg-gguf {__version__}, llama-cpp-python {facts['llama_cpp_python']}, "
         f"NumPy {facts['numpy']}, Pillow {facts['pillow']}, Python {facts['python']}",
     )
+    if told := untested(facts["llama_cpp_python"]):
+        yield Finding("llama-cpp-python", "warning", told)
     yield Finding("llama.cpp", "ok", facts["library"])
     yield _devices(facts["devices"])
     if remedy := facts["repacking_remedy"]:

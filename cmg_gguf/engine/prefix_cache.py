@@ -48,6 +48,10 @@ from cmg_gguf.engine.prefixes import (
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.prompt.segments import Prompt
 
+UNREAD = "unread"
+"""The variant of a degraded branch that is the original's up to its first masked row, but for a
+state that never read the picture."""
+
 
 @dataclass(frozen=True, order=True)
 class Start:
@@ -63,8 +67,9 @@ class Lease:
 
     branches: the sequences it works in. items: what the original branch has decoded or will, prompt
     and answer. original, degraded: cells that a prefix held when they were shared, or holds since.
-    n_prompt: rows of the prompt; the degraded branch is only known to be whole as far as that, once
-    `is_complete`: it has decoded its part of the prompt. cells: both branches', each once.
+    unread: see `PromptRows.unread`. n_prompt: rows of the prompt; the degraded branch is only known
+    to be whole as far as that, once `is_complete`: it has decoded its part of the prompt. cells:
+    both branches', each once.
     """
 
     branches: Branches
@@ -73,6 +78,7 @@ class Lease:
     n_prompt: int
     variant: Hashable
     first_own: int
+    unread: bool
     original: Cells
     degraded: Cells
     is_complete: bool = False
@@ -148,8 +154,17 @@ class PrefixCache:
             self._share(prefix, start, branches)
             original = prefix.original[: start.original]
             degraded = prefix.degraded[: start.degraded]
-        variant, first_own = self._variant(rows), rows.first_masked
-        lease = Lease(branches, start, list(items), rows.n, variant, first_own, original, degraded)
+        lease = Lease(
+            branches,
+            start,
+            list(items),
+            rows.n,
+            self._variant(rows),
+            rows.first_masked,
+            self._paired and rows.unread,
+            original,
+            degraded,
+        )
         self._leases.append(lease)
         self._n_held = None
         return lease
@@ -208,7 +223,8 @@ class PrefixCache:
             shared = head(items, len(degraded))
             context, seq = branches.degraded.context, branches.degraded.seq
             self._move(context, seq, self._slots[slot][1], shared)
-        self._store.add(Prefix(slot, items, original, degraded, lease.variant))
+        variant = UNREAD if _parts_here(lease, len(original)) else lease.variant
+        self._store.add(Prefix(slot, items, original, degraded, variant))
         lease.name(original, degraded)
         self._n_held = None
         self._unsettled.discard(slot)
@@ -250,6 +266,9 @@ class PrefixCache:
         common = min(common, rows.n - 1)
         if self._has_state and common < n_rows(prefix.items):
             return Start()
+        unread = prefix.variant == UNREAD and len(prefix.degraded)
+        if rows.unread and unread and common == rows.first_masked:
+            return Start(common, common)
         variant = self._variant(rows)
         same = variant is not None and variant == prefix.variant and len(prefix.degraded)
         both = min(common, len(prefix.degraded))
@@ -297,7 +316,9 @@ class PrefixCache:
         items = tuple(lease.items) if n is None else head(lease.items, n)
         original = self._named(lease.original, n_rows(items))
         degraded = NO_CELLS
-        if lease.n_degraded > 0 and (not self._has_state or lease.n_degraded == len(original)):
+        if _parts_here(lease, len(original)) and len(original) <= self._max_cells:
+            degraded = original
+        elif lease.n_degraded > 0 and (not self._has_state or lease.n_degraded == len(original)):
             known = lease.degraded
             if not len(known):
                 known = original[: lease.first_own]
@@ -328,6 +349,11 @@ class PrefixCache:
             context.truncate(seq, 0)
             context.patch.truncate_image_tokens(seq, 0)
         self._unsettled.discard(slot)
+
+
+def _parts_here(lease: Lease, n: int) -> bool:
+    """Whether the degraded branch has a state of its own behind n rows, and not yet a row."""
+    return lease.unread and n == lease.first_own
 
 
 def _is_of_use(lease: Lease, n: int, n_fitting: int) -> bool:

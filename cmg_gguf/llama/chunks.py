@@ -1,7 +1,7 @@
 """Prompts as llama.cpp's mtmd cuts them: runs of text tokens, and images in one or more pieces.
 
-    chunks = cut(projector.handle, source)                # nobody looks at a pixel
-    chunks = cut(projector.handle, source, pixels_of=0)   # image 0 can be encoded
+    chunks = cut(mtmd, source)                # nobody looks at a pixel
+    chunks = cut(mtmd, source, pixels_of=0)   # image 0 can be encoded
 
 Into which pieces an image is cut, with which text around and between them, depends on its size
 alone. So only the images that are to be encoded are ever read and resized: for a photo of 12
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,14 +22,29 @@ import numpy.typing as npt
 from llama_cpp import mtmd_cpp
 
 from cmg_gguf.arrays import IntArray
-from cmg_gguf.errors import ImageError
+from cmg_gguf.errors import ImageError, UnsupportedError
 from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.llama.model import Model
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """(H, W, 3) RGB."""
 
+HAS_PARTS = hasattr(mtmd_cpp, "mtmd_tokenize_from_parts")
+"""Whether mtmd is given a prompt's parts as they are: since llama-cpp-python 0.3.36."""
+
 Part: TypeAlias = tuple[str, bool]
 """A text, and whether special tokens are looked for in it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mtmd:
+    """An mtmd_context. handle: its pointer. marker: what it takes for an image. kind: of projector.
+    model: whose vocabulary texts are in."""
+
+    handle: Any
+    marker: str
+    kind: str
+    model: Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,23 +71,85 @@ class Chunk:
         self.n_pos: int = mtmd_cpp.mtmd_input_chunk_get_n_pos(borrowed)
 
 
-def cut(context: Any, source: Source, *, pixels_of: int | None = None) -> list[IntArray | Chunk]:
+def cut(context: Mtmd, source: Source, *, pixels_of: int | None = None) -> list[IntArray | Chunk]:
     """The prompt in order; text as (n,) int32 tokens, n > 0.
 
-    context: an mtmd_context pointer. pixels_of: the image whose chunks can be encoded. Raises
+    pixels_of: the image whose chunks can be encoded. Raises
     ImageError for an image that the model's preprocessing refuses.
     """
     bitmaps = [_bitmap(image, i, i == pixels_of) for i, image in enumerate(source.images)]
+    try:
+        return (at_once if HAS_PARTS else one_by_one)(context, source, bitmaps)
+    finally:
+        for bitmap in bitmaps:
+            mtmd_cpp.mtmd_bitmap_free(bitmap)
+
+
+def at_once(context: Mtmd, source: Source, bitmaps: Sequence[Any]) -> list[IntArray | Chunk]:
+    """The prompt in order, cut by mtmd. bitmaps: one mtmd_bitmap pointer an image."""
+    parts = _parts(source.parts, bitmaps)
+    pointers = (ctypes.POINTER(mtmd_cpp.mtmd_input_part) * max(1, len(parts)))(
+        *(ctypes.pointer(part) for part in parts)
+    )
+    return _tokenized(
+        source,
+        lambda chunks: mtmd_cpp.mtmd_tokenize_from_parts(
+            context.handle, chunks, pointers, len(parts), source.add_bos
+        ),
+    )
+
+
+def one_by_one(context: Mtmd, source: Source, bitmaps: Sequence[Any]) -> list[IntArray | Chunk]:
+    """The same, where mtmd looks for special tokens in all texts or none: it is given the images
+    alone. Raises UnsupportedError where it matters to an image which of several it is."""
+    if len(source.images) > 1 and context.kind == "hunyuanvl":
+        raise UnsupportedError(
+            f"{len(source.images)} images in one prompt: a {context.kind} model can take more than "
+            "one since llama-cpp-python 0.3.36; give one, or update it"
+        )
+    marker = context.marker.encode()
+    given = mtmd_cpp.mtmd_input_text(
+        text=marker, text_len=len(marker), add_special=False, parse_special=True
+    )
+    left = iter(bitmaps)
+    found: list[IntArray | Chunk] = []
+    for part in source.parts:
+        if part is None:
+            one = (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(next(left))
+            found += _tokenized(
+                source,
+                lambda chunks, one=one: mtmd_cpp.mtmd_tokenize(  # type: ignore[misc]
+                    context.handle, chunks, ctypes.byref(given), one, 1
+                ),
+            )
+        else:
+            text, special = part
+            found.append(context.model.tokenize(text, special=special))
+    if source.add_bos:
+        first, last = context.model.around
+        found = [first, *found, last]
+    return _joined(found)
+
+
+def _joined(found: Sequence[IntArray | Chunk]) -> list[IntArray | Chunk]:
+    """Texts that follow each other as one; without empty ones."""
+    joined: list[IntArray | Chunk] = []
+    for one in found:
+        before = joined[-1] if joined else None
+        if isinstance(one, Chunk) or isinstance(before, Chunk) or before is None:
+            if isinstance(one, Chunk) or len(one):
+                joined.append(one)
+        else:
+            joined[-1] = np.concatenate([before, one])
+    return joined
+
+
+def _tokenized(source: Source, tokenize: Callable[[Any], int]) -> list[IntArray | Chunk]:
+    """What `tokenize` fills an mtmd_input_chunks with."""
     chunks = mtmd_cpp.mtmd_input_chunks_init()
     try:
-        parts = _parts(source.parts, bitmaps)
-        pointers = (ctypes.POINTER(mtmd_cpp.mtmd_input_part) * max(1, len(parts)))(
-            *(ctypes.pointer(part) for part in parts)
-        )
         with captured_errors() as errors:
-            code = mtmd_cpp.mtmd_tokenize_from_parts(
-                context, chunks, pointers, len(parts), source.add_bos
-            )
+            code = tokenize(chunks)
         if code != 0:
             sizes = ", ".join(f"{image.shape[1]}x{image.shape[0]}" for image in source.images)
             raise ImageError(
@@ -82,8 +159,6 @@ def cut(context: Any, source: Source, *, pixels_of: int | None = None) -> list[I
         return _copied(chunks)
     finally:
         mtmd_cpp.mtmd_input_chunks_free(chunks)
-        for bitmap in bitmaps:
-            mtmd_cpp.mtmd_bitmap_free(bitmap)
 
 
 def image_positions(chunk: Chunk, position: int, *, shared: bool) -> IntArray:

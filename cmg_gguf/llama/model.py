@@ -56,6 +56,7 @@ class Model:
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(handle)
         self.size: int = llama_cpp.llama_model_size(handle)
         self.adds_bos: bool = llama_cpp.llama_vocab_get_add_bos(self.vocab)
+        self._adds_eos: bool = llama_cpp.llama_vocab_get_add_eos(self.vocab)
         self.has_recurrent_layers: bool = llama_cpp.llama_model_is_recurrent(
             handle
         ) or llama_cpp.llama_model_is_hybrid(handle)
@@ -93,9 +94,7 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         kept = placement.fill(params)
         params.use_extra_bufts = is_safe()
-        params.load_mode = (
-            llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
-        )
+        _set_mmap(params, use_mmap)
         report = _core.LoadProgress(progress or (lambda share: None))
         params.progress_callback = ctypes.cast(report.callback, llama_cpp.llama_progress_callback)
         params.progress_callback_user_data = report.user_data
@@ -197,6 +196,13 @@ class Model:
         n = llama_cpp.llama_tokenize(self.vocab, data, len(data), tokens, room, add_bos, special)
         return np.array(tokens[: max(n, 0)], dtype=np.int32)
 
+    @property
+    def around(self) -> tuple[IntArray, IntArray]:
+        """The tokens that the vocabulary puts before and behind a prompt, (0,) or (1,) int32."""
+        bos = [llama_cpp.llama_vocab_bos(self.vocab)] * self.adds_bos
+        eos = [llama_cpp.llama_vocab_eos(self.vocab)] * self._adds_eos
+        return np.array(bos, np.int32), np.array(eos, np.int32)
+
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of a token, possibly part of a character; b"" for control tokens, but for
         those that mark reasoning."""
@@ -211,6 +217,15 @@ class Model:
             if len(tokens) == 1 and not self._token_bytes(int(tokens[0])):
                 found[int(tokens[0])] = mark.encode()
         return found
+
+
+def _set_mmap(params: Any, use_mmap: bool) -> None:
+    if hasattr(params, "use_mmap"):  # llama-cpp-python before 0.3.35
+        params.use_mmap = use_mmap
+    else:
+        params.load_mode = (
+            llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
+        )
 
 
 def _why(path: Path, errors: Sequence[str]) -> str:

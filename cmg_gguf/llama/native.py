@@ -1,15 +1,16 @@
 """Binds `_core` to the llama.cpp that llama-cpp-python has loaded, or says at import why not.
 
 Nothing of ggml is linked into this package. The addresses of the functions it calls are taken from
-the handles that llama_cpp holds, so the same wheel serves CPU, CUDA and Metal builds.
+the handles that llama_cpp holds, so the same wheel serves CPU, CUDA and Metal builds, and versions
+other than the one whose headers it was built with: see `cmg_gguf.llama.versions`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,17 +18,7 @@ import llama_cpp
 from llama_cpp._ctypes_extensions import load_shared_library
 
 from cmg_gguf import _core
-
-TESTED = ((0, 3, 36), (0, 3, 37))  # at least, below
-REMEDY = 'pip install "llama-cpp-python>=0.3.36,<0.3.37" --force-reinstall'
-
-
-def _check_version() -> None:
-    found = tuple(int(x) for x in re.findall(r"\d+", llama_cpp.__version__)[:3])
-    if not TESTED[0] <= found < TESTED[1]:
-        raise ImportError(
-            f"llama-cpp-python {llama_cpp.__version__} is outside the tested range: {REMEDY}"
-        )
+from cmg_gguf.llama.versions import NEWEST_TESTED, OLDEST, REMEDY, check_version, untested
 
 
 def _handles() -> Iterator[ctypes.CDLL]:
@@ -50,13 +41,18 @@ def _address(name: str, handles: list[ctypes.CDLL]) -> int:
 
 
 def _bind() -> None:
-    _check_version()
+    check_version(llama_cpp.__version__)
     handles = list(_handles())
     names = [*_core.required_functions(), "ggml_cpu_fp16_to_fp32"]
     try:
         _core.bind_api({n: address for n in names if (address := _address(n, handles))})
     except RuntimeError as exc:
-        raise ImportError(f"{exc}. Rebuild against the installed version: {REMEDY}") from exc
+        raise ImportError(
+            f"{exc}. llama-cpp-python {llama_cpp.__version__} is installed; {OLDEST} to "
+            f"{NEWEST_TESTED} were tested: {REMEDY}"
+        ) from exc
+    if told := untested(llama_cpp.__version__):
+        warnings.warn(told, stacklevel=2)
     llama_cpp.llama_backend_init()
 
 

@@ -96,13 +96,19 @@ class Placement:
             params.tensor_split = kept[-1]
         return tuple(kept)
 
-    def encoder_device(self) -> int | None:
-        """Handle of the device for the image encoder: that of the first layer on one; None = as
-        mtmd chooses."""
-        if self.devices is None and self.main_gpu == 0:
-            return None
-        used = self.used()
-        return device_handle(used[self.main_gpu].name) if used else None
+    def fill_encoder(self, params: Any) -> None:
+        """Writes the image encoder's device into an mtmd_context_params: that of the first layer on
+        one, or as mtmd chooses. Raises UnsupportedError where this mtmd cannot be told."""
+        chosen = self.devices is not None or self.main_gpu != 0
+        used = self.used() if chosen else []
+        if not used:
+            return
+        if not hasattr(params, "device"):
+            raise UnsupportedError(
+                f"devices={self.devices}, main_gpu={self.main_gpu}: the image encoder's device can "
+                "be chosen since llama-cpp-python 0.3.36; update it, or leave both out"
+            )
+        params.device = device_handle(used[self.main_gpu].name)
 
     def _check_split(self, used: Sequence[str]) -> None:
         split = self.tensor_split

@@ -20,7 +20,7 @@ from llama_cpp import llama_cpp, mtmd_cpp
 from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import BackendError, ModelError, ProjectorError, PromptError
-from cmg_gguf.llama.chunks import Chunk, Part, Pixels, Source, cut
+from cmg_gguf.llama.chunks import Chunk, Mtmd, Part, Pixels, Source, cut
 from cmg_gguf.llama.embeddings import Embeddings
 from cmg_gguf.llama.header import projector_facts, read_architecture
 from cmg_gguf.llama.legacy import lacks_layer, repaired
@@ -89,7 +89,7 @@ class Projector:
         self._mended: dict[tuple[int, int], set[str]] = {}
         placement = model.placement or Placement()
         params = self._params(use_gpu and placement.on_device, n_threads)
-        params.device = placement.encoder_device()
+        placement.fill_encoder(params)
         params.image_min_tokens = -1 if image_min_tokens is None else image_min_tokens
         params.image_max_tokens = -1 if image_max_tokens is None else image_max_tokens
         with (
@@ -104,6 +104,7 @@ class Projector:
             )
         self.handle = handle
         self.model = model
+        self._mtmd = Mtmd(handle, self.marker, self.kind, model)
         self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(handle)
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _free, handle, (model.keepalive, self._probe))
@@ -164,7 +165,7 @@ class Projector:
             )
         source = Source(self._parts(text, seams), tuple(images), add_bos)
         with self._lock:
-            chunks = cut(self.handle, source)
+            chunks = cut(self._mtmd, source)
         n_pieces: Counter[int] = Counter()
         segments: list[Segment] = []
         for i, chunk in enumerate(chunks):
@@ -258,7 +259,7 @@ class Projector:
     def _given(self, pixels: Pixels) -> list[FloatArray]:
         """(3, height, width) each: what the encoder is given of a picture."""
         found = []
-        for chunk in cut(self.handle, Source((None,), (pixels,), False), pixels_of=0):
+        for chunk in cut(self._mtmd, Source((None,), (pixels,), False), pixels_of=0):
             if isinstance(chunk, Chunk):
                 self._probe.begin()
                 with captured_errors():
@@ -297,7 +298,7 @@ class Projector:
             embd = self.embeddings.get(image.key)
             if embd is None:
                 source, piece = image.source
-                pieces = read.pieces(self.handle, source, image.chunk.image)
+                pieces = read.pieces(self._mtmd, source, image.chunk.image)
                 embd = self._embed(pieces[piece])
                 self.embeddings.put(image.key, embd)
         return embd
@@ -374,7 +375,7 @@ class _Read:
         self._of: tuple[Source, int] | None = None
         self._pieces: list[Chunk] = []
 
-    def pieces(self, context: Any, source: Source, image: int) -> list[Chunk]:
+    def pieces(self, context: Mtmd, source: Source, image: int) -> list[Chunk]:
         if self._of != (source, image):
             chunks = cut(context, source, pixels_of=image)
             self._pieces = [c for c in chunks if isinstance(c, Chunk) and c.image == image]

@@ -25,10 +25,14 @@ REMEDY = (
 )
 """Builds a llama.cpp without AMX, which repacks for the CPU's other units."""
 
-_TRIAL = (
-    "import sys, llama_cpp; "
-    "llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False).eval([1] * 8)"
-)
+_TRIAL = """
+import sys
+from llama_cpp import llama_cpp, Llama
+params = llama_cpp.llama_model_default_params()
+params.use_extra_bufts = True
+llama_cpp.llama_model_default_params = lambda: params
+Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False).eval([1] * 8)
+"""
 _SECONDS = 120
 _log = logging.getLogger(__name__)
 

@@ -133,7 +133,11 @@ def _tail(model: Model, sampling: Sampling, seed: int) -> Iterable[Any]:
     if s.penalizes:
         last_n = _ALL_TOKENS if s.penalty_last_n < 0 else min(s.penalty_last_n, _ALL_TOKENS)
         yield llama_cpp.llama_sampler_init_penalties(
-            model.n_vocab, last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty
+            *_of_vocabulary(model.n_vocab),
+            last_n,
+            s.repeat_penalty,
+            s.frequency_penalty,
+            s.presence_penalty,
         )
     if s.temperature == 0:
         yield llama_cpp.llama_sampler_init_greedy()
@@ -158,3 +162,8 @@ def _tail(model: Model, sampling: Sampling, seed: int) -> Iterable[Any]:
         yield llama_cpp.llama_sampler_init_min_p(s.min_p, 1)
     yield llama_cpp.llama_sampler_init_temp(s.temperature)
     yield llama_cpp.llama_sampler_init_dist(seed)
+
+
+def _of_vocabulary(n_vocab: int) -> tuple[int, ...]:
+    """What penalties are told first: their number of tokens, since llama-cpp-python 0.3.35."""
+    return (n_vocab,) if hasattr(llama_cpp, "LLAMA_LOAD_MODE_MMAP") else ()

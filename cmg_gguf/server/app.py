@@ -9,12 +9,19 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from cmg_gguf import __version__
-from cmg_gguf.server import about, chat, failures, metrics, ollama, responses
+from cmg_gguf.server import about, chat, failures, metrics, ollama, responses, web
 from cmg_gguf.server.guard import Guard, Keys
 from cmg_gguf.server.service import Service
 from cmg_gguf.server.visitors import Visitors
 
-ROUTERS = (chat.router, responses.router, ollama.router, about.router, metrics.router)
+ROUTERS = (
+    web.router,
+    chat.router,
+    responses.router,
+    ollama.router,
+    about.router,
+    metrics.router,
+)
 
 
 def new_app(
@@ -46,6 +53,7 @@ def new_app(
         limits=service.limits,
         lifetime=service.lifetime,
         visitors=Visitors(names, origins),
+        free=tuple(web.ASSETS),
     )
     if origins:
         app.add_middleware(

@@ -38,6 +38,8 @@ from cmg_gguf.evaluation.tasks.scenes import SceneCaptions
 from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair
 
 FIGURES = ("recall", "chair_i")
+MOST_UNMATCHED = 0.01
+"""Share of samples in which a curve may miss the point that it is matched to."""
 
 
 def sampled(run: Run, part: str, seed: int) -> tuple[Values, Samples]:
@@ -75,15 +77,21 @@ def matched(run: Run, point: str) -> dict[str, dict[str, tuple[Estimate, Estimat
                 [np.asarray(one[point][key]) for one in typical],
             )
             gap = estimate(float(value - own), sample - owns)
+            # Where some samples never get there, those that do are no fair sample.
+            if np.isnan(value) or np.isnan(sample).mean() > MOST_UNMATCHED:
+                gap = Estimate(gap.value, np.nan, np.nan)
             found[curve][key] = estimate(float(value), sample), gap
     return found
 
 
 def line(curve: str, figures: Mapping[str, tuple[Estimate, Estimate]]) -> str:
-    told = [
-        f"{key} {own.value:5.2f} ({gap.value:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}])"
-        for key, (own, gap) in figures.items()
-    ]
+    told = []
+    for key, (own, gap) in figures.items():
+        span = f"[{gap.low:+.2f}, {gap.high:+.2f}]"
+        span = "no interval: too few samples get there" if np.isnan(gap.low) else span
+        told.append(f"{key} {own.value:5.2f} ({gap.value:+.2f} {span})")
+    if np.isnan(figures[FIGURES[0]][0].value):
+        told = ["never gets there"]
     return f"  {curve:14s} " + "   ".join(told)
 
 

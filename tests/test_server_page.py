@@ -1,0 +1,122 @@
+"""The page at `/`: served without a key, under a strict policy, with nothing inline."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+
+import pytest
+from served import data_url, serving
+
+from cmg_gguf.server.web import ASSETS, HEADERS
+
+KEY = "a-key-of-the-tests"
+
+
+@pytest.fixture(scope="module")
+def locked():
+    with serving(keys=[KEY]) as served, served.client() as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", ASSETS)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_assets_need_no_key_and_have_policy_and_type(locked, path, method):
+    response = locked.request(method, path)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == f"{ASSETS[path][1]}; charset=utf-8"
+    assert response.headers["content-security-policy"] == HEADERS["Content-Security-Policy"]
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_other_paths_need_the_key(locked):
+    assert locked.get("/page/other.js").status_code == 401
+    assert locked.get("/v1/models").status_code == 401
+
+
+def test_index_has_nothing_inline_and_nothing_from_elsewhere(locked):
+    text = locked.get("/").text
+    assert not re.search(r"<style|\sstyle=|\son\w+=|https?://", text)
+    assert all(re.search(r'src="/page/', tag) for tag in re.findall("<script[^>]*>", text))
+    assert set(re.findall(r'"(/page/[^"]+)"', text)) <= set(ASSETS)
+
+
+def test_scripts_make_no_markup_of_text(locked):
+    for path in ASSETS:
+        assert not re.search(
+            "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", locked.get(path).text
+        )
+
+
+HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+SAY = """
+const [text, done] = arguments;
+import("/page/answer.js").then(({ Answer }) => {
+  const token = { token: text, logprob: -1, top_logprobs: [{ token: text, logprob: -1 }] };
+  const answer = new Answer(document.getElementById("guided"));
+  answer.said({ choices: [{ delta: { content: text }, logprobs: { content: [token] } }] });
+  answer.said({ choices: [], cmg: { n_changed: 1, changed: [{ index: 0, plain: text }] } });
+  done();
+});
+"""
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
+    driver.set_script_timeout(10)
+    yield driver
+    driver.quit()
+
+
+def by_id(browser, name):
+    return browser.find_element("id", name)
+
+
+def test_asks_for_the_key_and_marks_what_guidance_changed(browser, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    picture = tmp_path / "<img src=x onerror=alert(1)>.png"
+    picture.write_bytes(base64.b64decode(data_url().partition(",")[2]))
+    with serving(keys=[KEY]) as served:
+        browser.get(served.url)
+        wait = WebDriverWait(browser, 20)
+        by_id(browser, "file").send_keys(str(picture))
+        wait.until(lambda _: by_id(browser, "picture").is_displayed())
+        assert by_id(browser, "name").text == picture.name
+        by_id(browser, "ask").click()
+        wait.until(lambda _: by_id(browser, "key").is_displayed())
+        by_id(browser, "key").send_keys(KEY)
+        wait.until(lambda _: by_id(browser, "ask").is_enabled())
+        by_id(browser, "ask").click()
+        wait.until(lambda _: "complete" in by_id(browser, "status").text)
+        plain, guided = by_id(browser, "plain").text, by_id(browser, "guided").text
+        (mark,) = browser.find_elements("css selector", "#guided mark")
+        assert plain != guided
+        assert guided.partition(mark.text)[0] == plain[: guided.index(mark.text)]
+        assert by_id(browser, "alpha").get_attribute("value") == "0.5"
+        browser.execute_script("arguments[0].focus()", mark)
+        shown = "return getComputedStyle(arguments[0], '::after').content"
+        assert "Likeliest" in browser.execute_script(shown, mark)
+        assert len(browser.find_elements("css selector", "img")) == 1
+
+
+def test_what_a_model_says_is_never_markup(browser):
+    with serving() as served:
+        browser.get(served.url)
+        title = browser.title
+        browser.execute_async_script(SAY, HOSTILE)
+        assert by_id(browser, "guided").text == HOSTILE
+        assert by_id(browser, "guided").find_elements("css selector", "img, script") == []
+        assert browser.title == title
+        assert browser.get_log("browser") == []
