@@ -11,8 +11,9 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from served import NAME, Served, asking, data_url, serving
 
-from cmg_gguf import Guidance, Reply, Request
-from cmg_gguf.server.service import PLAIN
+from cmg_gguf import EvidenceModel, Guidance, Reply, Request
+from cmg_gguf.evidence import UNFITTED
+from cmg_gguf.server.service import PLAIN, Defaults
 from cmg_gguf.tiny.pair import embedded_guidance
 
 
@@ -176,6 +177,40 @@ def test_guidance_of_a_request_is_over_the_servers(served: Served) -> None:
     got = served.post(asking(0, cmg={"alpha": 2.0, "layers": {"rule": "layer_set", "layers": [1]}}))
     block = got.json()["cmg"]
     assert (block["alpha"], block["beta"], block["layers"]) == (2.0, own.beta, [1])
+    assert "evidence" not in block
+
+
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.0, "beta": 0.0}])
+def test_evidence_is_by_the_servers_weights(served: Served, settings: dict[str, Any]) -> None:
+    weights = EvidenceModel(intercept=0.5, difference=2.0, fitted_on="nothing")
+    with serving(defaults=Defaults(embedded_guidance(), weights)) as fitted:
+        for server, model in ((served, UNFITTED), (fitted, weights)):
+            body = asking(0, cmg={**settings, "evidence": True})
+            server.vlm.forget()
+            block = server.post(body).json()["cmg"]
+            server.vlm.forget()
+            reply = server.vlm.generate(
+                Request(
+                    body["messages"],
+                    guidance=PLAIN if settings else embedded_guidance(),
+                    max_tokens=body["max_tokens"],
+                    evidence=model,
+                )
+            )
+            told = block["evidence"]
+            assert told["fitted_on"] == model.fitted_on
+            assert [(w["text"], w["score"]) for w in told["words"]] == [
+                (word.text, word.evidence) for word in reply.words
+            ]
+            assert told["words"]
+            server.vlm.forget()
+            assert chunks(server, body)[-1]["cmg"]["evidence"] == told
+
+
+def test_evidence_of_a_request_without_a_picture_is_refused(served: Served) -> None:
+    got = served.post(asking(None, cmg={"evidence": True}))
+    assert got.status_code == 400
+    assert "the request has none" in got.json()["error"]["message"]
 
 
 WRONG: list[tuple[dict[str, Any], str | None]] = [
@@ -194,6 +229,8 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"seed": -2}, "seed"),
     ({"cmg": "on"}, "cmg"),
     ({"cmg": {"alhpa": 1.0}}, "cmg"),
+    ({"cmg": {"evidence": 1}}, "cmg"),
+    ({"cmg": {"evidence": {"intercept": 1.0}}}, "cmg"),
     ({"cmg": {"alpha": 1000.0}}, "cmg"),
     ({"cmg": {"alpha": "much"}}, "cmg"),
     ({"messages": []}, "messages"),

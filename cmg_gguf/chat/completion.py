@@ -247,7 +247,8 @@ def _evidence(reply: Reply) -> dict[str, Any]:
         for word in reply.words
     ]
     tokens = [
-        {"token": token.text, **asdict(token.evidence)}
+        {"token": token.text}
+        | {name: max(value, MIN_LOGPROB) for name, value in asdict(token.evidence).items()}
         for token in reply.tokens
         if token.evidence is not None
     ]

@@ -50,11 +50,13 @@ def serve(
     from cmg_gguf.vlm import GuidedVLM
 
     model.check()
+    own = model.own_settings
     options = replace(
-        server.options(guidance.guidance(model.own_settings)), media=media.media(model.max_pixels)
+        server.options(guidance.guidance(own), guidance.weights(own)),
+        media=media.media(model.max_pixels),
     )
     err = Screen(progress=not model.verbose)
-    note_built_in(err, model, guidance.told(model.own_settings))
+    note_built_in(err, model, guidance.told(own))
     files = fetched(err, model)
     load = partial(GuidedVLM, *files, **model.options(), n_parallel=server.parallel)
     with err.waiting("load") as waiting:

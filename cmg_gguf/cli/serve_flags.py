@@ -13,6 +13,7 @@ import typer
 from cmg_gguf.errors import CMGError
 
 if TYPE_CHECKING:
+    from cmg_gguf.evidence import EvidenceModel
     from cmg_gguf.guidance import Guidance
     from cmg_gguf.server.limits import Limits
     from cmg_gguf.server.running import Options
@@ -179,8 +180,8 @@ class ServeFlags:
         ),
     ] = None
 
-    def options(self, guidance: Guidance) -> Options:
-        """The same as the server takes it. Raises BadParameter, CMGError."""
+    def options(self, guidance: Guidance, evidence: EvidenceModel) -> Options:
+        """The same as the server takes it. evidence: weights. Raises BadParameter, CMGError."""
         from cmg_gguf.server.running import Options
         from cmg_gguf.server.service import Defaults
 
@@ -200,7 +201,7 @@ class ServeFlags:
             n_waiting=self.queue,
             sleep_seconds=self.sleep_idle_seconds,
             limits=self._limits(),
-            defaults=Defaults(guidance=guidance, temperature=self.temp),
+            defaults=Defaults(guidance=guidance, evidence=evidence, temperature=self.temp),
         )
 
     def _limits(self) -> Limits:

@@ -58,10 +58,8 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 def _props(service: Service) -> dict[str, Any]:
-    defaults = service.defaults
-    drawn = {k: v for k, v in vars(defaults).items() if k != "guidance"}
     return {
-        "default_generation_settings": {"n_ctx": service.n_ctx, "params": drawn},
+        "default_generation_settings": {"n_ctx": service.n_ctx, "params": service.defaults.draws()},
         "total_slots": service.n_parallel,
         "model_alias": service.name,
         "modalities": {"vision": True, "audio": False},

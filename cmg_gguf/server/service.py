@@ -18,6 +18,7 @@ from typing import Any
 
 from cmg_gguf.chat.completion import request_of, sampling_of
 from cmg_gguf.errors import CMGError, GuidanceError, SamplingError, shown
+from cmg_gguf.evidence import UNFITTED, EvidenceModel
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Messages, Request, checked_stops
@@ -41,13 +42,19 @@ N_PREPARED = 2
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a request is answered where it says nothing. The draws are llama-server's."""
+    """How a request is answered where it says nothing. The draws are llama-server's. evidence: the
+    weights of those that ask for it."""
 
     guidance: Guidance = field(default_factory=Guidance)
+    evidence: EvidenceModel = UNFITTED
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+
+    def draws(self) -> dict[str, Any]:
+        """How tokens are drawn, by the names of `sampling_of`."""
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
 
 class Service:
@@ -96,18 +103,19 @@ class Service:
         **settings: Any,
     ) -> Request:
         """A request as `chat.completion.request_of` makes it; a setting that is None is the
-        server's default. cmg: None, "off", or guidance settings over the server's. salt: see
-        `clients.salt_of`. Raises Refused, which names the setting."""
+        server's default. cmg: None, "off", or guidance settings over the server's, and `evidence`:
+        True = by the server's weights. salt: see `clients.salt_of`. Raises Refused, which names the
+        setting."""
         given = {name: value for name, value in settings.items() if value is not None}
         check_extent(messages, self.n_ctx)
         check_settings(given)
-        own = {k: v for k, v in vars(self.defaults).items() if k != "guidance" and k not in given}
+        own = {name: value for name, value in self.defaults.draws().items() if name not in given}
         try:
-            guidance = self._guidance(cmg)
+            guidance, evidence = self._asked(cmg)
         except (GuidanceError, TypeError) as exc:
             raise Refused(f"cmg: {exc}", param="cmg") from exc
         try:
-            made = request_of(messages, guidance=guidance, **given, **own)
+            made = request_of(messages, guidance=guidance, evidence=evidence, **given, **own)
             return replace(made, salt=salt, max_tokens=self.limits.tokens(made.max_tokens))
         except CMGError as exc:
             raise refused(exc, _wrong_setting(given)) from exc
@@ -170,16 +178,21 @@ class Service:
             raise
         return [Answer(s, ear, self.tally.note) for s, ear in zip(streams, ears, strict=True)]
 
-    def _guidance(self, cmg: object) -> Guidance:
+    def _asked(self, cmg: object) -> tuple[Guidance, EvidenceModel | None]:
         if cmg is None:
-            return self.guidance
+            return self.guidance, None
         if cmg == OFF:
-            return PLAIN
+            return PLAIN, None
         if not isinstance(cmg, Mapping):
             raise GuidanceError(
                 f'{shown(cmg)} is neither "{OFF}" nor an object of settings; write {{"alpha": 1.0}}'
             )
-        return guidance_from_json({**guidance_to_json(self.guidance), **cmg})
+        own = {name: value for name, value in cmg.items() if name != "evidence"}
+        wants = cmg.get("evidence", False)
+        if not isinstance(wants, bool):
+            raise GuidanceError(f"evidence={shown(wants)} is neither true nor false")
+        guidance = guidance_from_json({**guidance_to_json(self.guidance), **own})
+        return guidance, self.defaults.evidence if wants else None
 
     def _busy(self) -> Refused:
         n_ahead = self.queue.n_taken + self.queue.n_waiting
