@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from served import data_url, serving
 
+from cmg_gguf.chat.heat import heat_block
+from cmg_gguf.heat.geometry import Picture, Tile
+from cmg_gguf.heat.maps import Heat
 from cmg_gguf.server.web import ASSETS, HEADERS
 
 KEY = "a-key-of-the-tests"
@@ -101,7 +106,7 @@ def test_asks_for_the_key_and_marks_what_guidance_changed(browser, tmp_path):
         by_id(browser, "ask").click()
         wait.until(lambda _: "complete" in by_id(browser, "status").text)
         plain, guided = by_id(browser, "plain").text, by_id(browser, "guided").text
-        (mark,) = browser.find_elements("css selector", "#guided mark")
+        (mark, *_) = browser.find_elements("css selector", "#guided mark")
         assert plain != guided
         assert guided.partition(mark.text)[0] == plain[: guided.index(mark.text)]
         assert by_id(browser, "alpha").get_attribute("value") == "0.5"
@@ -109,6 +114,61 @@ def test_asks_for_the_key_and_marks_what_guidance_changed(browser, tmp_path):
         shown = "return getComputedStyle(arguments[0], '::after').content"
         assert "Likeliest" in browser.execute_script(shown, mark)
         assert len(browser.find_elements("css selector", "img")) == 1
+
+
+ASK_MAP = """
+const done = arguments[0];
+import("/page/heat.js").then(({ Heat }) => {
+  const heat = new Heat(arguments_heat);
+  done([Array.from(heat.of([0, 2], "mean")), Array.from(heat.map([1], 1, "relative", 28, 28))]);
+});
+"""
+
+
+def test_a_word_shows_its_heat_from_the_keyboard(browser, tmp_path):
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    picture = tmp_path / "scene.png"
+    picture.write_bytes(base64.b64decode(data_url().partition(",")[2]))
+    with serving() as served:
+        browser.get(served.url)
+        wait = WebDriverWait(browser, 20)
+        by_id(browser, "file").send_keys(str(picture))
+        wait.until(lambda _: by_id(browser, "picture").is_displayed())
+        by_id(browser, "ask").click()
+        wait.until(lambda _: "complete" in by_id(browser, "status").text)
+        assert not by_id(browser, "heat").is_displayed()
+        doubted = browser.find_elements("css selector", ".doubt")
+        assert doubted
+        assert all("supports" in word.get_attribute("data-tip") for word in doubted)
+        word = browser.find_elements("css selector", "#guided .word")[-1]
+        browser.execute_script("arguments[0].focus()", word)
+        word.send_keys("\n")
+        wait.until(lambda _: by_id(browser, "heat").is_displayed())
+        assert f"“{word.text}”" in by_id(browser, "heat-h").text
+        drawn = "return document.getElementById('map').toDataURL()"
+        maps = [browser.execute_script(drawn)]
+        for name, value in (("layer", "0"), ("scale", "absolute")):
+            Select(by_id(browser, name)).select_by_value(value)
+            maps.append(browser.execute_script(drawn))
+        assert len(set(maps)) == 3
+        assert by_id(browser, "ticks").text.split() == ["0.25x", "1x", "4x", "16x"]
+        assert "strongest" in by_id(browser, "map").get_attribute("aria-label")
+        assert browser.get_log("browser") == []
+
+
+def test_the_pages_maps_are_the_librarys(browser):
+    rng = np.random.default_rng(0)
+    boxes = np.array([[x, y, x + 14, y + 14] for y in (0, 14) for x in (0, 14)], float)
+    weights = rng.random((3, 2, 4), np.float32).astype(np.float16).astype(np.float32)
+    heat = Heat(weights, (0, 1), (1,), (Picture(28, 28, (Tile(0, 4, boxes),)),))
+    script = ASK_MAP.replace("arguments_heat", json.dumps(heat_block(heat)))
+    with serving() as served:
+        browser.get(served.url)
+        mean, relative = browser.execute_async_script(script)
+    np.testing.assert_allclose(mean, heat.of([0, 2], relative=False), rtol=1e-6)
+    expected = heat.map(0, [1], layer=1).ravel()
+    np.testing.assert_allclose(relative, expected, rtol=1e-6)
 
 
 def test_what_a_model_says_is_never_markup(browser):

@@ -107,8 +107,8 @@ class Service:
     ) -> Request:
         """A request as `chat.completion.request_of` makes it; a setting that is None is the
         server's default. cmg: None, "off", or guidance settings over the server's, and `evidence`:
-        True = by the server's weights; and `heat`: True = where the answer looked. salt: see `clients.salt_of`. Raises Refused, which names the
-        setting."""
+        True = by the server's weights; `heat`: True = where the answer looked. salt: see
+        `clients.salt_of`. Raises Refused, which names the setting."""
         given = {name: value for name, value in settings.items() if value is not None}
         check_extent(messages, self.n_ctx)
         check_settings(given)

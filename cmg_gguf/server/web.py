@@ -25,6 +25,7 @@ ASSETS = {
     "/page/page.js": ("page.js", "text/javascript"),
     "/page/chat.js": ("chat.js", "text/javascript"),
     "/page/answer.js": ("answer.js", "text/javascript"),
+    "/page/heat.js": ("heat.js", "text/javascript"),
     "/page/code.js": ("code.js", "text/javascript"),
 }
 """By path: the file and its type."""

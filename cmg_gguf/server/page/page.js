@@ -1,11 +1,13 @@
 // The page: a picture, a question, and both answers side by side.
 import { Answer } from "./answer.js";
 import { ask } from "./chat.js";
+import { Heat, SCALES, draw, drawScale } from "./heat.js";
 import { curl, python } from "./code.js";
 
 const at = (id) => document.getElementById(id);
 let url = null;
 let running = null;
+let shown = null; // the word whose heat is shown
 
 function take(file) {
   if (!file?.type.startsWith("image/")) return tell("This is no picture.");
@@ -34,7 +36,18 @@ function body(cmg) {
 }
 
 function guidance() {
-  if (!at("own").checked) return undefined;
+  const own = at("own").checked;
+  const wants = asked();
+  if (!own && !wants) return undefined;
+  return own ? { ...strengths(), ...wants } : wants;
+}
+
+// Beside the answer; there is nothing to look at without a picture.
+function asked() {
+  return url && at("looks").checked ? { evidence: true, heat: true } : undefined;
+}
+
+function strengths() {
   return { alpha: Number(at("alpha").value), beta: Number(at("beta").value) };
 }
 
@@ -46,6 +59,45 @@ function setSliders(cmg) {
   }
 }
 
+// The heat of a word, opened.
+function look(title, answer, word, tokens) {
+  answer.heat ??= new Heat(answer.cmg.heat);
+  const { layers, masked, images } = answer.heat;
+  if (!images[0].boxes) return tell(`Where the words look is not known: ${images[0].unknown}`);
+  const same = shown?.answer === answer;
+  shown = { title, answer, word, tokens };
+  if (!same) {
+    const names = [["mean", "mean of all"], ...(masked.length ? [["masked", "mean of those that guidance masks"]] : []), ...layers.map((l) => [l, `layer ${l}`])];
+    at("layer").replaceChildren(...names.map(([value, text]) => new Option(text, value)));
+  }
+  at("heat").hidden = false;
+  drawHeat();
+  at("heat").scrollIntoView({ block: "nearest" });
+}
+
+function drawHeat() {
+  const { title, answer, word, tokens } = shown;
+  const { size: [width, height] } = answer.heat.images[0];
+  const scale = at("scale").value;
+  const layer = at("layer").value;
+  const map = at("map");
+  const ratio = 512 / Math.max(width, height);
+  [map.width, map.height] = [Math.max(1, Math.round(width * ratio)), Math.max(1, Math.round(height * ratio))];
+  const values = answer.heat.map(tokens, layer, scale, map.width, map.height);
+  draw(map, answer.picture, values, scale);
+  drawScale(at("bar"));
+  at("heat-h").textContent = `${title}: where “${word}” looks`;
+  at("ticks").replaceChildren(...SCALES[scale].ticks.map((tick) => {
+    const label = document.createElement("span");
+    label.textContent = `${tick}x`;
+    return label;
+  }));
+  at("meaning").textContent = `${SCALES[scale].meaning}. A map shows what is read, not why a word is said.`;
+  const best = values.reduce((most, value, i) => (value > values[most] ? i : most), 0);
+  const percent = (part, whole) => Math.round((100 * part) / whole);
+  map.setAttribute("aria-label", `Heat of “${word}”: strongest, ${values[best].toFixed(1)}x, ${percent(best % map.width, map.width)} % from the left and ${percent(Math.floor(best / map.width), map.height)} % from the top`);
+}
+
 async function both() {
   running = new AbortController();
   at("ask").disabled = true;
@@ -53,15 +105,17 @@ async function both() {
   const request = body(guidance());
   at("curl").textContent = curl(request);
   at("python").textContent = python(request);
-  const plain = new Answer(at("plain"));
-  const guided = new Answer(at("guided"));
+  const plain = new Answer(at("plain"), (...word) => look("Plain", plain, ...word));
+  const guided = new Answer(at("guided"), (...word) => look("Guided", guided, ...word));
+  plain.picture = guided.picture = at("picture").cloneNode();
   const { signal } = running;
   const key = at("key").value;
   at("note").textContent = "";
+  at("heat").hidden = true;
   tell("Asking.");
   try {
     await Promise.all([
-      ask(body("off"), key, signal, (chunk) => plain.said(chunk)),
+      ask(body(asked() ? { alpha: 0, beta: 0, ...asked() } : "off"), key, signal, (chunk) => plain.said(chunk)),
       ask(request, key, signal, (chunk) => guided.said(chunk)),
     ]);
     const { n_changed: n } = guided.cmg;
@@ -80,6 +134,7 @@ async function both() {
   at("stop").disabled = true;
 }
 
+for (const id of ["layer", "scale"]) at(id).addEventListener("change", drawHeat);
 at("form").addEventListener("submit", (event) => { event.preventDefault(); both(); });
 at("stop").addEventListener("click", () => running.abort());
 at("file").addEventListener("change", (event) => take(event.target.files[0]));
