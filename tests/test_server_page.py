@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from served import data_url, serving
 
 from cmg_gguf.chat.heat import heat_block
 from cmg_gguf.heat.geometry import Picture, Tile
 from cmg_gguf.heat.maps import Heat
-from cmg_gguf.server.web import ASSETS, HEADERS
+from cmg_gguf.server.web import ASSETS, HEADERS, SCENE, SCENES
+from cmg_gguf.tiny.scenes import draw, make_scene
 
 KEY = "a-key-of-the-tests"
 
@@ -52,6 +55,22 @@ def test_scripts_make_no_markup_of_text(locked):
         assert not re.search(
             "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", locked.get(path).text
         )
+
+
+def test_scenes_are_drawn_for_the_built_in_model_alone(locked):
+    assert locked.get(SCENES).json() == []
+    assert locked.get(SCENE, params={"kind": "counter", "index": 7}).status_code == 404
+    with serving(keys=[KEY], draws_scenes=True) as served, served.client() as client:
+        assert client.get(SCENES).json() == ["typical", "counter", "strong"]
+        got = client.get(SCENE, params={"kind": "counter", "index": 7})
+        assert got.headers["content-type"] == "image/png"
+        found = np.asarray(Image.open(io.BytesIO(got.content)))
+        np.testing.assert_array_equal(found, draw(make_scene("test", 7, "counter")))
+        for wrong, status in (({"kind": "<b>", "index": 7}, 404), ({"kind": "counter"}, 400)):
+            assert client.get(SCENE, params=wrong).status_code == status
+        for index in ("-1", "x", str(2**31)):
+            got = client.get(SCENE, params={"kind": "counter", "index": index})
+            assert got.status_code == 400
 
 
 HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
@@ -155,6 +174,20 @@ def test_a_word_shows_its_heat_from_the_keyboard(browser, tmp_path):
         assert by_id(browser, "ticks").text.split() == ["0.25x", "1x", "4x", "16x"]
         assert "strongest" in by_id(browser, "map").get_attribute("aria-label")
         assert browser.get_log("browser") == []
+
+
+def test_a_drawn_scene_is_taken(browser):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    with serving(draws_scenes=True) as served:
+        browser.get(served.url)
+        wait = WebDriverWait(browser, 20)
+        wait.until(lambda _: by_id(browser, "scene").is_displayed())
+        by_id(browser, "scene").click()
+        wait.until(lambda _: by_id(browser, "picture").is_displayed())
+        assert by_id(browser, "name").text.startswith("typical scene ")
+        width = "return document.getElementById('picture').naturalWidth"
+        wait.until(lambda _: browser.execute_script(width) == 112)
 
 
 def test_the_pages_maps_are_the_librarys(browser):

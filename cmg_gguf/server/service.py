@@ -63,7 +63,8 @@ class Defaults:
 class Service:
     """One model behind all routes. Made and used on one event loop.
 
-    n_waiting: requests that may wait beyond those that are answered.
+    n_waiting: requests that may wait beyond those that are answered. draws_scenes: whether the page
+    offers drawn scenes, which the built-in model knows.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class Service:
         media: Media | None = None,
         limits: Limits | None = None,
         n_waiting: int = 32,
+        draws_scenes: bool = False,
     ) -> None:
         self.name, self.lifetime = name, lifetime
         self.defaults = defaults or Defaults()
         self.media, self.limits = media or Media(), limits or Limits()
         self.created = int(time.time())
+        self.draws_scenes = draws_scenes
         self.tally = Tally()
         self.n_ctx, self.n_parallel = vlm.n_ctx, len(vlm.engine.lanes)
         self.facts, self.chat_template = facts_of(vlm), vlm.template.source

@@ -23,6 +23,22 @@ function take(file) {
   reader.readAsDataURL(file);
 }
 
+// Scenes that the built-in model knows; other models have none.
+async function offerScenes() {
+  const kinds = await (await fetch("/page/scenes")).json();
+  at("kind").replaceChildren(...kinds.map((kind) => new Option(kind, kind)));
+  at("scenes").hidden = kinds.length === 0;
+}
+
+async function takeScene() {
+  const kind = at("kind").value;
+  const index = Math.floor(1000 * Math.random());
+  const response = await fetch(`/page/scene?kind=${encodeURIComponent(kind)}&index=${index}`);
+  if (!response.ok) return tell(`The scene cannot be drawn: the server answered ${response.status}.`);
+  at("file").value = "";
+  take(new File([await response.blob()], `${kind} scene ${index}`, { type: "image/png" }));
+}
+
 function tell(text) { at("status").textContent = text; }
 
 function body(cmg) {
@@ -137,6 +153,8 @@ async function both() {
 for (const id of ["layer", "scale"]) at(id).addEventListener("change", drawHeat);
 at("form").addEventListener("submit", (event) => { event.preventDefault(); both(); });
 at("stop").addEventListener("click", () => running.abort());
+offerScenes().catch(() => {});
+at("scene").addEventListener("click", () => takeScene().catch(() => tell("The server does not answer.")));
 at("file").addEventListener("change", (event) => take(event.target.files[0]));
 document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files[0]); });
 document.addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
