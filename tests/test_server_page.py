@@ -204,6 +204,68 @@ def test_the_pages_maps_are_the_librarys(browser):
     np.testing.assert_allclose(relative, expected, rtol=1e-6)
 
 
+EXPORT = """
+const [text, done] = arguments;
+import("/page/export.js").then(({ exported }) => {
+  const answer = document.createElement("p");
+  const mark = document.createElement("mark");
+  mark.textContent = text;
+  mark.dataset.tip = `"${text}`;
+  answer.append(text, mark);
+  const map = { title: text, url: "data:,", label: text, scale: text };
+  done(exported({ picture: "data:,", question: text, plain: answer, guided: answer, note: text,
+    map, request: text }));
+});
+"""
+
+
+def test_an_exported_comparison_holds_all_as_text_and_needs_nothing_else(browser, tmp_path):
+    with serving() as served:
+        browser.get(served.url)
+        text = browser.execute_async_script(EXPORT, HOSTILE)
+    page = tmp_path / "comparison.html"
+    page.write_text(text, "utf-8")
+    assert not re.search(r"https?://(?!www\.w3\.org/1999/xhtml)", text)
+    browser.get(page.as_uri())
+    assert browser.title == "cmg-gguf: plain and guided"
+    assert browser.find_elements("css selector", "script, [onerror], img[src=x]") == []
+    assert [m.text for m in browser.find_elements("css selector", "mark")] == [HOSTILE] * 2
+    assert by_tag(browser, "pre") == HOSTILE
+    assert by_tag(browser, "mark", "title") == f'"{HOSTILE}'
+
+
+def test_a_comparison_is_saved_with_the_open_map(browser, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    picture = tmp_path / "scene.png"
+    picture.write_bytes(base64.b64decode(data_url().partition(",")[2]))
+    saved = tmp_path / "comparison.html"
+    browser.execute_cdp_cmd(
+        "Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    with serving() as served:
+        browser.get(served.url)
+        wait = WebDriverWait(browser, 20)
+        by_id(browser, "file").send_keys(str(picture))
+        wait.until(lambda _: by_id(browser, "picture").is_displayed())
+        assert not by_id(browser, "export").is_enabled()
+        by_id(browser, "ask").click()
+        wait.until(lambda _: by_id(browser, "export").is_enabled())
+        browser.find_elements("css selector", "#guided .word")[-1].send_keys("\n")
+        guided = by_id(browser, "guided").text
+        by_id(browser, "export").click()
+        wait.until(lambda _: saved.exists())
+    browser.get(saved.as_uri())
+    assert guided in browser.find_element("tag name", "body").text
+    pictures = browser.find_elements("css selector", "img[src^='data:image/png']")
+    widths = [browser.execute_script("return arguments[0].naturalWidth", p) for p in pictures]
+    assert widths == [112, 512]
+
+
+def by_tag(browser, name, attribute="textContent"):
+    return browser.find_element("css selector", name).get_attribute(attribute)
+
+
 def test_what_a_model_says_is_never_markup(browser):
     with serving() as served:
         browser.get(served.url)

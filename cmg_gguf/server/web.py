@@ -30,6 +30,7 @@ ASSETS = {
     "/page/chat.js": ("chat.js", "text/javascript"),
     "/page/answer.js": ("answer.js", "text/javascript"),
     "/page/heat.js": ("heat.js", "text/javascript"),
+    "/page/export.js": ("export.js", "text/javascript"),
     "/page/code.js": ("code.js", "text/javascript"),
 }
 """By path: the file and its type."""

@@ -2,6 +2,7 @@
 import { Answer } from "./answer.js";
 import { ask } from "./chat.js";
 import { Heat, SCALES, draw, drawScale } from "./heat.js";
+import { exported } from "./export.js";
 import { curl, python } from "./code.js";
 
 const at = (id) => document.getElementById(id);
@@ -114,6 +115,22 @@ function drawHeat() {
   map.setAttribute("aria-label", `Heat of “${word}”: strongest, ${values[best].toFixed(1)}x, ${percent(best % map.width, map.width)} % from the left and ${percent(Math.floor(best / map.width), map.height)} % from the top`);
 }
 
+let compared = null; // what the answers on the page are to
+
+// The comparison as a file, with the map that is open.
+function save() {
+  const map = at("heat").hidden ? null : {
+    title: at("heat-h").textContent, url: at("map").toDataURL(), label: at("map").getAttribute("aria-label"),
+    scale: at("meaning").textContent,
+  };
+  const text = exported({ ...compared, plain: at("plain"), guided: at("guided"), note: at("note").textContent, map });
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "text/html" }));
+  link.download = "comparison.html";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
 async function both() {
   running = new AbortController();
   at("ask").disabled = true;
@@ -127,6 +144,8 @@ async function both() {
   const { signal } = running;
   const key = at("key").value;
   at("note").textContent = "";
+  at("export").disabled = true;
+  compared = { picture: url, question: at("question").value, request: at("curl").textContent };
   at("heat").hidden = true;
   tell("Asking.");
   try {
@@ -137,6 +156,7 @@ async function both() {
     const { n_changed: n } = guided.cmg;
     at("note").textContent = `${n} ${n === 1 ? "token" : "tokens"} changed; alpha ${guided.cmg.alpha}, beta ${guided.cmg.beta}`;
     if (!at("own").checked) setSliders(guided.cmg);
+    at("export").disabled = false;
     tell("Both answers are complete.");
   } catch (error) {
     tell(signal.aborted ? "Stopped." : error.message);
@@ -151,6 +171,7 @@ async function both() {
 }
 
 for (const id of ["layer", "scale"]) at(id).addEventListener("change", drawHeat);
+at("export").addEventListener("click", save);
 at("form").addEventListener("submit", (event) => { event.preventDefault(); both(); });
 at("stop").addEventListener("click", () => running.abort());
 offerScenes().catch(() => {});
