@@ -16,6 +16,7 @@ from served import data_url, serving
 from cmg_gguf.chat.heat import heat_block
 from cmg_gguf.heat.geometry import Picture, Tile
 from cmg_gguf.heat.maps import Heat
+from cmg_gguf.server.service import Service
 from cmg_gguf.server.web import ASSETS, HEADERS, SCENE, SCENES
 from cmg_gguf.tiny.scenes import draw, make_scene
 
@@ -232,6 +233,33 @@ def test_an_exported_comparison_holds_all_as_text_and_needs_nothing_else(browser
     assert [m.text for m in browser.find_elements("css selector", "mark")] == [HOSTILE] * 2
     assert by_tag(browser, "pre") == HOSTILE
     assert by_tag(browser, "mark", "title") == f'"{HOSTILE}'
+
+
+def test_layers_gate_and_rows_are_those_that_are_filled_in(browser, monkeypatch):
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    asked = []
+    request = Service.request
+    monkeypatch.setattr(
+        Service,
+        "request",
+        lambda self, *args, **given: asked.append(given["cmg"]) or request(self, *args, **given),
+    )
+    with serving() as served:
+        browser.get(served.url)
+        browser.find_element("css selector", "form summary").click()
+        for name, value in (("start", "0.5"), ("gate", "2")):
+            by_id(browser, name).send_keys(value)
+        Select(by_id(browser, "scope")).select_by_visible_text("decode")
+        by_id(browser, "ask").click()
+        WebDriverWait(browser, 20).until(lambda _: "complete" in by_id(browser, "status").text)
+    settings = {
+        "layers": {"rule": "layer_range", "start": 0.5, "stop": 1},
+        "gate": {"rule": "disagreement", "factor": 2},
+        "scope": "decode",
+    }
+    assert settings in asked
+    assert "off" in asked
 
 
 def test_a_comparison_is_saved_with_the_open_map(browser, tmp_path):

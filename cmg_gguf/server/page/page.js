@@ -54,14 +54,26 @@ function body(cmg) {
 
 function guidance() {
   const own = at("own").checked;
-  const wants = asked();
-  if (!own && !wants) return undefined;
-  return own ? { ...strengths(), ...wants } : wants;
+  const settings = { ...(own ? strengths() : {}), ...rules(), ...asked() };
+  return Object.keys(settings).length ? settings : undefined;
 }
 
 // Beside the answer; there is nothing to look at without a picture.
 function asked() {
   return url && at("looks").checked ? { evidence: true, heat: true } : undefined;
+}
+
+// What is filled in of the rest.
+function rules() {
+  const given = (id) => at(id).value !== "";
+  const found = {};
+  if (given("start") || given("stop-layer")) {
+    const range = { start: given("start") ? Number(at("start").value) : 0, stop: given("stop-layer") ? Number(at("stop-layer").value) : 1 };
+    found.layers = { rule: "layer_range", ...range };
+  }
+  if (given("gate")) found.gate = { rule: "disagreement", factor: Number(at("gate").value) };
+  if (given("scope")) found.scope = at("scope").value;
+  return found;
 }
 
 function strengths() {
