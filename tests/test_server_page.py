@@ -262,6 +262,34 @@ def test_layers_gate_and_rows_are_those_that_are_filled_in(browser, monkeypatch)
     assert "off" in asked
 
 
+def test_the_history_brings_an_answer_back_with_its_maps(browser, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    picture = tmp_path / "scene.png"
+    picture.write_bytes(base64.b64decode(data_url().partition(",")[2]))
+    said = []
+    with serving() as served:
+        browser.get(served.url)
+        wait = WebDriverWait(browser, 20)
+        by_id(browser, "file").send_keys(str(picture))
+        wait.until(lambda _: by_id(browser, "picture").is_displayed())
+        for question in ("Describe the image.", HOSTILE):
+            by_id(browser, "question").clear()
+            by_id(browser, "question").send_keys(question)
+            by_id(browser, "ask").click()
+            wait.until(lambda _: by_id(browser, "export").is_enabled())
+            said.append(by_id(browser, "guided").text)
+        assert said[0] != said[1]
+        browser.find_element("css selector", "#past summary").click()
+        newest, first = browser.find_elements("css selector", "#history button")
+        assert newest.text == HOSTILE
+        first.click()
+        assert by_id(browser, "guided").text == said[0]
+        assert by_id(browser, "question").get_attribute("value") == "Describe the image."
+        browser.find_elements("css selector", "#guided .word")[-1].send_keys("\n")
+        assert by_id(browser, "heat").is_displayed()
+
+
 def test_a_comparison_is_saved_with_the_open_map(browser, tmp_path):
     from selenium.webdriver.support.ui import WebDriverWait
 

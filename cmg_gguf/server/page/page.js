@@ -143,6 +143,37 @@ function save() {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
+const MOST_KEPT = 20;
+
+// What is on the page now goes into the history, from where it comes back with its words and maps.
+function keep() {
+  const kept = ["plain", "guided", "note"].map((id) => [at(id), [...at(id).childNodes]]);
+  const entry = { ...compared };
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = entry.question;
+  button.addEventListener("click", () => {
+    if (!at("stop").disabled) return tell("An answer is under way: stop it first.");
+    for (const [element, nodes] of kept) element.replaceChildren(...nodes);
+    compared = entry;
+    at("curl").textContent = entry.request;
+    at("python").textContent = entry.python;
+    at("question").value = entry.question;
+    at("name").textContent = entry.name;
+    url = entry.picture;
+    at("picture").hidden = !url;
+    if (url) at("picture").src = url;
+    at("heat").hidden = true;
+    at("export").disabled = false;
+    tell("From the history.");
+  });
+  const item = document.createElement("li");
+  item.append(button);
+  at("history").prepend(item);
+  if (at("history").children.length > MOST_KEPT) at("history").lastChild.remove();
+  at("past").hidden = false;
+}
+
 async function both() {
   running = new AbortController();
   at("ask").disabled = true;
@@ -157,7 +188,7 @@ async function both() {
   const key = at("key").value;
   at("note").textContent = "";
   at("export").disabled = true;
-  compared = { picture: url, question: at("question").value, request: at("curl").textContent };
+  compared = { picture: url, question: at("question").value, request: at("curl").textContent, python: at("python").textContent, name: at("name").textContent };
   at("heat").hidden = true;
   tell("Asking.");
   try {
@@ -169,6 +200,7 @@ async function both() {
     at("note").textContent = `${n} ${n === 1 ? "token" : "tokens"} changed; alpha ${guided.cmg.alpha}, beta ${guided.cmg.beta}`;
     if (!at("own").checked) setSliders(guided.cmg);
     at("export").disabled = false;
+    keep();
     tell("Both answers are complete.");
   } catch (error) {
     tell(signal.aborted ? "Stopped." : error.message);
