@@ -100,6 +100,11 @@ class Stream(Iterator[Piece]):
             raise BackendError("the answer is not finished; iterate to its end first")
         return self._run.reply
 
+    @property
+    def heat_shape(self) -> tuple[int, int, int]:
+        """Of `Heat.weights`, at the most; zeros where no heat was asked for."""
+        return self._run.heat_shape
+
 
 @dataclass(frozen=True)
 class _Told:
@@ -132,6 +137,7 @@ class Run:
         self.cancelled = False
         self.alone = request.repeatable
         self.reply: Reply | None = None
+        self.heat_shape = (0, 0, 0)
         self._pair, self._scheduler, self._request = pair, scheduler, request
         self._progress, self._at_end = progress, at_end
         sampling, guidance = request.sampling, request.guidance
@@ -140,7 +146,7 @@ class Run:
         with scheduler.held_open():
             self._prompt, self._contrasted = _prompts(pair, request)
             if request.heat:
-                _check_heat(pair, request, self._prompt)
+                self.heat_shape = _heat_shape(pair, request, self._prompt)
                 self._pictures = pictures_of(pair.projector, self._prompt)
             sampler = Sampler(
                 pair.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
@@ -360,8 +366,9 @@ def _prompts(pair: Pair, request: Request) -> tuple[Prompt, Prompt | None]:
     return prompt, degraded
 
 
-def _check_heat(pair: Pair, request: Request, prompt: Prompt) -> None:
-    """Raises PromptError where there is nothing to look at, or too much to keep."""
+def _heat_shape(pair: Pair, request: Request, prompt: Prompt) -> tuple[int, int, int]:
+    """Of `Heat.weights` at the most. Raises PromptError where there is nothing to look at, or too
+    much to keep."""
     context, n_images = pair.contexts[0], prompt.n_image_tokens
     if n_images == 0:
         raise PromptError("heat=True shows where an answer looks, and there is no image; give one")
@@ -374,3 +381,4 @@ def _check_heat(pair: Pair, request: Request, prompt: Prompt) -> None:
             f"heat=True of {n_tokens} tokens, {n_layers} layers and {n_images} image tokens takes "
             f"more than {HEAT_BYTES // 2**20} MiB; set max_tokens to {most} or less"
         )
+    return n_tokens, n_layers, n_images

@@ -52,7 +52,7 @@ HOUSE = {
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
     "doctor": f"{VALUES} prompt engine llama opening vlm facts tiny __init__",
     "captioning": f"{ASKING} prompt vlm evaluation",
-    "server": f"{ASKING} prompt chat stream vlm __init__",
+    "server": f"{ASKING} tiny prompt chat stream vlm __init__",
     "cli": f"{ASKING} prompt chat hub opening stream vlm facts tiny evaluation doctor captioning "
     "server "
     "__init__",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -13,6 +16,7 @@ from served import NAME, Served, asking, data_url, serving
 
 from cmg_gguf import EvidenceModel, Guidance, Reply, Request
 from cmg_gguf.evidence import UNFITTED
+from cmg_gguf.server.limits import Limits
 from cmg_gguf.server.service import PLAIN, Defaults
 from cmg_gguf.tiny.pair import embedded_guidance
 
@@ -213,6 +217,49 @@ def test_evidence_of_a_request_without_a_picture_is_refused(served: Served) -> N
     assert "the request has none" in got.json()["error"]["message"]
 
 
+def test_heat_is_the_replys(served: Served) -> None:
+    assert "heat" not in served.post(asking(0)).json()["cmg"]
+    body = asking(0, cmg={"heat": True})
+    served.vlm.forget()
+    told = served.post(body).json()["cmg"]["heat"]
+    served.vlm.forget()
+    assert chunks(served, body)[-1]["cmg"]["heat"] == told
+    served.vlm.forget()
+    heat = served.vlm.generate(
+        Request(
+            body["messages"],
+            guidance=embedded_guidance(),
+            max_tokens=body["max_tokens"],
+            heat=True,
+        )
+    ).heat
+    assert heat is not None
+    weights = np.frombuffer(base64.b64decode(told["weights"]), "<f2").reshape(told["shape"])
+    np.testing.assert_allclose(weights, heat.weights, rtol=2**-11, atol=2**-25)
+    assert (told["layers"], told["masked"]) == (list(heat.layers), list(heat.masked))
+    (image,) = told["images"]
+    assert image["size"] == [heat.images[0].width, heat.images[0].height]
+    np.testing.assert_allclose(image["boxes"], heat.boxes(0), atol=0.005)
+    assert image["n_tokens"] == weights.shape[2]
+
+
+def test_heat_without_a_picture_is_refused(served: Served) -> None:
+    got = served.post(asking(None, cmg={"heat": True}))
+    assert got.status_code == 400
+    assert "there is no image" in got.json()["error"]["message"]
+
+
+def test_heat_beyond_its_size_is_refused_with_what_is_not() -> None:
+    with serving(limits=Limits(heat_bytes=2000)) as served:
+        got = served.post(asking(0, cmg={"heat": True}))
+        assert (got.status_code, got.json()["error"]["param"]) == (400, "cmg")
+        most = int(re.search(r"max_tokens to (\d+) or less", got.json()["error"]["message"])[1])
+        assert served.wait(lambda: served.is_idle)
+        for n, status in ((most, 200), (most + 1, 400)):
+            got = served.post(asking(0, cmg={"heat": True}, max_tokens=n))
+            assert got.status_code == status
+
+
 WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"temperature": 101}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -230,6 +277,7 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"cmg": "on"}, "cmg"),
     ({"cmg": {"alhpa": 1.0}}, "cmg"),
     ({"cmg": {"evidence": 1}}, "cmg"),
+    ({"cmg": {"heat": "yes"}}, "cmg"),
     ({"cmg": {"evidence": {"intercept": 1.0}}}, "cmg"),
     ({"cmg": {"alpha": 1000.0}}, "cmg"),
     ({"cmg": {"alpha": "much"}}, "cmg"),

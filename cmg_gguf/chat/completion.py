@@ -16,6 +16,7 @@ from dataclasses import asdict
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeGuard
 
+from cmg_gguf.chat.heat import heat_block
 from cmg_gguf.errors import PromptError, SamplingError, UnsupportedError, shown
 from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.guidance import Guidance
@@ -52,6 +53,7 @@ def request_of(
     *,
     guidance: Guidance | None = None,
     evidence: bool | EvidenceModel | None = None,
+    heat: bool | None = None,
     max_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
@@ -63,17 +65,18 @@ def request_of(
 ) -> Request:
     """The request of a chat completion.
 
-    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance`
-    and `evidence` are ours, see `Request`. max_tokens: None or <= 0 = until the context is full.
-    logprobs: of the guided distribution, before the other samplers. chat_template_kwargs: as in
-    `Request`, and in llama-server. cache_prompt: False = nothing kept is gone on from, and the same
-    request gives the same bits: `Request.repeatable`, which costs others their kept prompts.
+    Takes what `llama_cpp.Llama.create_chat_completion` takes, with the same defaults; `guidance`,
+    `evidence` and `heat` are ours, see `Request`. max_tokens: None or <= 0 = until the context is
+    full. logprobs: of the guided distribution, before the other samplers. chat_template_kwargs: as
+    in `Request`, and in llama-server. cache_prompt: False = nothing kept is gone on from, and the
+    same request gives the same bits: `Request.repeatable`, which costs others their kept prompts.
     sampling: see `sampling_of`. Raises what it, `Request` and `Guidance` raise.
     """
     return Request(
         messages,
         guidance=guidance if guidance is not None else Guidance(),
         evidence=False if evidence is None else evidence,
+        heat=False if heat is None else heat,
         sampling=sampling_of(**sampling),
         max_tokens=None if _is_number(max_tokens) and max_tokens <= 0 else max_tokens,
         stop=stop or (),
@@ -228,6 +231,7 @@ def cmg_block(reply: Reply, token_bytes: TokenBytes) -> dict[str, Any]:
             if token.changed
         ],
         **_evidence(reply),
+        **({} if reply.heat is None else {"heat": heat_block(reply.heat)}),
         "seed": reply.seed,
         "seconds": {
             "encode": reply.seconds.encode,

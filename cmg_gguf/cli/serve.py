@@ -54,6 +54,7 @@ def serve(
     options = replace(
         server.options(guidance.guidance(own), guidance.weights(own)),
         media=media.media(model.max_pixels),
+        draws_scenes=model.built_in,
     )
     err = Screen(progress=not model.verbose)
     note_built_in(err, model, guidance.told(own))

@@ -53,7 +53,7 @@ def new_app(
         limits=service.limits,
         lifetime=service.lifetime,
         visitors=Visitors(names, origins),
-        free=tuple(web.ASSETS),
+        free=web.FREE,
     )
     if origins:
         app.add_middleware(

@@ -39,7 +39,8 @@ KEEP_ALIVE_SECONDS = 20
 class Options:
     """How it is reached, by whom, and how much it takes. unix_socket: instead of host and port, for
     this user and group. names: by which it is asked where there are no keys, see `visitors`.
-    sleep_seconds: the model is freed when nobody has asked for so long; None = never."""
+    sleep_seconds: the model is freed when nobody has asked for so long; None = never. draws_scenes:
+    see `Service`."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -51,6 +52,7 @@ class Options:
     names: tuple[str, ...] = ()
     n_waiting: int = 32
     sleep_seconds: float | None = None
+    draws_scenes: bool = False
     limits: Limits = field(default_factory=Limits)
     media: Media = field(default_factory=Media)
     defaults: Defaults = field(default_factory=Defaults)
@@ -74,6 +76,7 @@ class Server(uvicorn.Server):
             media=options.media,
             limits=options.limits,
             n_waiting=options.n_waiting,
+            draws_scenes=options.draws_scenes,
         )
         names = (options.host, *options.names)
         app = new_app(self.service, keys=options.keys, origins=options.origins, names=names)

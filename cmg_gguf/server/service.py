@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from cmg_gguf.chat.completion import request_of, sampling_of
+from cmg_gguf.chat.heat import WEIGHT_BYTES
 from cmg_gguf.errors import CMGError, GuidanceError, SamplingError, shown
 from cmg_gguf.evidence import UNFITTED, EvidenceModel
 from cmg_gguf.guidance import Guidance
@@ -36,6 +37,8 @@ from cmg_gguf.vlm import GuidedVLM
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 OFF = "off"
+ASKED_FOR = ("evidence", "heat")
+"""In a request's `cmg`, beside guidance: what the reply is to have."""
 N_PREPARED = 2
 """Of the requests that wait, those that are read already: so the engine waits for no picture."""
 
@@ -60,7 +63,8 @@ class Defaults:
 class Service:
     """One model behind all routes. Made and used on one event loop.
 
-    n_waiting: requests that may wait beyond those that are answered.
+    n_waiting: requests that may wait beyond those that are answered. draws_scenes: whether the page
+    offers drawn scenes, which the built-in model knows.
     """
 
     def __init__(
@@ -73,11 +77,13 @@ class Service:
         media: Media | None = None,
         limits: Limits | None = None,
         n_waiting: int = 32,
+        draws_scenes: bool = False,
     ) -> None:
         self.name, self.lifetime = name, lifetime
         self.defaults = defaults or Defaults()
         self.media, self.limits = media or Media(), limits or Limits()
         self.created = int(time.time())
+        self.draws_scenes = draws_scenes
         self.tally = Tally()
         self.n_ctx, self.n_parallel = vlm.n_ctx, len(vlm.engine.lanes)
         self.facts, self.chat_template = facts_of(vlm), vlm.template.source
@@ -104,18 +110,18 @@ class Service:
     ) -> Request:
         """A request as `chat.completion.request_of` makes it; a setting that is None is the
         server's default. cmg: None, "off", or guidance settings over the server's, and `evidence`:
-        True = by the server's weights. salt: see `clients.salt_of`. Raises Refused, which names the
-        setting."""
+        True = by the server's weights; `heat`: True = where the answer looked. salt: see
+        `clients.salt_of`. Raises Refused, which names the setting."""
         given = {name: value for name, value in settings.items() if value is not None}
         check_extent(messages, self.n_ctx)
         check_settings(given)
         own = {name: value for name, value in self.defaults.draws().items() if name not in given}
         try:
-            guidance, evidence = self._asked(cmg)
+            guidance, asked = self._asked(cmg)
         except (GuidanceError, TypeError) as exc:
             raise Refused(f"cmg: {exc}", param="cmg") from exc
         try:
-            made = request_of(messages, guidance=guidance, evidence=evidence, **given, **own)
+            made = request_of(messages, guidance=guidance, **asked, **given, **own)
             return replace(made, salt=salt, max_tokens=self.limits.tokens(made.max_tokens))
         except CMGError as exc:
             raise refused(exc, _wrong_setting(given)) from exc
@@ -166,6 +172,7 @@ class Service:
         def submit(vlm: GuidedVLM) -> None:
             for request, ear in zip(requests, ears, strict=True):
                 streams.append(vlm.stream(replace(request, prompt=messages), heard=ear.hear))
+                self._check_heat(streams[-1])
 
         try:
             await asyncio.to_thread(submit, await self.lifetime.awake())
@@ -178,21 +185,38 @@ class Service:
             raise
         return [Answer(s, ear, self.tally.note) for s, ear in zip(streams, ears, strict=True)]
 
-    def _asked(self, cmg: object) -> tuple[Guidance, EvidenceModel | None]:
+    def _asked(self, cmg: object) -> tuple[Guidance, dict[str, Any]]:
+        """Guidance, and what else is asked for, by the names of `request_of`."""
         if cmg is None:
-            return self.guidance, None
+            return self.guidance, {}
         if cmg == OFF:
-            return PLAIN, None
+            return PLAIN, {}
         if not isinstance(cmg, Mapping):
             raise GuidanceError(
                 f'{shown(cmg)} is neither "{OFF}" nor an object of settings; write {{"alpha": 1.0}}'
             )
-        own = {name: value for name, value in cmg.items() if name != "evidence"}
-        wants = cmg.get("evidence", False)
-        if not isinstance(wants, bool):
-            raise GuidanceError(f"evidence={shown(wants)} is neither true nor false")
+        own = {name: value for name, value in cmg.items() if name not in ASKED_FOR}
+        wants = {name: cmg.get(name, False) for name in ASKED_FOR}
+        for name, value in wants.items():
+            if not isinstance(value, bool):
+                raise GuidanceError(f"{name}={shown(value)} is neither true nor false")
         guidance = guidance_from_json({**guidance_to_json(self.guidance), **own})
-        return guidance, self.defaults.evidence if wants else None
+        evidence = self.defaults.evidence if wants["evidence"] else None
+        return guidance, {"evidence": evidence, "heat": wants["heat"]}
+
+    def _check_heat(self, stream: Stream) -> None:
+        """Raises Refused where it would be more than is sent."""
+        n_tokens, n_layers, n_images = stream.heat_shape
+        limit = self.limits.heat_bytes
+        if n_tokens * n_layers * n_images * WEIGHT_BYTES <= limit:
+            return
+        most = limit // (n_layers * n_images * WEIGHT_BYTES)
+        remedy = f"set max_tokens to {most} or less" if most else "ask without it"
+        raise Refused(
+            f"cmg: heat of up to {n_tokens} tokens, {n_layers} layers and {n_images} image tokens "
+            f"is more than {limit / 2**20:g} MiB; {remedy}",
+            param="cmg",
+        )
 
     def _busy(self) -> Refused:
         n_ahead = self.queue.n_taken + self.queue.n_waiting

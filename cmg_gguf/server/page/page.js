@@ -1,11 +1,14 @@
 // The page: a picture, a question, and both answers side by side.
 import { Answer } from "./answer.js";
 import { ask } from "./chat.js";
+import { Heat, SCALES, draw, drawScale } from "./heat.js";
+import { exported } from "./export.js";
 import { curl, python } from "./code.js";
 
 const at = (id) => document.getElementById(id);
 let url = null;
 let running = null;
+let shown = null; // the word whose heat is shown
 
 function take(file) {
   if (!file?.type.startsWith("image/")) return tell("This is no picture.");
@@ -21,6 +24,22 @@ function take(file) {
   reader.readAsDataURL(file);
 }
 
+// Scenes that the built-in model knows; other models have none.
+async function offerScenes() {
+  const kinds = await (await fetch("/page/scenes")).json();
+  at("kind").replaceChildren(...kinds.map((kind) => new Option(kind, kind)));
+  at("scenes").hidden = kinds.length === 0;
+}
+
+async function takeScene() {
+  const kind = at("kind").value;
+  const index = Math.floor(1000 * Math.random());
+  const response = await fetch(`/page/scene?kind=${encodeURIComponent(kind)}&index=${index}`);
+  if (!response.ok) return tell(`The scene cannot be drawn: the server answered ${response.status}.`);
+  at("file").value = "";
+  take(new File([await response.blob()], `${kind} scene ${index}`, { type: "image/png" }));
+}
+
 function tell(text) { at("status").textContent = text; }
 
 function body(cmg) {
@@ -34,7 +53,30 @@ function body(cmg) {
 }
 
 function guidance() {
-  if (!at("own").checked) return undefined;
+  const own = at("own").checked;
+  const settings = { ...(own ? strengths() : {}), ...rules(), ...asked() };
+  return Object.keys(settings).length ? settings : undefined;
+}
+
+// Beside the answer; there is nothing to look at without a picture.
+function asked() {
+  return url && at("looks").checked ? { evidence: true, heat: true } : undefined;
+}
+
+// What is filled in of the rest.
+function rules() {
+  const given = (id) => at(id).value !== "";
+  const found = {};
+  if (given("start") || given("stop-layer")) {
+    const range = { start: given("start") ? Number(at("start").value) : 0, stop: given("stop-layer") ? Number(at("stop-layer").value) : 1 };
+    found.layers = { rule: "layer_range", ...range };
+  }
+  if (given("gate")) found.gate = { rule: "disagreement", factor: Number(at("gate").value) };
+  if (given("scope")) found.scope = at("scope").value;
+  return found;
+}
+
+function strengths() {
   return { alpha: Number(at("alpha").value), beta: Number(at("beta").value) };
 }
 
@@ -46,6 +88,92 @@ function setSliders(cmg) {
   }
 }
 
+// The heat of a word, opened.
+function look(title, answer, word, tokens) {
+  answer.heat ??= new Heat(answer.cmg.heat);
+  const { layers, masked, images } = answer.heat;
+  if (!images[0].boxes) return tell(`Where the words look is not known: ${images[0].unknown}`);
+  const same = shown?.answer === answer;
+  shown = { title, answer, word, tokens };
+  if (!same) {
+    const names = [["mean", "mean of all"], ...(masked.length ? [["masked", "mean of those that guidance masks"]] : []), ...layers.map((l) => [l, `layer ${l}`])];
+    at("layer").replaceChildren(...names.map(([value, text]) => new Option(text, value)));
+  }
+  at("heat").hidden = false;
+  drawHeat();
+  at("heat").scrollIntoView({ block: "nearest" });
+}
+
+function drawHeat() {
+  const { title, answer, word, tokens } = shown;
+  const { size: [width, height] } = answer.heat.images[0];
+  const scale = at("scale").value;
+  const layer = at("layer").value;
+  const map = at("map");
+  const ratio = 512 / Math.max(width, height);
+  [map.width, map.height] = [Math.max(1, Math.round(width * ratio)), Math.max(1, Math.round(height * ratio))];
+  const values = answer.heat.map(tokens, layer, scale, map.width, map.height);
+  draw(map, answer.picture, values, scale);
+  drawScale(at("bar"));
+  at("heat-h").textContent = `${title}: where “${word}” looks`;
+  at("ticks").replaceChildren(...SCALES[scale].ticks.map((tick) => {
+    const label = document.createElement("span");
+    label.textContent = `${tick}x`;
+    return label;
+  }));
+  at("meaning").textContent = `${SCALES[scale].meaning}. A map shows what is read, not why a word is said.`;
+  const best = values.reduce((most, value, i) => (value > values[most] ? i : most), 0);
+  const percent = (part, whole) => Math.round((100 * part) / whole);
+  map.setAttribute("aria-label", `Heat of “${word}”: strongest, ${values[best].toFixed(1)}x, ${percent(best % map.width, map.width)} % from the left and ${percent(Math.floor(best / map.width), map.height)} % from the top`);
+}
+
+let compared = null; // what the answers on the page are to
+
+// The comparison as a file, with the map that is open.
+function save() {
+  const map = at("heat").hidden ? null : {
+    title: at("heat-h").textContent, url: at("map").toDataURL(), label: at("map").getAttribute("aria-label"),
+    scale: at("meaning").textContent,
+  };
+  const text = exported({ ...compared, plain: at("plain"), guided: at("guided"), note: at("note").textContent, map });
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "text/html" }));
+  link.download = "comparison.html";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+const MOST_KEPT = 20;
+
+// What is on the page now goes into the history, from where it comes back with its words and maps.
+function keep() {
+  const kept = ["plain", "guided", "note"].map((id) => [at(id), [...at(id).childNodes]]);
+  const entry = { ...compared };
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = entry.question;
+  button.addEventListener("click", () => {
+    if (!at("stop").disabled) return tell("An answer is under way: stop it first.");
+    for (const [element, nodes] of kept) element.replaceChildren(...nodes);
+    compared = entry;
+    at("curl").textContent = entry.request;
+    at("python").textContent = entry.python;
+    at("question").value = entry.question;
+    at("name").textContent = entry.name;
+    url = entry.picture;
+    at("picture").hidden = !url;
+    if (url) at("picture").src = url;
+    at("heat").hidden = true;
+    at("export").disabled = false;
+    tell("From the history.");
+  });
+  const item = document.createElement("li");
+  item.append(button);
+  at("history").prepend(item);
+  if (at("history").children.length > MOST_KEPT) at("history").lastChild.remove();
+  at("past").hidden = false;
+}
+
 async function both() {
   running = new AbortController();
   at("ask").disabled = true;
@@ -53,20 +181,26 @@ async function both() {
   const request = body(guidance());
   at("curl").textContent = curl(request);
   at("python").textContent = python(request);
-  const plain = new Answer(at("plain"));
-  const guided = new Answer(at("guided"));
+  const plain = new Answer(at("plain"), (...word) => look("Plain", plain, ...word));
+  const guided = new Answer(at("guided"), (...word) => look("Guided", guided, ...word));
+  plain.picture = guided.picture = at("picture").cloneNode();
   const { signal } = running;
   const key = at("key").value;
   at("note").textContent = "";
+  at("export").disabled = true;
+  compared = { picture: url, question: at("question").value, request: at("curl").textContent, python: at("python").textContent, name: at("name").textContent };
+  at("heat").hidden = true;
   tell("Asking.");
   try {
     await Promise.all([
-      ask(body("off"), key, signal, (chunk) => plain.said(chunk)),
+      ask(body(asked() ? { alpha: 0, beta: 0, ...asked() } : "off"), key, signal, (chunk) => plain.said(chunk)),
       ask(request, key, signal, (chunk) => guided.said(chunk)),
     ]);
     const { n_changed: n } = guided.cmg;
     at("note").textContent = `${n} ${n === 1 ? "token" : "tokens"} changed; alpha ${guided.cmg.alpha}, beta ${guided.cmg.beta}`;
     if (!at("own").checked) setSliders(guided.cmg);
+    at("export").disabled = false;
+    keep();
     tell("Both answers are complete.");
   } catch (error) {
     tell(signal.aborted ? "Stopped." : error.message);
@@ -80,8 +214,12 @@ async function both() {
   at("stop").disabled = true;
 }
 
+for (const id of ["layer", "scale"]) at(id).addEventListener("change", drawHeat);
+at("export").addEventListener("click", save);
 at("form").addEventListener("submit", (event) => { event.preventDefault(); both(); });
 at("stop").addEventListener("click", () => running.abort());
+offerScenes().catch(() => {});
+at("scene").addEventListener("click", () => takeScene().catch(() => tell("The server does not answer.")));
 at("file").addEventListener("change", (event) => take(event.target.files[0]));
 document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files[0]); });
 document.addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
