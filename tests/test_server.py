@@ -253,7 +253,9 @@ def test_heat_beyond_its_size_is_refused_with_what_is_not() -> None:
     with serving(limits=Limits(heat_bytes=2000)) as served:
         got = served.post(asking(0, cmg={"heat": True}))
         assert (got.status_code, got.json()["error"]["param"]) == (400, "cmg")
-        most = int(re.search(r"max_tokens to (\d+) or less", got.json()["error"]["message"])[1])
+        told = re.search(r"max_tokens to (\d+) or less", got.json()["error"]["message"])
+        assert told
+        most = int(told[1])
         assert served.wait(lambda: served.is_idle)
         for n, status in ((most, 200), (most + 1, 400)):
             got = served.post(asking(0, cmg={"heat": True}, max_tokens=n))

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,14 +25,14 @@ KEY = "a-key-of-the-tests"
 
 
 @pytest.fixture(scope="module")
-def locked():
+def locked() -> Any:
     with serving(keys=[KEY]) as served, served.client() as client:
         yield client
 
 
 @pytest.mark.parametrize("path", ASSETS)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_assets_need_no_key_and_have_policy_and_type(locked, path, method):
+def test_assets_need_no_key_and_have_policy_and_type(locked: Any, path: Any, method: Any) -> None:
     response = locked.request(method, path)
     assert response.status_code == 200
     assert response.headers["content-type"] == f"{ASSETS[path][1]}; charset=utf-8"
@@ -39,26 +40,26 @@ def test_assets_need_no_key_and_have_policy_and_type(locked, path, method):
     assert response.headers["x-content-type-options"] == "nosniff"
 
 
-def test_other_paths_need_the_key(locked):
+def test_other_paths_need_the_key(locked: Any) -> None:
     assert locked.get("/page/other.js").status_code == 401
     assert locked.get("/v1/models").status_code == 401
 
 
-def test_index_has_nothing_inline_and_nothing_from_elsewhere(locked):
+def test_index_has_nothing_inline_and_nothing_from_elsewhere(locked: Any) -> None:
     text = locked.get("/").text
     assert not re.search(r"<style|\sstyle=|\son\w+=|https?://", text)
     assert all(re.search(r'src="/page/', tag) for tag in re.findall("<script[^>]*>", text))
     assert set(re.findall(r'"(/page/[^"]+)"', text)) <= set(ASSETS)
 
 
-def test_scripts_make_no_markup_of_text(locked):
+def test_scripts_make_no_markup_of_text(locked: Any) -> None:
     for path in ASSETS:
         assert not re.search(
             "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", locked.get(path).text
         )
 
 
-def test_scenes_are_drawn_for_the_built_in_model_alone(locked):
+def test_scenes_are_drawn_for_the_built_in_model_alone(locked: Any) -> None:
     assert locked.get(SCENES).json() == []
     assert locked.get(SCENE, params={"kind": "counter", "index": 7}).status_code == 404
     with serving(keys=[KEY], draws_scenes=True) as served, served.client() as client:
@@ -67,7 +68,11 @@ def test_scenes_are_drawn_for_the_built_in_model_alone(locked):
         assert got.headers["content-type"] == "image/png"
         found = np.asarray(Image.open(io.BytesIO(got.content)))
         np.testing.assert_array_equal(found, draw(make_scene("test", 7, "counter")))
-        for wrong, status in (({"kind": "<b>", "index": 7}, 404), ({"kind": "counter"}, 400)):
+        wrongs: list[tuple[dict[str, Any], int]] = [
+            ({"kind": "<b>", "index": 7}, 404),
+            ({"kind": "counter"}, 400),
+        ]
+        for wrong, status in wrongs:
             assert client.get(SCENE, params=wrong).status_code == status
         for index in ("-1", "x", str(2**31)):
             got = client.get(SCENE, params={"kind": "counter", "index": index})
@@ -88,7 +93,7 @@ import("/page/answer.js").then(({ Answer }) => {
 
 
 @pytest.fixture
-def browser():
+def browser() -> Any:
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if None in paths:
@@ -104,11 +109,11 @@ def browser():
     driver.quit()
 
 
-def by_id(browser, name):
+def by_id(browser: Any, name: Any) -> Any:
     return browser.find_element("id", name)
 
 
-def test_asks_for_the_key_and_marks_what_guidance_changed(browser, tmp_path):
+def test_asks_for_the_key_and_marks_what_guidance_changed(browser: Any, tmp_path: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     picture = tmp_path / "<img src=x onerror=alert(1)>.png"
@@ -145,7 +150,7 @@ import("/page/heat.js").then(({ Heat }) => {
 """
 
 
-def test_a_word_shows_its_heat_from_the_keyboard(browser, tmp_path):
+def test_a_word_shows_its_heat_from_the_keyboard(browser: Any, tmp_path: Any) -> None:
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
     picture = tmp_path / "scene.png"
@@ -177,7 +182,7 @@ def test_a_word_shows_its_heat_from_the_keyboard(browser, tmp_path):
         assert browser.get_log("browser") == []
 
 
-def test_a_drawn_scene_is_taken(browser):
+def test_a_drawn_scene_is_taken(browser: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     with serving(draws_scenes=True) as served:
@@ -191,7 +196,7 @@ def test_a_drawn_scene_is_taken(browser):
         wait.until(lambda _: browser.execute_script(width) == 112)
 
 
-def test_the_pages_maps_are_the_librarys(browser):
+def test_the_pages_maps_are_the_librarys(browser: Any) -> None:
     rng = np.random.default_rng(0)
     boxes = np.array([[x, y, x + 14, y + 14] for y in (0, 14) for x in (0, 14)], float)
     weights = rng.random((3, 2, 4), np.float32).astype(np.float16).astype(np.float32)
@@ -220,7 +225,9 @@ import("/page/export.js").then(({ exported }) => {
 """
 
 
-def test_an_exported_comparison_holds_all_as_text_and_needs_nothing_else(browser, tmp_path):
+def test_an_exported_comparison_holds_all_as_text_and_needs_nothing_else(
+    browser: Any, tmp_path: Any
+) -> None:
     with serving() as served:
         browser.get(served.url)
         text = browser.execute_async_script(EXPORT, HOSTILE)
@@ -235,16 +242,17 @@ def test_an_exported_comparison_holds_all_as_text_and_needs_nothing_else(browser
     assert by_tag(browser, "mark", "title") == f'"{HOSTILE}'
 
 
-def test_layers_gate_and_rows_are_those_that_are_filled_in(browser, monkeypatch):
+def test_layers_gate_and_rows_are_those_that_are_filled_in(browser: Any, monkeypatch: Any) -> None:
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
-    asked = []
+    asked: list[Any] = []
     request = Service.request
-    monkeypatch.setattr(
-        Service,
-        "request",
-        lambda self, *args, **given: asked.append(given["cmg"]) or request(self, *args, **given),
-    )
+
+    def noted(self: Service, *args: Any, **given: Any) -> Any:
+        asked.append(given["cmg"])
+        return request(self, *args, **given)
+
+    monkeypatch.setattr(Service, "request", noted)
     with serving() as served:
         browser.get(served.url)
         browser.find_element("css selector", "form summary").click()
@@ -262,7 +270,7 @@ def test_layers_gate_and_rows_are_those_that_are_filled_in(browser, monkeypatch)
     assert "off" in asked
 
 
-def test_the_history_brings_an_answer_back_with_its_maps(browser, tmp_path):
+def test_the_history_brings_an_answer_back_with_its_maps(browser: Any, tmp_path: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     picture = tmp_path / "scene.png"
@@ -290,7 +298,7 @@ def test_the_history_brings_an_answer_back_with_its_maps(browser, tmp_path):
         assert by_id(browser, "heat").is_displayed()
 
 
-def test_a_comparison_is_saved_with_the_open_map(browser, tmp_path):
+def test_a_comparison_is_saved_with_the_open_map(browser: Any, tmp_path: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     picture = tmp_path / "scene.png"
@@ -318,11 +326,11 @@ def test_a_comparison_is_saved_with_the_open_map(browser, tmp_path):
     assert widths == [112, 512]
 
 
-def by_tag(browser, name, attribute="textContent"):
+def by_tag(browser: Any, name: Any, attribute: Any = "textContent") -> Any:
     return browser.find_element("css selector", name).get_attribute(attribute)
 
 
-def test_what_a_model_says_is_never_markup(browser):
+def test_what_a_model_says_is_never_markup(browser: Any) -> None:
     with serving() as served:
         browser.get(served.url)
         title = browser.title
