@@ -25,6 +25,7 @@ from prompts import picture
 from cmg_gguf import ImageError, PromptError
 from cmg_gguf.cli.media_flags import MediaFlags
 from cmg_gguf.server import remote
+from cmg_gguf.server.files import read_below
 from cmg_gguf.server.media import Media
 from cmg_gguf.server.remote import Host, fetched, is_public
 
@@ -294,6 +295,21 @@ def _is_ip(name: object) -> bool:
     except ValueError:
         return False
     return True
+
+
+def test_a_file_below_the_folder_is_read_whole_and_a_way_out_of_it_is_not(tmp_path: Path) -> None:
+    folder = (tmp_path / "open").resolve()
+    (folder / "cats").mkdir(parents=True)
+    (folder / "cats" / "1 a.png").write_bytes(b"12345")
+    (tmp_path / "secret").write_bytes(b"s")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    for name in ("cats/1 a.png", f"file://{folder}/cats/1%20a.png"):
+        assert read_below(folder, name, max_bytes=5) == b"12345"
+    for name in ("../secret", "link", f"file://{tmp_path}/secret", "cats", ""):
+        with pytest.raises(ImageError):
+            read_below(folder, name, max_bytes=5)
+    with pytest.raises(ImageError):
+        read_below(folder, "cats/1 a.png", max_bytes=4)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
