@@ -229,6 +229,10 @@ class Guidance:
         return self.alpha > 0
 
 
+PLAIN = Guidance(alpha=0.0, beta=0.0)
+"""Plain decoding: no contrast, no cut."""
+
+
 def _layer_set(layers: object) -> LayerSet:
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
         raise GuidanceError(

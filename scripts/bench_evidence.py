@@ -23,9 +23,8 @@ from benchmarks.subjects import Subject, pictures, random_subject
 from rich.console import Console
 from rich.table import Table
 
-from cmg_gguf import Guidance, GuidedVLM
-
-PLAIN = Guidance(alpha=0.0, beta=0.0)
+from cmg_gguf import GuidedVLM
+from cmg_gguf.guidance import PLAIN
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,12 +36,12 @@ from rich.table import Table
 from soak_server import PATH, serving
 
 from cmg_gguf import Guidance, GuidedVLM, LayerRange, Request
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.settings import Settings, save_settings
 
 STDERR = Console(stderr=True)
 HALF = Guidance(layers=LayerRange(0.5, 1.0))
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 N_CLIENTS, N_CTX = 4, 8192
 END = {"2": -100.0}
 """The end token, which no answer draws."""

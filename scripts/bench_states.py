@@ -30,8 +30,8 @@ from rich.progress import track
 from rich.table import Table
 
 from cmg_gguf import Guidance, GuidedVLM, Reply, Sampling
+from cmg_gguf.guidance import PLAIN
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 STDERR = Console(stderr=True)
 
 

@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.progress import track
 
 from cmg_gguf import Guidance, GuidedVLM, PromptError, Reply, Request
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.heat.maps import Layers, tokens_of
 from cmg_gguf.tiny.pair import embedded_guidance, embedded_pair
 from cmg_gguf.tiny.scenes import Scene, Thing, draw, make_scene
 from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 TWICE = 2.0
 N_BOOTSTRAP = 2000
 CAPTION_TOKENS = 96

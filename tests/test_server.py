@@ -16,8 +16,9 @@ from served import NAME, Served, asking, data_url, serving
 
 from cmg_gguf import EvidenceModel, Guidance, Reply, Request
 from cmg_gguf.evidence import UNFITTED
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.server.limits import Limits
-from cmg_gguf.server.service import PLAIN, Defaults
+from cmg_gguf.server.service import Defaults
 from cmg_gguf.tiny.pair import embedded_guidance
 
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from served import NAME, QUESTION, Served, data_url, serving
 
 from cmg_gguf import Guidance, Reply, Request
-from cmg_gguf.server.service import PLAIN
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.tiny.pair import embedded_guidance
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

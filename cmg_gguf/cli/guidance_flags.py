@@ -19,10 +19,8 @@ from cmg_gguf.cli.options import (
 )
 from cmg_gguf.errors import GuidanceError
 from cmg_gguf.evidence import EvidenceModel
-from cmg_gguf.guidance import MAX_ALPHA, Guidance, LayerRange, Refresh, Scope, States
+from cmg_gguf.guidance import MAX_ALPHA, PLAIN, Guidance, LayerRange, Refresh, Scope, States
 from cmg_gguf.settings import Settings, load_settings
-
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 _DEFAULT = Guidance()
 _AS_GIVEN = "alpha", "beta", "scope", "refresh", "states"

@@ -12,14 +12,14 @@ from cmg_gguf.cli.asker import Asker, system_messages, user_message
 from cmg_gguf.cli.compare import print_comparison
 from cmg_gguf.cli.evidence import print_marked
 from cmg_gguf.cli.exits import load_library, manners
-from cmg_gguf.cli.guidance_flags import PLAIN, GuidanceFlags
+from cmg_gguf.cli.guidance_flags import GuidanceFlags
 from cmg_gguf.cli.model_flags import ModelFlags
 from cmg_gguf.cli.output import AnswerWriter, write_json
 from cmg_gguf.cli.question_flags import QuestionFlags, ScreenFlags, asked
 from cmg_gguf.cli.report import question_block, reply_block
 from cmg_gguf.cli.sampling_flags import SamplingFlags
 from cmg_gguf.cli.screen import Screen
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.guidance import PLAIN, Guidance
 
 if TYPE_CHECKING:
     from cmg_gguf.sampling import Sampling

@@ -14,10 +14,8 @@ from cmg_gguf.engine.batch import Decodes, copied_row, text_batch
 from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.engine.session import cut_back
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.prompt.segments import Prompt, Segment, TextSegment
-
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 
 class ContrastSession:

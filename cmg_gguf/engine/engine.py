@@ -25,7 +25,7 @@ from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.batch import Batch, Decoded, Decodes, ImageBatch
 from cmg_gguf.engine.checks import check_cells, check_prompt
 from cmg_gguf.engine.context import Branches
-from cmg_gguf.engine.contrast import PLAIN, ContrastSession, cells_of_both
+from cmg_gguf.engine.contrast import ContrastSession, cells_of_both
 from cmg_gguf.engine.decoding import Decoder, Failure, together
 from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
@@ -35,7 +35,7 @@ from cmg_gguf.engine.rows import rows_of
 from cmg_gguf.engine.session import Session, cells_of
 from cmg_gguf.engine.steps import AUTO, Filling, Pace, Strategy
 from cmg_gguf.errors import BackendError, ContextLengthError
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.guidance import PLAIN, Guidance
 from cmg_gguf.prompt.segments import Prompt
 
 Progress: TypeAlias = Callable[[int, int], None]

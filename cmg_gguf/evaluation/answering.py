@@ -19,11 +19,12 @@ from cmg_gguf.evaluation.changed import changes_of
 from cmg_gguf.evaluation.grounding import words_told
 from cmg_gguf.evaluation.items import seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles
-from cmg_gguf.evaluation.method import PLAIN, Method, Question
+from cmg_gguf.evaluation.method import Method, Question
 from cmg_gguf.evaluation.records import Record
 from cmg_gguf.evaluation.task import Item, Task
 from cmg_gguf.evaluation.yes_no import YesNoTokens
 from cmg_gguf.evidence import EvidenceModel
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.prompt.images import image_id, load_image
 from cmg_gguf.request import Request
 

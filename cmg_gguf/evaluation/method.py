@@ -10,11 +10,9 @@ import numpy.typing as npt
 
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.yes_no import YesNoTokens
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.guidance import PLAIN, Guidance
 from cmg_gguf.request import Request
 from cmg_gguf.settings import guidance_to_json
-
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from cmg_gguf.chat.completion import request_of, sampling_of
 from cmg_gguf.chat.heat import WEIGHT_BYTES
 from cmg_gguf.errors import CMGError, GuidanceError, SamplingError, shown
 from cmg_gguf.evidence import UNFITTED, EvidenceModel
-from cmg_gguf.guidance import Guidance
+from cmg_gguf.guidance import PLAIN, Guidance
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Messages, Request, checked_stops
 from cmg_gguf.server.answer import Answer, Ear
@@ -35,7 +35,6 @@ from cmg_gguf.settings import guidance_from_json, guidance_to_json
 from cmg_gguf.stream import Stream
 from cmg_gguf.vlm import GuidedVLM
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 OFF = "off"
 ASKED_FOR = ("evidence", "heat")
 """In a request's `cmg`, beside guidance: what the reply is to have."""

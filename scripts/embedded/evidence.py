@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from cmg_gguf import Evidence, Guidance, GuidedVLM, Request
+from cmg_gguf import Evidence, GuidedVLM, Request
 from cmg_gguf.evaluation.grounding import (
     ScoredMention,
     areas,
@@ -33,10 +33,10 @@ from cmg_gguf.evaluation.grounding import (
 )
 from cmg_gguf.evaluation.statistics import Result
 from cmg_gguf.evaluation.tasks.scenes import SceneCaptions
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.settings import load_settings, save_settings
 from cmg_gguf.tiny.scenes import SceneKind, Split
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 KINDS: tuple[SceneKind, SceneKind] = ("counter", "typical")
 DROPPED = (0.0, 0.1, 0.2, 0.3, 0.5)
 CHUNK = 50
