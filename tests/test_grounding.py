@@ -10,6 +10,7 @@ import pytest
 
 from cmg_gguf.errors import EvaluationError
 from cmg_gguf.evaluation.grounding import (
+    Attention,
     ScoredMention,
     areas,
     calibration,
@@ -23,7 +24,10 @@ from cmg_gguf.evaluation.mentions import mentions_in
 from cmg_gguf.evaluation.words import Lexicon
 from cmg_gguf.evidence import EvidenceModel
 from cmg_gguf.guidance import Guidance
+from cmg_gguf.heat.maps import Heat
 from cmg_gguf.reply import Evidence, Reply, Seconds, Token, Word
+
+LOOKED = Attention(0.3, 0.8)
 
 
 def mention(
@@ -35,9 +39,10 @@ def mention(
     log_p_d: float = -1.0,
     divergence: float = 0.1,
     entropy: float = 0.7,
+    attention: Attention = LOOKED,
 ) -> ScoredMention:
     evidence = Evidence(log_p_o, log_p_d, divergence, entropy, score)
-    return ScoredMention("fork", present, cluster or f"{score}", evidence)
+    return ScoredMention("fork", present, cluster or f"{score}", evidence, attention)
 
 
 def drawn(n: int, model: EvidenceModel, seed: int = 0) -> list[ScoredMention]:
@@ -52,7 +57,8 @@ def drawn(n: int, model: EvidenceModel, seed: int = 0) -> list[ScoredMention]:
             "entropy": float(draw.uniform(0, 3)),
         }
         score = model.score(**terms)
-        found.append(mention(bool(draw.random() < score), score, cluster=str(i), **terms))
+        evidence = Evidence(**terms, score=score)
+        found.append(ScoredMention("fork", bool(draw.random() < score), str(i), evidence, LOOKED))
     return found
 
 
@@ -83,6 +89,16 @@ def test_higher_entropy_speaks_against_an_object() -> None:
         mention(False, 0.5, entropy=2, cluster="b"),
     ]
     assert areas(found, n_samples=5)["entropy"].own.value == 100
+
+
+def test_attention_on_the_image_speaks_for_an_object_and_on_text_against_it() -> None:
+    found = [
+        mention(True, 0.5, attention=Attention(0.4, 0.9), cluster="a"),
+        mention(False, 0.5, attention=Attention(0.1, 0.7), cluster="b"),
+    ]
+    told = areas(found, n_samples=5)
+    assert told["image attention"].own.value == 100
+    assert told["text attention"].own.value == 0
 
 
 def test_calibration_is_the_mean_gap_between_score_and_share() -> None:
@@ -135,14 +151,21 @@ def test_a_mention_is_measured_where_its_first_word_begins() -> None:
         ("cat", 16, 5, 5),
     )
     words = tuple(Word(w, at, at + len(w), first, last) for w, at, first, last in places)
-    made = {"evidence": EvidenceModel(), "words": words}
+    # (7 tokens, 2 layers, 2 image tokens): token t gives t / 100 and 3 t / 100, then t / 50 each.
+    weights = np.float32(0.01) * np.array(
+        [[[t, 3 * t], [2 * t, 2 * t]] for t in range(7)], np.float32
+    )
+    heat = Heat(weights, (1, 3), (), ())
+    made = {"evidence": EvidenceModel(), "words": words, "heat": heat}
     reply = Reply(text, tokens, "stop", 1, 1, Guidance(), (), 0, Seconds(), **made)  # type: ignore[arg-type]
     told = words_told(reply)
     assert told is not None
-    assert told[2] == [8, 12, 0, 0, 0, 0, 0.2]
+    assert told[2] == pytest.approx([8, 12, 0, 0, 0, 0, 0.2, 0.08, 0.92])
     found = with_evidence(told, mentions_in(text, lexicon, ["cat"]), "p")
     assert [(m.name, m.present, m.evidence.score) for m in found] == [
         ("hot dog", False, 0.1),
         ("cat", True, 0.5),
     ]
+    with pytest.raises(EvaluationError, match="7 numbers of a word, not 9"):
+        with_evidence([one[:7] for one in told], mentions_in(text, lexicon, ["cat"]), "p")
     assert words_told(Reply(text, tokens, "stop", 1, 1, Guidance(), (), 0, Seconds())) is None

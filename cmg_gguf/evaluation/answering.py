@@ -216,7 +216,8 @@ class Answerer:
         try:
             request = method.request(question)
             if image is not None and request.contrast is None:
-                request = replace(request, evidence=self._job.evidence or False)
+                weights = self._job.evidence
+                request = replace(request, evidence=weights or False, heat=weights is not None)
         except PROBLEMS as exc:
             return _problem(item, method.name, exc)
         return request

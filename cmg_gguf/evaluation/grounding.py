@@ -32,8 +32,20 @@ _STEPS = 100
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Where the row looked that a word is drawn from; the mean over the heads, 0 to 1.
+
+    image: on all image tokens, the mean over the layers that attend. first_text: on all else, in
+    the first of them.
+    """
+
+    image: float
+    first_text: float
+
+
+@dataclass(frozen=True)
 class ScoredMention:
-    """An object that an answer names, and its evidence.
+    """An object that an answer names, its evidence, and the attention at its name.
 
     present: whether it is there. cluster: mentions with the same one are resampled together.
     """
@@ -42,43 +54,64 @@ class ScoredMention:
     present: bool
     cluster: str
     evidence: Evidence
+    attention: Attention
 
 
 WordsTold = list[list[float]]
 """As in `Record.words`."""
+_N_TOLD = 9
 
 
 def words_told(reply: Reply) -> WordsTold | None:
-    """What a record says of an answer's words; None without evidence."""
+    """What a record says of an answer's words; None without evidence, which comes with heat."""
     if reply.evidence is None:
         return None
+    assert reply.heat is not None
+    on_image = reply.heat.weights.sum(axis=2, dtype=np.float64)
     told = []
     for word in reply.words:
         evidence = reply.tokens[word.first].evidence
         assert evidence is not None
-        told.append([word.start, word.stop, *astuple(evidence)])
+        looked = on_image[word.first]
+        attention = Attention(float(looked.mean()), float(1 - looked[0]))
+        told.append([word.start, word.stop, *astuple(evidence), *astuple(attention)])
     return told
 
 
 def with_evidence(
     words: WordsTold, mentions: Iterable[Mention], cluster: str
 ) -> list[ScoredMention]:
-    """The mentions of an answer, with what is said of its words."""
+    """The mentions of an answer, with what is said of its words. Raises EvaluationError for words
+    of which something else is said."""
     found = []
     for named in mentions:
         told = next(told for told in words if told[0] <= named.start < told[1])
-        found.append(ScoredMention(named.name, named.present, cluster, Evidence(*told[2:])))
+        if len(told) != _N_TOLD:
+            raise EvaluationError(
+                f"a record says {len(told)} numbers of a word, not {_N_TOLD}: another version made "
+                "this run; run it again into a new folder"
+            )
+        evidence, attention = Evidence(*told[2:7]), Attention(*told[7:])
+        found.append(ScoredMention(named.name, named.present, cluster, evidence, attention))
     return found
 
 
 def scores(mentions: Sequence[ScoredMention]) -> dict[str, Floats]:
-    """(n,) float64 of each way to tell them apart; higher = rather there."""
+    """(n,) float64 of each way to tell them apart; higher = rather there.
+
+    The two of attention are what others have proposed: much of it on the image speaks for a word,
+    much on text in the first layer against it.
+    """
     terms = _terms(mentions)
+    looked = np.array([astuple(mention.attention) for mention in mentions], np.float64)
+    image, first_text = looked.reshape(len(mentions), 2).T
     return {
         "probability": terms[:, 0],
         "entropy": -terms[:, 3],
         "difference": terms[:, 1],
         "divergence": terms[:, 2],
+        "image attention": image,
+        "text attention": -first_text,
         "evidence": np.array([mention.evidence.score for mention in mentions], np.float64),
     }
 
@@ -157,9 +190,7 @@ def fitted(mentions: Sequence[ScoredMention], fitted_on: str) -> EvidenceModel:
 
 def rescored(mentions: Sequence[ScoredMention], model: EvidenceModel) -> list[ScoredMention]:
     """The same mentions, by other weights."""
-    return [
-        ScoredMention(m.name, m.present, m.cluster, _scored(m.evidence, model)) for m in mentions
-    ]
+    return [replace(m, evidence=_scored(m.evidence, model)) for m in mentions]
 
 
 def _terms(mentions: Sequence[ScoredMention]) -> Floats:

@@ -38,8 +38,9 @@ class Record:
     Of yes/no items, by the method's own scores at the first token before the cut: yes_margin,
     log p(yes) - log p(no); yes_lead, the best score of a yes token minus the best of all others.
     says_yes: whether the first token is a yes token. None of the three where that is reasoning.
-    words: where evidence was asked for, of each word of the answer where it starts and stops and
-    what `Evidence` holds of it: log_p_o, log_p_d, divergence, entropy, score.
+    words: where evidence was asked for, of each word of the answer where it starts and stops, what
+    `Evidence` holds of it (log_p_o, log_p_d, divergence, entropy, score), and its
+    `cmg_gguf.evaluation.grounding.Attention` (image, first_text).
     """
 
     item: str

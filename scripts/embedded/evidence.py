@@ -21,6 +21,7 @@ from typing import Any
 
 from cmg_gguf import Evidence, GuidedVLM, Request
 from cmg_gguf.evaluation.grounding import (
+    Attention,
     ScoredMention,
     areas,
     calibration,
@@ -72,6 +73,7 @@ def gathered(job: Job) -> list[dict[str, Any]]:
             guidance=guidance,
             max_tokens=item.max_tokens,
             evidence=True,
+            heat=True,
         )
         for item in items
     )
@@ -109,7 +111,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 def mentions_of(rows: Sequence[dict[str, Any]]) -> list[ScoredMention]:
     """What rows say."""
     return [
-        ScoredMention(row["name"], row["present"], row["cluster"], Evidence(**row["evidence"]))
+        ScoredMention(
+            row["name"],
+            row["present"],
+            row["cluster"],
+            Evidence(**row["evidence"]),
+            Attention(**row["attention"]),
+        )
         for row in rows
     ]
 
