@@ -30,14 +30,15 @@ class Evidence:
 
     log_p_o, log_p_d: its log-probability in nats, <= 0, in the model's own distribution and with
     every image token hidden; both before guidance and samplers. divergence: the two distributions'
-    Jensen-Shannon divergence in nats, 0 to ln 2. entropy: of the model's own, in nats. score: 0 to
-    1, higher = the picture supports it more.
+    Jensen-Shannon divergence in nats, 0 to ln 2. entropy_o, entropy_d: of each, in nats. score: 0
+    to 1, higher = the picture supports it more.
     """
 
     log_p_o: float
     log_p_d: float
     divergence: float
-    entropy: float
+    entropy_o: float
+    entropy_d: float
     score: float
 
 

@@ -51,12 +51,12 @@ def test_a_record_holds_the_evidence_of_its_words(run: Run) -> None:
     assert [record.answer[int(w[0]) : int(w[1])] for w in record.words] == [
         word.text for word in reply.words
     ]
-    assert [w[6] for w in record.words] == pytest.approx([w.evidence for w in reply.words])
+    assert [w[7] for w in record.words] == pytest.approx([w.evidence for w in reply.words])
     assert reply.heat is not None
     firsts = [word.first for word in reply.words]
     share = reply.heat.weights.sum(axis=2)[firsts]
-    assert [w[7] for w in record.words] == pytest.approx(share.mean(axis=1), abs=1e-6)
-    assert [w[8] for w in record.words] == pytest.approx(1 - share[:, 0], abs=1e-6)
+    assert [w[8] for w in record.words] == pytest.approx(share.mean(axis=1), abs=1e-6)
+    assert [w[9] for w in record.words] == pytest.approx(1 - share[:, 0], abs=1e-6)
 
 
 def test_methods_with_another_prompt_have_none(run: Run) -> None:

@@ -35,7 +35,16 @@ from cmg_gguf.reply import Evidence
 
 EVERYTHING = Guidance(tokens=TopRatio(1.0), layers=LayerRange(0.0, 1.0), scope="text", beta=0.0)
 """What a replay hides, said as guidance: each row chooses anew, and chooses all."""
-FITTED = EvidenceModel(intercept=0.3, log_p_o=0.5, difference=0.25, divergence=2.0, entropy=-0.5)
+FITTED = EvidenceModel(
+    intercept=0.3,
+    log_p_o=0.5,
+    difference=0.25,
+    divergence=2.0,
+    entropy_o=-0.5,
+    entropy_d=0.4,
+    p_o_entropy_o=0.7,
+    p_o_p_d=-0.6,
+)
 
 
 @pytest.fixture(params=["pair", "contexts"])
@@ -44,8 +53,8 @@ def vlm(request: pytest.FixtureRequest, pair: TinyPair) -> Iterator[GuidedVLM]:
         yield opened
 
 
-def judged(original: F64, degraded: F64, token: int) -> tuple[float, float, float, float]:
-    """log p_o, log p_d, JSD and entropy in nats, by their definitions in float64."""
+def judged(original: F64, degraded: F64, token: int) -> tuple[float, float, float, float, float]:
+    """log p_o, log p_d, JSD and both entropies in nats, by their definitions in float64."""
     p, q = softmax(original), softmax(degraded)
     both = (p + q) / 2
     jsd = sum((own * np.log(own / both)).sum() for own in (p, q)) / 2
@@ -54,12 +63,19 @@ def judged(original: F64, degraded: F64, token: int) -> tuple[float, float, floa
         float(np.log(q[token])),
         float(jsd),
         float(-(p * np.log(p)).sum()),
+        float(-(q * np.log(q)).sum()),
     )
 
 
-def measured(evidence: Evidence | None) -> tuple[float, float, float, float]:
+def measured(evidence: Evidence | None) -> tuple[float, float, float, float, float]:
     assert evidence is not None
-    return evidence.log_p_o, evidence.log_p_d, evidence.divergence, evidence.entropy
+    return (
+        evidence.log_p_o,
+        evidence.log_p_d,
+        evidence.divergence,
+        evidence.entropy_o,
+        evidence.entropy_d,
+    )
 
 
 # --- against the judge ---------------------------------------------------------------------------
@@ -108,7 +124,7 @@ def test_measures_are_their_definitions() -> None:
     draw = np.random.default_rng(3)
     for scale in (0.1, 3.0, 30.0):
         p, q = (draw.normal(0, scale, 500).astype(np.float32) for _ in range(2))
-        _, _, jsd, bits = judged(p.astype(np.float64), q.astype(np.float64), 0)
+        _, _, jsd, bits, _ = judged(p.astype(np.float64), q.astype(np.float64), 0)
         assert divergence(p, q) == pytest.approx(jsd, abs=1e-6)
         assert entropy(p) == pytest.approx(bits, abs=1e-9)
     certain = np.full(4, -np.inf, np.float32)
@@ -130,9 +146,10 @@ def test_evidence_is_what_two_branches_say(vlm: GuidedVLM, llama: Tiny, guidance
         degraded = rig.engine.degraded_logits.astype(np.float64)
         expected = judged(original, degraded, token.id)
         assert measured(token.evidence) == pytest.approx(expected, abs=2e-4)
-        log_p_o, log_p_d, jsd, bits = expected
-        terms = (log_p_o, log_p_o - log_p_d, jsd, bits)
-        z = 0.3 + np.dot((0.5, 0.25, 2.0, -0.5), terms)
+        log_p_o, log_p_d, jsd, h_o, h_d = expected
+        p_o, p_d = np.exp([log_p_o, log_p_d])
+        terms = (log_p_o, log_p_o - log_p_d, jsd, h_o, h_d, p_o * h_o, p_o * p_d)
+        z = 0.3 + np.dot((0.5, 0.25, 2.0, -0.5, 0.4, 0.7, -0.6), terms)
         assert token.evidence is not None
         assert token.evidence.score == pytest.approx(1 / (1 + np.exp(-z)), abs=2e-4)
         rig.engine.step(token.id)
@@ -331,7 +348,9 @@ def test_the_score_of_weights_that_are_not_fitted() -> None:
     """As the docstring of UNFITTED has it."""
 
     def score(log_p_o: float, log_p_d: float) -> float:
-        return UNFITTED.score(log_p_o=log_p_o, log_p_d=log_p_d, divergence=0.1, entropy=0.1)
+        return UNFITTED.score(
+            log_p_o=log_p_o, log_p_d=log_p_d, divergence=0.1, entropy_o=0.1, entropy_d=0.2
+        )
 
     assert score(0.0, 0.0) == pytest.approx(0.731, abs=1e-3)
     assert score(-1.0, -3.0) == pytest.approx(1 / (1 + np.exp(-2.0)))

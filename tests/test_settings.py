@@ -59,7 +59,7 @@ def test_weights_of_evidence_are_kept_with_them(tmp_path: Path) -> None:
     assert load_settings(tmp_path / "s.json").evidence == UNFITTED
 
 
-@pytest.mark.parametrize("value", [3, {"weight": 1}, {"entropy": "x"}, {"fitted_on": 5}])
+@pytest.mark.parametrize("value", [3, {"weight": 1}, {"entropy_o": "x"}, {"fitted_on": 5}])
 def test_wrong_weights_are_told(value: Any, tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text(json.dumps({"evidence": value}))
     with pytest.raises(GuidanceError, match=r"s\.json: .*(evidence|fitted_on)"):

@@ -105,6 +105,6 @@ def test_any_cut_into_tokens_gives_the_same_words_and_their_bytes() -> None:
 
 @pytest.mark.parametrize("n", [0, 3])
 def test_a_word_has_the_score_of_the_token_in_which_it_begins(n: int) -> None:
-    scores = [Evidence(0.0, 0.0, 0.0, 0.0, score) for score in (0.1, 0.9, 0.5)][:n]
+    scores = [Evidence(0.0, 0.0, 0.0, 0.0, 0.0, score) for score in (0.1, 0.9, 0.5)][:n]
     words = words_of([b"a f", b"ork", b" x"], "a fork x", stop=8, evidence=scores)
     assert [word.evidence for word in words] == ([0.1, 0.1, 0.5] if n else [None] * 3)

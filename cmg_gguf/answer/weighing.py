@@ -57,6 +57,7 @@ class Weighing:
             "log_p_o": float(log_softmax(l_o)[token]),
             "log_p_d": float(log_softmax(l_d)[token]),
             "divergence": divergence(l_o, l_d),
-            "entropy": entropy(l_o),
+            "entropy_o": entropy(l_o),
+            "entropy_d": entropy(l_d),
         }
         return Evidence(**measured, score=self._model.score(**measured))

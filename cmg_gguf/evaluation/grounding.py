@@ -13,14 +13,14 @@ of it is measured at the token in which its first word begins.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 
 import numpy as np
 
 from cmg_gguf.errors import EvaluationError
 from cmg_gguf.evaluation.statistics import Floats, Result, bootstrap_auc
 from cmg_gguf.evaluation.task import Mention
-from cmg_gguf.evidence import LEAST, EvidenceModel
+from cmg_gguf.evidence import TERMS, EvidenceModel, terms
 from cmg_gguf.reply import Evidence, Reply
 
 BASELINE = "probability"
@@ -59,7 +59,7 @@ class ScoredMention:
 
 WordsTold = list[list[float]]
 """As in `Record.words`."""
-_N_TOLD = 9
+_N_TOLD = 10
 
 
 def words_told(reply: Reply) -> WordsTold | None:
@@ -91,7 +91,7 @@ def with_evidence(
                 f"a record says {len(told)} numbers of a word, not {_N_TOLD}: another version made "
                 "this run; run it again into a new folder"
             )
-        evidence, attention = Evidence(*told[2:7]), Attention(*told[7:])
+        evidence, attention = Evidence(*told[2:8]), Attention(*told[8:])
         found.append(ScoredMention(named.name, named.present, cluster, evidence, attention))
     return found
 
@@ -102,14 +102,14 @@ def scores(mentions: Sequence[ScoredMention]) -> dict[str, Floats]:
     The two of attention are what others have proposed: much of it on the image speaks for a word,
     much on text in the first layer against it.
     """
-    terms = _terms(mentions)
+    found = _terms(mentions)
     looked = np.array([astuple(mention.attention) for mention in mentions], np.float64)
     image, first_text = looked.reshape(len(mentions), 2).T
     return {
-        "probability": terms[:, 0],
-        "entropy": -terms[:, 3],
-        "difference": terms[:, 1],
-        "divergence": terms[:, 2],
+        "probability": found["log_p_o"],
+        "entropy": -found["entropy_o"],
+        "difference": found["difference"],
+        "divergence": found["divergence"],
         "image attention": image,
         "text attention": -first_text,
         "evidence": np.array([mention.evidence.score for mention in mentions], np.float64),
@@ -163,9 +163,10 @@ def fitted(mentions: Sequence[ScoredMention], fitted_on: str) -> EvidenceModel:
     labels = _labels(mentions).astype(np.float64)
     if not len(labels) or labels.min() == labels.max():
         raise EvaluationError("all of these mentions are there, or none: weights need both")
-    terms = _terms(mentions)
-    mean, scale = terms.mean(axis=0), terms.std(axis=0) + 1e-12
-    x = np.column_stack([np.ones(len(terms)), (terms - mean) / scale])
+    found = _terms(mentions)
+    measured = np.column_stack(list(found.values()))
+    mean, scale = measured.mean(axis=0), measured.std(axis=0) + 1e-12
+    x = np.column_stack([np.ones(len(measured)), (measured - mean) / scale])
     w = np.zeros(x.shape[1])
     for _ in range(_STEPS):
         p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
@@ -177,15 +178,8 @@ def fitted(mentions: Sequence[ScoredMention], fitted_on: str) -> EvidenceModel:
             break
     weights = w[1:] / scale
     intercept = float(w[0] - weights @ mean)
-    log_p_o, difference, divergence, entropy = map(float, weights)
-    return EvidenceModel(
-        intercept=intercept,
-        log_p_o=log_p_o,
-        difference=difference,
-        divergence=divergence,
-        entropy=entropy,
-        fitted_on=fitted_on,
-    )
+    named = dict(zip(found, map(float, weights), strict=True))
+    return EvidenceModel(intercept=intercept, fitted_on=fitted_on, **named)
 
 
 def rescored(mentions: Sequence[ScoredMention], model: EvidenceModel) -> list[ScoredMention]:
@@ -193,14 +187,10 @@ def rescored(mentions: Sequence[ScoredMention], model: EvidenceModel) -> list[Sc
     return [replace(m, evidence=_scored(m.evidence, model)) for m in mentions]
 
 
-def _terms(mentions: Sequence[ScoredMention]) -> Floats:
-    """(n, 4) float64: log p_o, log p_o - log p_d, JSD, H, as the score has them."""
-    rows = []
-    for mention in mentions:
-        e = mention.evidence
-        log_p_o, log_p_d = max(e.log_p_o, LEAST), max(e.log_p_d, LEAST)
-        rows.append((log_p_o, log_p_o - log_p_d, e.divergence, e.entropy))
-    return np.array(rows, np.float64).reshape(len(rows), 4)
+def _terms(mentions: Sequence[ScoredMention]) -> dict[str, Floats]:
+    """(n,) float64 of each term that weights are of, by name."""
+    rows = [terms(**_measured(mention.evidence)) for mention in mentions]
+    return {name: np.array([row[name] for row in rows], np.float64) for name in TERMS}
 
 
 def _labels(mentions: Sequence[ScoredMention]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -208,10 +198,8 @@ def _labels(mentions: Sequence[ScoredMention]) -> np.ndarray[tuple[int], np.dtyp
 
 
 def _scored(evidence: Evidence, model: EvidenceModel) -> Evidence:
-    score = model.score(
-        log_p_o=evidence.log_p_o,
-        log_p_d=evidence.log_p_d,
-        divergence=evidence.divergence,
-        entropy=evidence.entropy,
-    )
-    return replace(evidence, score=score)
+    return replace(evidence, score=model.score(**_measured(evidence)))
+
+
+def _measured(evidence: Evidence) -> dict[str, float]:
+    return {name: value for name, value in asdict(evidence).items() if name != "score"}

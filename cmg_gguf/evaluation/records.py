@@ -39,7 +39,7 @@ class Record:
     log p(yes) - log p(no); yes_lead, the best score of a yes token minus the best of all others.
     says_yes: whether the first token is a yes token. None of the three where that is reasoning.
     words: where evidence was asked for, of each word of the answer where it starts and stops, what
-    `Evidence` holds of it (log_p_o, log_p_d, divergence, entropy, score), and its
+    `Evidence` holds of it (log_p_o, log_p_d, divergence, entropy_o, entropy_d, score), and its
     `cmg_gguf.evaluation.grounding.Attention` (image, first_text).
     """
 
