@@ -171,7 +171,7 @@ def test_where_guidance_hides_the_picture_pieces_have_the_evidence(
 )
 def test_where_it_hides_less_pieces_have_none(pair: TinyPair, other: dict[str, Any]) -> None:
     with open_vlm(pair) as vlm:
-        asked = {"guidance": replace(EVERYTHING, **other), "max_tokens": 4}
+        asked: dict[str, Any] = {"guidance": replace(EVERYTHING, **other), "max_tokens": 4}
         stream = vlm.stream(QUESTION, [picture(0)], evidence=True, **asked)
         assert all(token.evidence is None for piece in stream for token in piece.tokens)
         assert all(token.evidence is not None for token in stream.reply.tokens)
