@@ -94,7 +94,9 @@ import("/page/answer.js").then(({ Answer }) => {
 
 @pytest.fixture
 def browser() -> Any:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="no selenium: pip install 'cmg-gguf[test]'"
+    )
     paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if None in paths:
         pytest.skip("no browser: apt-get install chromium chromium-driver")

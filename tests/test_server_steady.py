@@ -233,7 +233,7 @@ def test_who_takes_nothing_of_an_answer_is_let_go(patient: Served) -> None:
     connections = patient.server.server_state.connections
     with long_answer(patient, 4096):
         assert patient.wait(lambda: connections)
-        assert patient.wait(lambda: not connections, 15)
+        assert patient.wait(lambda: not connections, 60)
         assert patient.wait(lambda: patient.is_idle)
     assert patient.post(asking(0)).status_code == 200
 
