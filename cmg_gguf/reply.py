@@ -50,7 +50,8 @@ class Token:
     plain decoding would have drawn here, from the same logits with the same settings and seed.
     logprob: log-probability in the guided distribution before other samplers, where asked for.
     top: the likeliest tokens of that distribution with their log-probabilities, best first.
-    evidence: where it was asked for; a `Piece` comes before it is known.
+    evidence: where it was asked for; a `Piece` comes before it is known, but where guidance hides
+    every image token in every layer, scope "text".
     """
 
     id: int

@@ -41,6 +41,8 @@ class FakeEngine:
         self.steps.append(token)
         self._compute()
 
+    is_blind = False
+
     def catch_up(self) -> Iterator[None]:
         yield
 

@@ -132,7 +132,9 @@ def test_measures_are_their_definitions() -> None:
     assert entropy(certain) == 0
 
 
-@pytest.mark.parametrize("guidance", [PLAIN, Guidance(alpha=2.0)], ids=["plain", "guided"])
+@pytest.mark.parametrize(
+    "guidance", [PLAIN, Guidance(alpha=2.0), EVERYTHING], ids=["plain", "guided", "blind"]
+)
 def test_evidence_is_what_two_branches_say(vlm: GuidedVLM, llama: Tiny, guidance: Guidance) -> None:
     raw = f"USER: <__media__>\n{QUESTION} ASSISTANT:"
     reply = vlm.generate(
@@ -153,6 +155,43 @@ def test_evidence_is_what_two_branches_say(vlm: GuidedVLM, llama: Tiny, guidance
         assert token.evidence is not None
         assert token.evidence.score == pytest.approx(1 / (1 + np.exp(-z)), abs=2e-4)
         rig.engine.step(token.id)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "auto"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_where_guidance_hides_the_picture_pieces_have_the_evidence(
+    pair: TinyPair, strategy: Any, beta: float
+) -> None:
+    asked: dict[str, Any] = {"guidance": replace(EVERYTHING, beta=beta), "max_tokens": 20}
+    with open_vlm(pair, strategy=strategy) as vlm:
+        stream = vlm.stream(QUESTION, [picture(0)], evidence=FITTED, **asked)
+        streamed = [token for piece in stream for token in piece.tokens]
+        assert streamed == list(stream.reply.tokens)
+        assert all(word.evidence is not None for word in stream.reply.words)
+        told = vlm.generate(
+            QUESTION, [picture(0)], evidence=FITTED, guidance=PLAIN, max_tokens=1
+        ).tokens[0]
+    assert streamed[0].evidence is not None
+    assert told.evidence is not None
+    if told.id == streamed[0].id:
+        assert measured(streamed[0].evidence) == pytest.approx(measured(told.evidence), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tokens": TopRatio(0.9)},
+        {"layers": LayerRange(0.4, 1.0)},
+        {"scope": "decode"},
+        {"alpha": 0.0},
+    ],
+)
+def test_where_it_hides_less_pieces_have_none(pair: TinyPair, other: dict[str, Any]) -> None:
+    with open_vlm(pair) as vlm:
+        asked: dict[str, Any] = {"guidance": replace(EVERYTHING, **other), "max_tokens": 4}
+        stream = vlm.stream(QUESTION, [picture(0)], evidence=True, **asked)
+        assert all(token.evidence is None for piece in stream for token in piece.tokens)
+        assert all(token.evidence is not None for token in stream.reply.tokens)
 
 
 # --- tokens and cost -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import ModelError, _core
 from cmg_gguf.llama.chunks import HAS_PARTS
-from cmg_gguf.llama.log import captured_errors, set_verbose
+from cmg_gguf.llama.log import captured_errors, captured_stderr, set_verbose
 
 
 @pytest.fixture
@@ -220,3 +220,25 @@ def test_a_ctrl_c_while_llama_cpp_computes_is_not_lost(pair: TinyPair, function:
         [sys.executable, "-c", program], capture_output=True, text=True, cwd="/", timeout=120
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "3\n", "")
+
+
+def test_what_others_print_beside_a_capture_of_stderr_is_printed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with captured_stderr(lambda text: text.replace("a reason\n", "")):
+        os.write(2, b"a reason\n")
+        os.write(2, b"of another\xff thread\n")
+        assert capfd.readouterr().err == ""
+    os.write(2, b"behind\n")
+    assert capfd.readouterr().err == "of another\ufffd thread\nbehind\n"
+
+
+def test_without_a_stderr_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(fd: int) -> int:
+        raise OSError("bad file descriptor")
+
+    monkeypatch.setattr(os, "dup", closed)
+    told: list[str] = []
+    with captured_stderr(lambda text: told.append(text) or text):  # type: ignore[func-returns-value]
+        pass
+    assert told == [""]

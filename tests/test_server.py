@@ -212,6 +212,22 @@ def test_evidence_is_by_the_servers_weights(served: Served, settings: dict[str, 
             assert chunks(server, body)[-1]["cmg"]["evidence"] == told
 
 
+def test_chunks_have_the_evidence_where_guidance_hides_the_picture(served: Served) -> None:
+    blind = {
+        "tokens": {"rule": "top_ratio", "ratio": 1.0},
+        "layers": {"rule": "layer_range", "start": 0.0, "stop": 1.0},
+        "scope": "text",
+        "evidence": True,
+    }
+    *said, last = chunks(served, asking(0, cmg=blind))
+    in_chunks = [t for chunk in said if "cmg" in chunk for t in chunk["cmg"]["evidence"]["tokens"]]
+    assert in_chunks == last["cmg"]["evidence"]["tokens"]
+    assert len(in_chunks) > 4
+    *said, last = chunks(served, asking(0, cmg={"evidence": True}))
+    assert not any("cmg" in chunk for chunk in said)
+    assert last["cmg"]["evidence"]["tokens"]
+
+
 def test_evidence_of_a_request_without_a_picture_is_refused(served: Served) -> None:
     got = served.post(asking(None, cmg={"evidence": True}))
     assert got.status_code == 400

@@ -94,7 +94,9 @@ import("/page/answer.js").then(({ Answer }) => {
 
 @pytest.fixture
 def browser() -> Any:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="no selenium: pip install 'cmg-gguf[test]'"
+    )
     paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if None in paths:
         pytest.skip("no browser: apt-get install chromium chromium-driver")
@@ -145,7 +147,9 @@ ASK_MAP = """
 const done = arguments[0];
 import("/page/heat.js").then(({ Heat }) => {
   const heat = new Heat(arguments_heat);
-  done([Array.from(heat.of([0, 2], "mean")), Array.from(heat.map([1], 1, "relative", 28, 28))]);
+  const map = (k, scale) => Array.from(heat.map([1], 1, scale, 28, 28, k));
+  done([Array.from(heat.of([0, 2], "mean")), map(0, "relative"), map(1, "relative"),
+    map(1, "absolute")]);
 });
 """
 
@@ -182,6 +186,29 @@ def test_a_word_shows_its_heat_from_the_keyboard(browser: Any, tmp_path: Any) ->
         assert browser.get_log("browser") == []
 
 
+def test_each_of_two_pictures_has_its_map(browser: Any, tmp_path: Any) -> None:
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    pictures = [tmp_path / f"{i}.png" for i in range(2)]
+    for i, picture in enumerate(pictures):
+        picture.write_bytes(base64.b64decode(data_url(i).partition(",")[2]))
+    with serving() as served:
+        browser.get(served.url)
+        wait = WebDriverWait(browser, 20)
+        by_id(browser, "file").send_keys("\n".join(map(str, pictures)))
+        wait.until(lambda _: by_id(browser, "picture").is_displayed())
+        assert by_id(browser, "name").text == "0.png, 1.png"
+        by_id(browser, "ask").click()
+        wait.until(lambda _: by_id(browser, "export").is_enabled())
+        browser.find_elements("css selector", "#guided .word")[-1].send_keys("\n")
+        assert by_id(browser, "heat").is_displayed()
+        drawn = "return document.getElementById('map').toDataURL()"
+        first = browser.execute_script(drawn)
+        Select(by_id(browser, "which")).select_by_visible_text("2")
+        assert browser.execute_script(drawn) != first
+        assert browser.get_log("browser") == []
+
+
 def test_a_drawn_scene_is_taken(browser: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -199,15 +226,19 @@ def test_a_drawn_scene_is_taken(browser: Any) -> None:
 def test_the_pages_maps_are_the_librarys(browser: Any) -> None:
     rng = np.random.default_rng(0)
     boxes = np.array([[x, y, x + 14, y + 14] for y in (0, 14) for x in (0, 14)], float)
-    weights = rng.random((3, 2, 4), np.float32).astype(np.float16).astype(np.float32)
-    heat = Heat(weights, (0, 1), (1,), (Picture(28, 28, (Tile(0, 4, boxes),)),))
+    weights = rng.random((3, 2, 8), np.float32).astype(np.float16).astype(np.float32)
+    images = tuple(Picture(28, 28, (Tile(first, 4, boxes),)) for first in (0, 4))
+    heat = Heat(weights, (0, 1), (1,), images)
     script = ASK_MAP.replace("arguments_heat", json.dumps(heat_block(heat)))
     with serving() as served:
         browser.get(served.url)
-        mean, relative = browser.execute_async_script(script)
+        mean, *relative, absolute = browser.execute_async_script(script)
     np.testing.assert_allclose(mean, heat.of([0, 2], relative=False), rtol=1e-6)
-    expected = heat.map(0, [1], layer=1).ravel()
-    np.testing.assert_allclose(relative, expected, rtol=1e-6)
+    for k, found in enumerate(relative):
+        np.testing.assert_allclose(found, heat.map(k, [1], layer=1).ravel(), rtol=1e-6)
+    evenly = 0.5 / 28**2  # of each picture's half
+    expected = heat.map(1, [1], layer=1, relative=False).ravel() / evenly
+    np.testing.assert_allclose(absolute, expected, rtol=1e-6)
 
 
 EXPORT = """
@@ -219,7 +250,7 @@ import("/page/export.js").then(({ exported }) => {
   mark.dataset.tip = `"${text}`;
   answer.append(text, mark);
   const map = { title: text, url: "data:,", label: text, scale: text };
-  done(exported({ picture: "data:,", question: text, plain: answer, guided: answer, note: text,
+  done(exported({ pictures: ["data:,"], question: text, plain: answer, guided: answer, note: text,
     map, request: text }));
 });
 """

@@ -209,6 +209,47 @@ def test_bodies_and_heads_have_limits() -> None:
         assert client.post("/v1/chat/completions", json=asking(None)).status_code == 200
 
 
+@pytest.fixture
+def patient() -> Iterator[Served]:
+    with serving(limits=Limits(write_seconds=2.0)) as running:
+        yield running
+
+
+def long_answer(served: Served, room: int) -> socket.socket:
+    """A client of an answer of some MiB that has room for so many bytes of it."""
+    host, port = served.url.removeprefix("http://").split(":")
+    body = asking(0, stream=True, logprobs=True, top_logprobs=100, cmg="off", **LONG)
+    data = json.dumps(body).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    client.connect((host, int(port)))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    client.sendall(head.encode() + data)
+    return client
+
+
+def test_who_takes_nothing_of_an_answer_is_let_go(patient: Served) -> None:
+    connections = patient.server.server_state.connections
+    with long_answer(patient, 4096):
+        assert patient.wait(lambda: connections)
+        assert patient.wait(lambda: not connections, 60)
+        assert patient.wait(lambda: patient.is_idle)
+    assert patient.post(asking(0)).status_code == 200
+
+
+def test_who_takes_it_slowly_gets_all_of_it(patient: Served) -> None:
+    taken, n_waits = b"", 0
+    with long_answer(patient, 2**17) as client:
+        while part := client.recv(16384):
+            taken += part
+            if len(taken) // 200_000 > n_waits:
+                n_waits += 1
+                time.sleep(0.3)
+    assert n_waits > 3
+    assert b"[DONE]" in taken[-100:]
+
+
 def test_who_sends_slowly_is_waited_for_only_so_long() -> None:
     with serving(limits=Limits(read_seconds=0.5)) as served:
         for sent in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\nX-"):  # a head without end

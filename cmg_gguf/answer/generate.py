@@ -45,6 +45,8 @@ class Session(Protocol):
     l_d: FloatArray | None
 
     @property
+    def is_blind(self) -> bool: ...
+    @property
     def has_room(self) -> bool: ...
     def step(self, token: int) -> Decodes: ...
     def catch_up(self) -> Decodes: ...
@@ -128,7 +130,7 @@ class Generation:
                 self.answer.finish_reason = "stop"
                 break
             if self._weighing is not None:
-                self._weighing.note(token.id, session.l_o)
+                token = self._weighed(token, session, self._weighing)
             stopped = self._said(token)
             if stopped or self.n_said == limit or not session.has_room:
                 break
@@ -141,7 +143,7 @@ class Generation:
         replaying(tokens, take): reads the answer blind, see `Engine.replaying`.
         """
         answer, weighing = self.answer, self._weighing
-        if weighing is not None and self._ids:
+        if weighing is not None and len(weighing.found) < self.n_said:
             weighing.restart()
             yield from replaying(self._ids, weighing.weigh)
             answer.tokens = [
@@ -220,7 +222,8 @@ class Generation:
             self._check()
         is_scored = n < request.n_scores
         matters = drawer.prepare(logits)
-        if matters or is_scored or request.top_logprobs is not None:
+        is_weighed = self._weighing is not None and session.is_blind
+        if matters or is_scored or is_weighed or request.top_logprobs is not None:
             yield from session.catch_up()
             alpha = gated(alpha, request.guidance.gate, original, session.l_d)
         drawer.alpha = alpha
@@ -234,6 +237,14 @@ class Generation:
         best = np.argsort(-logprobs, kind="stable")[: request.top_logprobs]
         top = tuple((int(t), float(logprobs[t])) for t in best if np.isfinite(logprobs[t]))
         return Token(token, text, plain, float(logprobs[token]), top)
+
+    def _weighed(self, token: Token, session: Session, weighing: Weighing) -> Token:
+        """With its evidence, where guidance hides just what that is measured by."""
+        weighing.note(token.id, session.l_o)
+        if not session.is_blind or session.l_d is None:
+            return token
+        weighing.weigh(session.l_d)
+        return replace(token, evidence=weighing.found[-1])
 
     def _score(self, session: Session, logits: FloatArray) -> FloatArray:
         """What guidance makes of `logits`: l_o, or l_o changed by processors."""

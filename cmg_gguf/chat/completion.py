@@ -181,10 +181,12 @@ class Chunks:
         return self._chunk(index, {"role": "assistant"})
 
     def said(self, piece: Piece, index: int = 0) -> dict[str, Any]:
-        """Some of the answer."""
+        """Some of the answer, and the evidence of its tokens where that is known already."""
         said = "reasoning_content" if piece.reasoning else "content"
         logprobs = _logprobs(piece.tokens, self._token_bytes)
-        return self._chunk(index, {said: piece.text}, logprobs=logprobs)
+        chunk = self._chunk(index, {said: piece.text}, logprobs=logprobs)
+        weighed = _evidence_of(piece.tokens)
+        return {**chunk, "cmg": {"evidence": {"tokens": weighed}}} if weighed else chunk
 
     def last(self, reply: Reply, index: int = 0) -> dict[str, Any]:
         """How it ended, and what guidance did."""
@@ -250,14 +252,17 @@ def _evidence(reply: Reply) -> dict[str, Any]:
         {"text": word.text, "start": word.start, "stop": word.stop, "score": word.evidence}
         for word in reply.words
     ]
-    tokens = [
+    tokens, fitted_on = _evidence_of(reply.tokens), reply.evidence.fitted_on
+    return {"evidence": {"fitted_on": fitted_on, "words": words, "tokens": tokens}}
+
+
+def _evidence_of(tokens: Sequence[Token]) -> list[dict[str, Any]]:
+    return [
         {"token": token.text}
         | {name: max(value, MIN_LOGPROB) for name, value in asdict(token.evidence).items()}
-        for token in reply.tokens
+        for token in tokens
         if token.evidence is not None
     ]
-    fitted_on = reply.evidence.fitted_on
-    return {"evidence": {"fitted_on": fitted_on, "words": words, "tokens": tokens}}
 
 
 def usage(*replies: Reply) -> dict[str, Any]:

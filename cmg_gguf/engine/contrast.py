@@ -26,7 +26,7 @@ class ContrastSession:
     """
 
     guided = True
-    is_whole = False
+    is_blind = is_whole = False
     n_reused = first_row = n_named = 0
     layers: tuple[int, ...] = ()
     recording = None

@@ -83,7 +83,8 @@ class PromptRows:
     n_pos: positions. is_image, masked: (n,) bool. image_token, slot, observed: (n,) int32,
     `NONE` where there is none. n_slots: slots that the prompt's selections take. first_masked,
     first_observed: the first such row, n if there is none. layers: masked ones; None where they are
-    only known behind the prompt. fork_layer: where the degraded branch's rows enter, see `fork_at`.
+    only known behind the prompt. is_blind: text rows behind the first image see none of it in the
+    degraded branch. fork_layer: where the degraded branch's rows enter, see `fork_at`.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class PromptRows:
         )
         self.observe_layers = self._attending if self.layers is None else self.layers
         self.unread = guided and guidance.states == "unread"
+        hides_all = guidance.tokens == TopRatio(1.0) and self.layers == self._attending
+        self.is_blind = guided and hides_all and guidance.scope == "text" and not self.unread
         self.first_masked = int(self.masked.argmax()) if guided else self.n
         observed = self.observed != NONE
         self.first_observed = int(observed.argmax()) if observed.any() else self.n

@@ -105,6 +105,11 @@ class Session:
         return bool(self.rows.is_image[self.lease.start.original :].any())
 
     @property
+    def is_blind(self) -> bool:
+        """Whether l_d is that of `replay`: every row behind the picture sees none of it."""
+        return self.rows.is_blind and not self._strategy.approximate
+
+    @property
     def n_named(self) -> int:
         """Of its cells, those that kept prompts may share: they are known by name."""
         return len(self.lease.cells)

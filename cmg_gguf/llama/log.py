@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import llama_cpp
 from llama_cpp import _logger, mtmd_cpp
@@ -32,6 +35,38 @@ def captured_errors() -> Iterator[list[str]]:
         yield errors
     finally:
         errors += [" ".join(e.decode("utf-8", "replace").split()) for e in capture.close()]
+
+
+@contextmanager
+def captured_stderr(told: Callable[[str], str]) -> Iterator[None]:
+    """For a call that prints to stderr and not to the log: told(text) is called with what this
+    process printed meanwhile, and returns what of it is printed after all.
+
+    Keep it short: what other threads print comes late. Where there is no stderr, told("").
+    """
+    with _printing, tempfile.TemporaryFile() as kept:
+        try:
+            usual = os.dup(_STDERR)
+        except OSError:
+            yield
+            told("")
+            return
+        try:
+            os.dup2(kept.fileno(), _STDERR)
+            try:
+                yield
+            finally:
+                os.dup2(usual, _STDERR)
+                kept.seek(0)
+                rest = told(kept.read().decode("utf-8", "surrogateescape"))
+                with suppress(OSError):
+                    os.write(usual, rest.encode("utf-8", "surrogateescape"))
+        finally:
+            os.close(usual)
+
+
+_STDERR = 2
+_printing = threading.Lock()
 
 
 def _address(function: object) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import BackendError, SamplingError
 from cmg_gguf.llama.grammar import grammar_for
-from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.llama.log import captured_errors, captured_stderr
 from cmg_gguf.llama.model import Model
 from cmg_gguf.sampling import Sampling
 
 _MIROSTAT_M = 100  # as llama.cpp's own tools
+_REASON = 200  # characters: some reasons hold the rest of the grammar
 _ALL_TOKENS = 2**20  # more than an answer has; llama.cpp allocates room for each
 
 
@@ -118,13 +120,27 @@ def _constraints(model: Model, sampling: Sampling) -> Iterable[Any]:
         yield llama_cpp.llama_sampler_init_logit_bias(model.n_vocab, len(bias), bias)
     text = sampling.grammar or grammar_for(sampling.response_format)
     if text is not None:
-        with captured_errors() as errors:
-            grammar = llama_cpp.llama_sampler_init_grammar(
-                model.vocab, text.encode("utf-8", "replace"), b"root"
-            )
-        if not grammar:
-            raise SamplingError(f"the grammar does not parse: {' '.join(errors) or 'no root rule'}")
-        yield grammar
+        yield _grammar(model, text.encode("utf-8", "replace"))
+
+
+def _grammar(model: Model, text: bytes) -> Any:
+    """Raises SamplingError with the parser's reason, which it prints."""
+    reasons: list[str] = []
+
+    def told(printed: str) -> str:
+        said = re.escape(text.decode("utf-8"))
+        found = re.search(rf"parse: error parsing grammar: (.*?)\n\n{said}\n", printed, re.DOTALL)
+        if found is None:
+            return printed
+        reasons.append(" ".join(found[1].split())[:_REASON])
+        return printed.replace(found[0], "")
+
+    with captured_errors() as errors, captured_stderr(told):
+        grammar = llama_cpp.llama_sampler_init_grammar(model.vocab, text, b"root")
+    if not grammar:
+        reason = " ".join(reasons or errors) or "no root rule"
+        raise SamplingError(f"the grammar does not parse: {reason}; correct it")
+    return grammar
 
 
 def _tail(model: Model, sampling: Sampling, seed: int) -> Iterable[Any]:

@@ -3,7 +3,9 @@
 Beside OpenAI's fields, llama-server's (`top_k`, `min_p`, `repeat_penalty`, `grammar`,
 `chat_template_kwargs`...) and ours: `cmg`, "off" or settings of guidance, as a settings file has
 them; what they leave out is as the server was started with. `"evidence": true` among them asks how
-much the picture supports each word, `"heat": true` where the answer looked: `chat.heat`.
+much the picture supports each word, `"heat": true` where the answer looked: `chat.heat`. They come
+in the last chunk; evidence of tokens in each, where guidance hides all image tokens in all layers
+(scope "text"): there it is known when they are drawn.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Told to end (SIGTERM, Ctrl-C) it takes nothing new, and gives answers under way 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
@@ -107,9 +108,10 @@ class Server(uvicorn.Server):
 
 class Patient(H11Protocol):
     """uvicorn's HTTP/1.1, which waits only so long for a head: from the connection on, and from the
-    first byte of each further one; and twice as long for a body, whether it is read or not."""
+    first byte of each further one; and twice as long for a body, whether it is read or not. A
+    client that takes nothing of what it is sent for `write_seconds` is let go."""
 
-    read_seconds = Limits.read_seconds
+    read_seconds, write_seconds = Limits.read_seconds, Limits.write_seconds
 
     def connection_made(self, transport: Any) -> None:
         """Begins to wait."""
@@ -118,6 +120,33 @@ class Patient(H11Protocol):
             transport.abort()
         self._awaited: Any = h11.IDLE
         self._waiting = self.loop.call_later(self.read_seconds, self.transport.close)
+        self._untaken: asyncio.TimerHandle | None = None
+        transport.set_write_buffer_limits(high=0)  # so that all that is not taken pauses it
+
+    def pause_writing(self) -> None:
+        """Waits until something of what is sent is taken."""
+        super().pause_writing()
+        self._wait_for_taker(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """Waits no longer for that."""
+        super().resume_writing()
+        self._stop_waiting_for_taker()
+
+    def _wait_for_taker(self, n_left: int) -> None:
+        self._stop_waiting_for_taker()
+        self._untaken = self.loop.call_later(self.write_seconds, self._look_at_taker, n_left)
+
+    def _look_at_taker(self, n_before: int) -> None:
+        n_left = self.transport.get_write_buffer_size()
+        if n_left < n_before:
+            self._wait_for_taker(n_left)
+        else:
+            self.transport.abort()
+
+    def _stop_waiting_for_taker(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Reads what has come, and waits where that is no whole request."""
@@ -134,6 +163,7 @@ class Patient(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Waits no longer."""
         self._waiting.cancel()
+        self._stop_waiting_for_taker()
         super().connection_lost(exc)
 
 
@@ -159,12 +189,13 @@ def _private_socket(path: Path) -> socket.socket:
 
 def _settings(options: Options) -> dict[str, Any]:
     limits = options.limits
+    patience = {"read_seconds": limits.read_seconds, "write_seconds": limits.write_seconds}
     return {
         "host": options.host,
         "port": options.port,
         "ssl_keyfile": options.ssl_key_file,
         "ssl_certfile": options.ssl_cert_file,
-        "http": type("Timed", (Patient,), {"read_seconds": limits.read_seconds}),
+        "http": type("Timed", (Patient,), patience),
         "ws": "none",
         "log_config": None,
         "access_log": False,

@@ -2,8 +2,8 @@
 const CSS = "body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color-scheme:light dark}img{max-width:100%}.both{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr))}p,pre{white-space:pre-wrap;overflow-wrap:anywhere}.doubt{text-decoration:underline dotted 2px}";
 const POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";
 
-// picture: a data URL, or null. map: the same of a heat map, with its title; or null.
-export function exported({ picture, question, plain, guided, note, map, request }) {
+// pictures: data URLs. map: the same of a heat map, with its title; or null.
+export function exported({ pictures, question, plain, guided, note, map, request }) {
   const page = document.implementation.createHTMLDocument("cmg-gguf: plain and guided");
   const add = (parent, name, text = "", attributes = {}) => {
     const element = page.createElement(name);
@@ -16,7 +16,7 @@ export function exported({ picture, question, plain, guided, note, map, request 
   add(page.head, "meta", "", { "http-equiv": "Content-Security-Policy", content: POLICY });
   add(page.head, "style", CSS);
   add(page.body, "h1", "Plain and guided");
-  if (picture) add(page.body, "img", "", { src: picture, alt: "The picture that was asked about" });
+  for (const src of pictures) add(page.body, "img", "", { src, alt: "A picture that was asked about" });
   add(page.body, "p", question);
   const both = add(page.body, "div", "", { class: "both" });
   for (const [title, answer] of [["Plain", plain], ["Guided", guided]]) {

@@ -28,9 +28,11 @@ export class Heat {
     return found.map((sum) => sum / tokens.length / chosen.length);
   }
 
-  // Attention a pixel of the first picture, on a grid of width x height; views that overlap add up.
-  spread(values, width, height) {
-    const { size, boxes } = this.images[0];
+  // Attention a pixel of a picture, on a grid of width x height; views that overlap add up.
+  spread(all, width, height, k) {
+    const { size, boxes } = this.images[k];
+    const first = this.images.slice(0, k).reduce((n, image) => n + image.n_tokens, 0);
+    const values = all.subarray(first, first + this.images[k].n_tokens);
     const found = new Float64Array(width * height);
     boxes.forEach((box, i) => {
       if (!box) return;
@@ -43,12 +45,13 @@ export class Heat {
     return found;
   }
 
-  // The values on that grid, in the scale's unit.
-  map(tokens, layer, scale, width, height) {
-    const found = this.spread(this.of(tokens, layer), width, height);
-    if (scale === "absolute") return found.map((value) => value * width * height);
+  // The values of picture k on that grid, in the scale's unit: an even spread is over all pictures.
+  map(tokens, layer, scale, width, height, k = 0) {
+    const found = this.spread(this.of(tokens, layer), width, height, k);
+    const share = this.images[k].n_tokens / this.shape[2];
+    if (scale === "absolute") return found.map((value) => (value * width * height) / share);
     const all = Array.from({ length: this.shape[0] }, (_, i) => i);
-    const usual = this.spread(this.of(all, layer), width, height);
+    const usual = this.spread(this.of(all, layer), width, height, k);
     return found.map((value, i) => (value === 0 && usual[i] === 0 ? 0 : value / usual[i]));
   }
 }

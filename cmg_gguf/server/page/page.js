@@ -6,22 +6,41 @@ import { exported } from "./export.js";
 import { curl, python } from "./code.js";
 
 const at = (id) => document.getElementById(id);
-let url = null;
+let urls = []; // of the pictures, as data
 let running = null;
 let shown = null; // the word whose heat is shown
 
-function take(file) {
-  if (!file?.type.startsWith("image/")) return tell("This is no picture.");
-  const reader = new FileReader();
-  reader.onload = () => {
-    url = reader.result;
-    at("picture").src = url;
-    at("picture").hidden = false;
-    at("name").textContent = file.name;
+async function take(files) {
+  const chosen = [...files];
+  if (!chosen.length || chosen.some((file) => !file.type.startsWith("image/"))) return tell("This is no picture.");
+  try {
+    show(await Promise.all(chosen.map(read)), chosen.map((file) => file.name).join(", "));
     tell("");
-  };
-  reader.onerror = () => tell("The picture cannot be read.");
-  reader.readAsDataURL(file);
+  } catch {
+    tell("The picture cannot be read.");
+  }
+}
+
+function read(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = reject;
+    reader.readAsDataURL(file);
+  });
+}
+
+function show(given, name) {
+  urls = given;
+  at("picture").hidden = !urls.length;
+  if (urls.length) at("picture").src = urls[0];
+  at("more").replaceChildren(...urls.slice(1).map((url, i) => {
+    const image = new Image();
+    image.src = url;
+    image.alt = `Picture ${i + 2}`;
+    return image;
+  }));
+  at("name").textContent = name;
 }
 
 // Scenes that the built-in model knows; other models have none.
@@ -37,16 +56,16 @@ async function takeScene() {
   const response = await fetch(`/page/scene?kind=${encodeURIComponent(kind)}&index=${index}`);
   if (!response.ok) return tell(`The scene cannot be drawn: the server answered ${response.status}.`);
   at("file").value = "";
-  take(new File([await response.blob()], `${kind} scene ${index}`, { type: "image/png" }));
+  await take([new File([await response.blob()], `${kind} scene ${index}`, { type: "image/png" })]);
 }
 
 function tell(text) { at("status").textContent = text; }
 
 function body(cmg) {
   const text = { type: "text", text: at("question").value };
-  const image = url ? [{ type: "image_url", image_url: { url } }] : [];
+  const images = urls.map((url) => ({ type: "image_url", image_url: { url } }));
   return {
-    messages: [{ role: "user", content: [...image, text] }],
+    messages: [{ role: "user", content: [...images, text] }],
     max_tokens: Number(at("tokens").value), temperature: 0, logprobs: true, top_logprobs: 3,
     ...(cmg === undefined ? {} : { cmg }),
   };
@@ -60,7 +79,7 @@ function guidance() {
 
 // Beside the answer; there is nothing to look at without a picture.
 function asked() {
-  return url && at("looks").checked ? { evidence: true, heat: true } : undefined;
+  return urls.length && at("looks").checked ? { evidence: true, heat: true } : undefined;
 }
 
 // What is filled in of the rest.
@@ -92,11 +111,14 @@ function setSliders(cmg) {
 function look(title, answer, word, tokens) {
   answer.heat ??= new Heat(answer.cmg.heat);
   const { layers, masked, images } = answer.heat;
-  if (!images[0].boxes) return tell(`Where the words look is not known: ${images[0].unknown}`);
+  const unknown = images.find((image) => !image.boxes)?.unknown;
+  if (unknown) return tell(`Where the words look is not known: ${unknown}`);
   const same = shown?.answer === answer;
   shown = { title, answer, word, tokens };
   if (!same) {
     const names = [["mean", "mean of all"], ...(masked.length ? [["masked", "mean of those that guidance masks"]] : []), ...layers.map((l) => [l, `layer ${l}`])];
+    at("which").replaceChildren(...images.map((_, k) => new Option(k + 1, k)));
+    at("which-row").hidden = images.length === 1;
     at("layer").replaceChildren(...names.map(([value, text]) => new Option(text, value)));
   }
   at("heat").hidden = false;
@@ -106,14 +128,15 @@ function look(title, answer, word, tokens) {
 
 function drawHeat() {
   const { title, answer, word, tokens } = shown;
-  const { size: [width, height] } = answer.heat.images[0];
+  const k = Number(at("which").value);
+  const { size: [width, height] } = answer.heat.images[k];
   const scale = at("scale").value;
   const layer = at("layer").value;
   const map = at("map");
   const ratio = 512 / Math.max(width, height);
   [map.width, map.height] = [Math.max(1, Math.round(width * ratio)), Math.max(1, Math.round(height * ratio))];
-  const values = answer.heat.map(tokens, layer, scale, map.width, map.height);
-  draw(map, answer.picture, values, scale);
+  const values = answer.heat.map(tokens, layer, scale, map.width, map.height, k);
+  draw(map, answer.pictures[k], values, scale);
   drawScale(at("bar"));
   at("heat-h").textContent = `${title}: where “${word}” looks`;
   at("ticks").replaceChildren(...SCALES[scale].ticks.map((tick) => {
@@ -159,10 +182,7 @@ function keep() {
     at("curl").textContent = entry.request;
     at("python").textContent = entry.python;
     at("question").value = entry.question;
-    at("name").textContent = entry.name;
-    url = entry.picture;
-    at("picture").hidden = !url;
-    if (url) at("picture").src = url;
+    show(entry.pictures, entry.name);
     at("heat").hidden = true;
     at("export").disabled = false;
     tell("From the history.");
@@ -183,12 +203,12 @@ async function both() {
   at("python").textContent = python(request);
   const plain = new Answer(at("plain"), (...word) => look("Plain", plain, ...word));
   const guided = new Answer(at("guided"), (...word) => look("Guided", guided, ...word));
-  plain.picture = guided.picture = at("picture").cloneNode();
+  plain.pictures = guided.pictures = [at("picture"), ...at("more").children].map((image) => image.cloneNode());
   const { signal } = running;
   const key = at("key").value;
   at("note").textContent = "";
   at("export").disabled = true;
-  compared = { picture: url, question: at("question").value, request: at("curl").textContent, python: at("python").textContent, name: at("name").textContent };
+  compared = { pictures: urls, question: at("question").value, request: at("curl").textContent, python: at("python").textContent, name: at("name").textContent };
   at("heat").hidden = true;
   tell("Asking.");
   try {
@@ -214,20 +234,20 @@ async function both() {
   at("stop").disabled = true;
 }
 
-for (const id of ["layer", "scale"]) at(id).addEventListener("change", drawHeat);
+for (const id of ["which", "layer", "scale"]) at(id).addEventListener("change", drawHeat);
 at("export").addEventListener("click", save);
 at("form").addEventListener("submit", (event) => { event.preventDefault(); both(); });
 at("stop").addEventListener("click", () => running.abort());
 offerScenes().catch(() => {});
 at("scene").addEventListener("click", () => takeScene().catch(() => tell("The server does not answer.")));
-at("file").addEventListener("change", (event) => take(event.target.files[0]));
-document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files[0]); });
+at("file").addEventListener("change", (event) => take(event.target.files));
+document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files); });
 document.addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
 document.addEventListener("dragleave", () => at("drop").classList.remove("over"));
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   at("drop").classList.remove("over");
-  take(event.dataTransfer.files[0]);
+  take(event.dataTransfer.files);
 });
 for (const id of ["alpha", "beta"]) {
   const show = () => { at(`${id}-out`).textContent = at(id).value; };
