@@ -99,7 +99,8 @@ class Decoding:
     def milliseconds(self, seconds: float) -> float:
         """A token, of as many as take so long."""
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         stdin.write(f"{seconds}\n")
         stdin.flush()
         return float(stdout.readline())
@@ -124,6 +125,7 @@ def decoded(kind: str, threads: int) -> Iterator[object]:
     from benchmarks.decoding import HALF, Guided, Unhooked
     from benchmarks.plain_llama import open_llama
     from benchmarks.subjects import random_subject
+
     from cmg_gguf import GuidedVLM
     from cmg_gguf.guidance import PLAIN as UNGUIDED
 
