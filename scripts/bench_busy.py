@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -157,8 +157,10 @@ def measured(decoding: dict[str, Decoding], number: int, args: argparse.Namespac
     """One round; another way begins each."""
     names = list(decoding)
     names = names[number % len(names) :] + names[: number % len(names)]
-    turn: Callable[[], dict[str, float]]
-    turn = lambda: {name: decoding[name].milliseconds(args.seconds) for name in names}  # noqa: E731
+
+    def turn() -> dict[str, float]:
+        return {name: decoding[name].milliseconds(args.seconds) for name in names}
+
     load = os.getloadavg()[0]
     idle = turn()
     with busy(args.busy):
@@ -197,11 +199,11 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a token costs on cores that are busy.")
     add = parser.add_argument
-    add("--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))])
+    add("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
     add("--spins", type=int, nargs="*", default=[], help="more ways: GOMP_SPINCOUNT")
     add("--passive", action="store_true", help="one more: OMP_WAIT_POLICY=passive")
     add("--guided", action=argparse.BooleanOptionalAction, default=True)
-    add("--busy", type=int, default=len(os.sched_getaffinity(0)), help="processes; one a core")
+    add("--busy", type=int, default=os.cpu_count() or 1, help="processes; one a core")
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=1.0, help="of each way, idle and busy, in a round")
     add("--decode", choices=(LLAMA, PLAIN, GUIDED), help=argparse.SUPPRESS)
