@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import cmg_gguf.llama.openmp  # noqa: F401  (before anything that loads OpenMP)
+
 if TYPE_CHECKING:
     from cmg_gguf.errors import (
         BackendError,

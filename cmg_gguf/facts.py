@@ -16,6 +16,7 @@ from cmg_gguf.llama.header import open_header, projector_facts, read_architectur
 from cmg_gguf.llama.layers import layer_places
 from cmg_gguf.llama.log import set_verbose
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.openmp import WAITING
 from cmg_gguf.llama.projector import Projector
 from cmg_gguf.llama.repacking import REMEDY, is_safe
 from cmg_gguf.llama.resolution import measured
@@ -23,11 +24,12 @@ from cmg_gguf.opening import DEFAULT_TEMPLATE, fitting_n_ubatch, named_template
 
 SIZE_IF_UNKNOWN = 336
 """Pixels a side of the image whose tokens are counted, where the projector names no size."""
+NO_OPENMP = "as llama.cpp's own threads do: it was built without OpenMP"
 
 
 def system_facts() -> dict[str, Any]:
-    """Versions, the libllama that is loaded, devices. repacking_remedy: None where weights may be
-    repacked."""
+    """Versions, the libllama that is loaded, devices. waiting: how threads wait for each other, in
+    words. repacking_remedy: None where weights may be repacked."""
     return {
         "llama_cpp_python": llama_cpp.__version__,
         "numpy": np.__version__,
@@ -36,6 +38,7 @@ def system_facts() -> dict[str, Any]:
         "library": str(library()),
         "devices": [vars(device) for device in devices()],
         "features": features(),
+        "waiting": WAITING.told if "OPENMP = 1" in features() else NO_OPENMP,
         "repacking_remedy": None if is_safe() else REMEDY,
     }
 

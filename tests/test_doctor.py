@@ -50,7 +50,7 @@ def of_pair(pair: TinyPair | tuple[Path, Path], **settings: object) -> dict[str,
 def test_here_all_is_well() -> None:
     found = examine(n_threads=1)
     assert statuses(found) == {"ok"}
-    assert len(found) == (3 if is_safe() else 4) + N_SELFTEST
+    assert len(found) == (4 if is_safe() else 5) + N_SELFTEST
     assert all(finding.found and not finding.remedy for finding in found)
 
 
@@ -173,6 +173,7 @@ def test_a_card_that_is_not_used_is_a_warning(
 
 
 FACTS = {
+    "waiting": "as told",
     **dict.fromkeys(("llama_cpp_python", "numpy", "pillow", "python", "library"), "1"),
     "repacking_remedy": None,
 }

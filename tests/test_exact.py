@@ -317,7 +317,7 @@ def test_half_floats_and_flash_attention_choose_each_rows_tokens(
 @every_scope
 @pytest.mark.parametrize(
     ("config", "seed", "tolerance", "times_smaller"),
-    [(WIDE, 2, 0.8, 5.0), (replace(WIDE, arch="gemma3"), 0, 0.3, 10.0)],
+    [(WIDE, 6, 0.7, 5.0), (replace(WIDE, arch="gemma3"), 0, 0.3, 10.0)],
     ids=["llama", "gemma"],
 )
 def test_eight_bit_caches_mask_all_tokens(

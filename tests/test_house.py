@@ -47,7 +47,7 @@ HOUSE = {
     "vlm": f"{ASKING} prompt llama llama_cpp answer chat hub opening stream many",
     "handler": f"{ASKING} opening vlm llama_cpp",
     "facts": f"{VALUES} llama llama_cpp opening",
-    "__init__": f"{ASKING} stream many vlm handler",
+    "__init__": f"{ASKING} stream many vlm handler llama.openmp",
     # --- what is built on them ------------------------------------------------------------------
     "evaluation": f"{ASKING} prompt chat vlm tiny __init__",
     "doctor": f"{VALUES} prompt engine llama opening vlm facts tiny __init__",

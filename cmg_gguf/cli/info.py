@@ -130,7 +130,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str | Text]]:
             ("weights", "not repacked: this build's AMX kernels crash. To be faster:"),
             ("", remedy),
         ]
-    return [*lines, ("compiled with", facts["features"])]
+    return [*lines, ("threads wait", facts["waiting"]), ("compiled with", facts["features"])]
 
 
 def _by_size(tokens: list[int] | None) -> list[tuple[str, str]]:

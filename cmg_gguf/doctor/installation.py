@@ -30,6 +30,7 @@ def look() -> Iterator[Finding]:
     if told := untested(facts["llama_cpp_python"]):
         yield Finding("llama-cpp-python", "warning", told)
     yield Finding("llama.cpp", "ok", facts["library"])
+    yield Finding("threads wait", "ok", facts["waiting"])
     yield _devices(facts["devices"])
     if remedy := facts["repacking_remedy"]:
         yield Finding(

@@ -18,6 +18,7 @@ import llama_cpp
 from llama_cpp._ctypes_extensions import load_shared_library
 
 from cmg_gguf import _core
+from cmg_gguf.llama import openmp
 from cmg_gguf.llama.versions import NEWEST_TESTED, OLDEST, REMEDY, check_version, untested
 
 
@@ -57,3 +58,4 @@ def _bind() -> None:
 
 
 _bind()
+openmp.restore()
