@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,30 @@ def test_items_are_the_images_with_their_folders_object(dash: DashB) -> None:
         "Can you see a fire truck in this image? Please answer only with yes or no."
     )
     assert all(dash.load(item).is_file() for item in items)
+
+
+def test_its_own_lists_say_which_images_are_asked_about(dash: DashB) -> None:
+    """As in the repository: {source: {object: [files]}}, beside the unpacked folders."""
+    root = Path(dash.root)
+    listed: dict[str, dict[str, list[str]]]
+    listed = {"coco": {"umbrella": ["2.JPG"]}, "imagenet": {"fire truck": []}}
+    (root / "dash_benchmark_neg.json").write_text(json.dumps(listed, indent=4))
+    assert [item.id for item in good(dash)] == [FILES[1], *FILES[3:]]
+    listed = {"coco": {"umbrella": ["2.JPG", "7.jpg"]}}
+    (root / "dash_benchmark_neg.json").write_text(json.dumps(listed, indent=4))
+    assert bad(dash) == {"neg/coco/umbrella/7.jpg": "its list names it, and it is not there"}
+    for wrong in (["1.jpg"], {"coco": ["1.jpg"]}, {"coco": {"umbrella": 1}}):
+        (root / "dash_benchmark_neg.json").write_text(json.dumps(wrong))
+        with pytest.raises(EvaluationError, match=r"dash_benchmark_neg\.json' is no list of DASH"):
+            list(dash.items())
+
+
+def test_what_an_unpacker_leaves_beside_the_images_is_none(dash: DashB) -> None:
+    before = good(dash)
+    beside = Path(dash.root) / "neg" / "__MACOSX" / "coco" / "umbrella"
+    beside.mkdir(parents=True)
+    (beside / "._1.jpg").write_bytes(b"\x00\x05\x16\x07")
+    assert good(dash) == before
 
 
 def test_figures_by_hand(dash: DashB) -> None:

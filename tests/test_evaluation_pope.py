@@ -117,6 +117,35 @@ def test_files_need_neither_be_complete_nor_balanced(tmp_path: Path) -> None:
     check_figures_are_sound(task, labels(task))
 
 
+def test_repopes_three_files_are_parts_and_beside_popes_own_they_are_not_mixed(
+    tmp_path: Path,
+) -> None:
+    """Lines as they are published: a space behind each comma and colon, no field but POPE's."""
+    image = "COCO_val2014_000000310196.jpg"
+    images = write_images(tmp_path / "val2014", [image])
+    line = (
+        '{"question_id": 1, "image": "%s", "text": "Is there a snowboard in the image?", '
+        '"label": "%s"}\n'
+    )
+    parts = ("random", "popular", "adversarial")
+    repope, pope = (
+        [tmp_path / f"coco_{kind}_{part}.json" for part in parts] for kind in ("repope", "pope")
+    )
+    for path, label in (*((path, "no") for path in repope), *((path, "yes") for path in pope)):
+        path.write_text(line % (image, label))
+    alone = good(Pope(repope, images))
+    assert [(item.part, item.truth["label"]) for item in alone] == [(p, "no") for p in parts]
+    assert alone[0].prompt == "Is there a snowboard in the image?"
+    both = Pope([*pope, *repope], images)
+    assert [item.part for item in good(both)] == [
+        *(f"coco_pope_{part}" for part in parts),
+        *(f"coco_repope_{part}" for part in parts),
+    ]
+    said = dict.fromkeys(labels(both), "No.")
+    assert figures(both, said, "coco_repope_random")["accuracy"] == 100
+    assert figures(both, said, "coco_pope_random")["accuracy"] == 0
+
+
 def test_figures_are_sound(pope: Pope) -> None:
     check_figures_are_sound(pope, labels(pope))
 

@@ -218,7 +218,8 @@ class DashBFlags:
         _flag(
             "--root",
             metavar="FOLDER",
-            help="Folder that DASH-B's neg and pos are in, a folder for each object in them.",
+            help="Folder that DASH-B's neg and pos are in, a folder for each object in them; its "
+            "lists, dash_benchmark_neg.json and _pos.json, are followed where they are there.",
         ),
     ] = None
     rule: Annotated[Rule, _flag("--rule", help=_RULES)] = "dash-b"

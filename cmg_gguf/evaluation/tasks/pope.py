@@ -52,8 +52,8 @@ class Pope:
     """POPE's question files over one folder of images.
 
     files: of different names; a part is called as its records' "category" says; else random,
-    popular or adversarial if the file's name says so; else like the file. suffix: put behind every
-    question. rule: how answers are read.
+    popular or adversarial if the file's name, and no other's, says so; else like the file. suffix:
+    put behind every question. rule: how answers are read.
     """
 
     files: Sequence[str | Path]
@@ -73,14 +73,17 @@ class Pope:
                 f"question files {shown(stems)} share a name: rename one, so that ids differ"
             )
         images = folder(self.images, "image folder")
-        for path in paths:
-            yield from items_of(json_lines_or_records(path), partial(self._item, path, images))
+        named = [found[0] if (found := _PART.search(s.lower())) else s for s in stems]
+        for path, part in zip(paths, named, strict=True):
+            # POPE's and RePOPE's figures are not one, if both are asked about in one run.
+            part = part if named.count(part) == 1 else path.stem
+            make = partial(self._item, path, part, images)
+            yield from items_of(json_lines_or_records(path), make)
 
-    def _item(self, path: Path, images: Path, record: Record) -> Item:
+    def _item(self, path: Path, part: str, images: Path, record: Record) -> Item:
         image, text = field(record, "image"), field(record, "text")
         number = field(record, "question_id") if "question_id" in record else f"{image}: {text}"
-        named = _PART.search(path.stem.lower())
-        part, place = named[0] if named else path.stem, path.stem
+        place = path.stem
         if "category" in record:
             part = field(record, "category")
             place = f"{place}/{part}"
