@@ -9,6 +9,7 @@ from judge_suite.families import (
     pixtral,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_vl,
     smolvlm,
 )
 from judge_suite.family import Family
@@ -22,6 +23,7 @@ FAMILIES: dict[str, Family] = {
         pixtral,
         qwen2_vl,
         qwen2_5_vl,
+        qwen3_vl,
         smolvlm,
     )
     for family in module.FAMILIES
