@@ -1,4 +1,4 @@
-"""Qwen3-VL: what the encoder's first layers see is added to the decoder's first layers (deepstack)."""
+"""Qwen3-VL: layers of the encoder also speak to the first layers of the decoder (deepstack)."""
 
 from __future__ import annotations
 
