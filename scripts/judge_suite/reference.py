@@ -137,6 +137,19 @@ class Judge:
         return run
 
 
+def round_gelu_inplace(decoder: Any) -> None:
+    """Puts llama.cpp's table (ggml_vec_gelu_f32) for GELU by tanh: F16 in, F16 out."""
+    for module in decoder.modules():
+        if type(getattr(module, "act_fn", None)).__name__ == "GELUTanh":
+            module.act_fn = _TableGELU()
+
+
+class _TableGELU(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        rounded = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x >= 10, x, torch.where(x <= -10, 0.0, rounded))
+
+
 def _flat(part: Any) -> Floats:
     """(n, n_embd): the rows of one tensor, or of one for each picture."""
     pieces = part if isinstance(part, (tuple, list)) else [part]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from judge_suite.checkpoint import Pixels, in_patches, normalized, randomize, save, text_config
-from judge_suite.families.gemma3 import turns
+from judge_suite.families.gemma3 import TABLE_GELU, turns
 from judge_suite.family import Family, asked
 from judge_suite.vocabulary import write_gemma_tokenizer
 
@@ -96,6 +96,7 @@ def build(folder: Path, kind: dict[str, object]) -> Any:
     config.audio_config = None
     model = Gemma4ForConditionalGeneration(config)
     randomize(model)
+    _scale_queries(model)
     preprocessor = {
         "image_processor_type": "Gemma4ImageProcessor",
         "image_mean": ZERO,
@@ -103,6 +104,14 @@ def build(folder: Path, kind: dict[str, object]) -> Any:
     }
     save(model, folder, preprocessor)
     return model
+
+
+@torch.no_grad()
+def _scale_queries(model: Any) -> None:
+    """Attention has no scale of its own: it is in the weights of the queries' norm."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_norm.weight"):
+            parameter *= len(parameter) ** -0.5
 
 
 def padded(model: Any, images: list[Pixels]) -> dict[str, Any]:
@@ -130,6 +139,7 @@ def _family(name: str, kind: dict[str, object]) -> Family:
         # A picture has 70 tokens at least, of 3 by 3 patches each.
         sizes=((216, 192), (192, 216)),
         pre="gemma4",
+        logits=TABLE_GELU,
         **asked("<bos><|turn>user\n", "<turn|>\n", "<|turn>model\n"),
     )
 
