@@ -24,6 +24,7 @@ class Family:
     are not all the image token. text_model(model): the decoder. write_mmproj(model, path): for
     architectures that the converter does not take. llm_options, mmproj_names: see `convert`.
     limit: how far the picture's embeddings may be from transformers'; logits: how far logits may.
+    share: of the image tokens, hidden where not all are.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     mmproj_names: Mapping[str, str] = field(default_factory=dict)
     limit: float = 0.02
     logits: float = 1e-4
+    share: float = 0.5
 
 
 def pictures(family: Family, seed: int = 0) -> list[Pixels]:

@@ -140,6 +140,8 @@ def _family(name: str, kind: dict[str, object]) -> Family:
         sizes=((216, 192), (192, 216)),
         pre="gemma4",
         logits=TABLE_GELU,
+        # Two or three: among the middle ones of so many, some hang by less than the table rounds.
+        share=0.02,
         **asked("<bos><|turn>user\n", "<turn|>\n", "<|turn>model\n"),
     )
 
