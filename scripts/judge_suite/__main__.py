@@ -8,17 +8,19 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from judge_suite.checks import CHECKS, Case, Cell, run
+from judge_suite.checks import CHECKS, Case, Cell, Check, openings, run
 from judge_suite.converter import convert, llama_cpp_sources
 from judge_suite.families import FAMILIES, FAST
 from judge_suite.family import Family, pictures
 from judge_suite.product import opened
-from judge_suite.reference import Judge
+from judge_suite.reference import Judge, round_gelu_inplace
 
 
 def main() -> int:
@@ -29,14 +31,17 @@ def main() -> int:
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     sources = llama_cpp_sources(work)
-    columns = list(CHECKS)
+    checks = dict(CHECKS)
+    if arguments.openings:
+        checks["openings"] = partial(openings, n=arguments.openings)
+    columns = list(checks)
     columns.insert(1, "cosine")
     print(" | ".join(["family", *columns, "seconds"]), flush=True)
     failed = []
     for name in names:
         started = time.monotonic()
         try:
-            cells = judged(FAMILIES[name], work / name, sources, settings)
+            cells = judged(FAMILIES[name], work / name, sources, settings, checks, arguments.gelu)
         except Exception:
             traceback.print_exc()
             cells = {}
@@ -49,7 +54,14 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def judged(family: Family, work: Path, sources: Path, settings: dict[str, Any]) -> dict[str, Cell]:
+def judged(
+    family: Family,
+    work: Path,
+    sources: Path,
+    settings: dict[str, Any],
+    checks: Mapping[str, Check],
+    gelu: str,
+) -> dict[str, Cell]:
     """The table's row for one family, built anew in the folder `work`."""
     shutil.rmtree(work, ignore_errors=True)
     torch.manual_seed(0)
@@ -61,9 +73,11 @@ def judged(family: Family, work: Path, sources: Path, settings: dict[str, Any]) 
     else:
         names = family.mmproj_names
         convert(sources, checkpoint, files[1], mmproj=True, pre=family.pre, rename=names)
+    if gelu == "table":
+        round_gelu_inplace(family.text_model(model))
     judge = Judge(model, family.text_model(model))
     with opened(*files, **settings) as vlm:
-        return run(Case(family, judge, vlm, files, pictures(family), settings))
+        return run(Case(family, judge, vlm, files, pictures(family), settings), checks)
 
 
 def _arguments() -> argparse.Namespace:
@@ -75,6 +89,19 @@ def _arguments() -> argparse.Namespace:
         choices=["mended", "stock"],
         default="mended",
         help="stock: the image encoder as llama.cpp has it",
+    )
+    parser.add_argument(
+        "--gelu",
+        choices=["exact", "table"],
+        default="exact",
+        help="table: transformers' decoders round GELU (tanh) as llama.cpp's table on a CPU does",
+    )
+    parser.add_argument(
+        "--openings",
+        type=int,
+        default=0,
+        metavar="N",
+        help="each model is also opened N times, on memory that held NaN",
     )
     parser.add_argument("--work", type=Path, default=Path("build/judge"), help="where files go")
     return parser.parse_args()

@@ -49,11 +49,14 @@ def randomize(model: Any, seed: int = 0) -> None:
         owner, _, kind = name.rpartition(".")
         is_norm = any(part in owner.rpartition(".")[2] for part in ("norm", "ln_q"))
         if is_norm and kind == "weight":
-            parameter.copy_(1 + 0.1 * noise)
+            start = parameter.mean().round()  # 0 where the norm adds one by itself
+            parameter.copy_(start + 0.1 * noise)
         elif "position_embed" in name or "pos_embed" in name or "embed_tokens" in name:
             parameter.copy_(0.5 * noise)
         elif "cls_token" in name or "class_embedding" in name:
             parameter.copy_(noise)
+        elif kind in ("A_log", "dt_bias"):  # a state that remembers: nine tenths of it a step
+            parameter.copy_(noise - 1)
         elif parameter.ndim >= 2:
             gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
             parameter.copy_(noise * gain / parameter[0].numel() ** 0.5)
@@ -108,6 +111,24 @@ def normalized(image: Pixels, mean: Sequence[float], std: Sequence[float]) -> Fl
     x = image.astype(np.float32) / np.float32(255)
     x = (x - np.array(mean, np.float32)) / np.array(std, np.float32)
     return np.ascontiguousarray(x.transpose(2, 0, 1))
+
+
+def stacked(
+    mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Any, list[Pixels]], dict[str, Any]]:
+    """The `inputs` of a family whose pictures are all of one size and whole."""
+
+    def inputs(_model: Any, images: list[Pixels]) -> dict[str, Any]:
+        x = np.stack([normalized(image, mean, std) for image in images])
+        return {"pixel_values": torch.from_numpy(x)}
+
+    return inputs
+
+
+def in_patches(image: Floats, size: int) -> Floats:
+    """(rows, columns, 3, size, size) of (3, H, W)."""
+    h, w = image.shape[1] // size, image.shape[2] // size
+    return image.reshape(3, h, size, w, size).transpose(1, 3, 0, 2, 4)
 
 
 def tiles(

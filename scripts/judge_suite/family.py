@@ -23,7 +23,8 @@ class Family:
     image_ids(model, n_tokens, image): the tokens that stand for a piece of a picture, where they
     are not all the image token. text_model(model): the decoder. write_mmproj(model, path): for
     architectures that the converter does not take. llm_options, mmproj_names: see `convert`.
-    limit: how far the picture's embeddings may be from transformers'.
+    limit: how far the picture's embeddings may be from transformers'; logits: how far logits may.
+    share: of the image tokens, hidden where not all are.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Family:
     llm_options: tuple[str, ...] = ()
     mmproj_names: Mapping[str, str] = field(default_factory=dict)
     limit: float = 0.02
+    logits: float = 1e-4
+    share: float = 0.5
 
 
 def pictures(family: Family, seed: int = 0) -> list[Pixels]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def answer(
     rows have waited, and is (1, n_vocab).
     """
     engine = vlm.engine
-    before, engine.strategy = engine.strategy, strategy
+    before = engine.strategy
+    # What an engine never forks, a model with a state, is not forked here either.
+    engine.strategy = replace(strategy, fork=strategy.fork and before.fork)
     try:
         session = engine.open(prompt, guidance)
         n_reused = session.n_reused

@@ -42,7 +42,8 @@ _now = _Pass()
 class Judge:
     """transformers' model, its decoder under our attention, its picture embeddings exchangeable.
 
-    seen: (n, n_embd) embeddings that its own image encoder gave last. ours: what it is to use in
+    seen: (n, n_embd) embeddings that its own image encoder gave last; with deepstack, those of the
+    decoder's first layers stand behind them in each row. ours: what it is to use in
     their place; None = its own. narrowest: by how much, as a share of it, the last token chosen was
     ahead of the first that was not, anywhere in the newest `logits`.
     """
@@ -72,17 +73,21 @@ class Judge:
     def _features(self, *args: Any, **kwargs: Any) -> Any:
         out = self._encode(*args, **kwargs)
         pooled = out.pooler_output if hasattr(out, "pooler_output") else out
-        pieces = list(pooled) if isinstance(pooled, (tuple, list)) else [pooled]
-        flat = [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
-        self.seen = torch.cat(flat).float().numpy().copy()
+        deep = getattr(out, "deepstack_features", None) or []
+        self.seen = np.concatenate([_flat(part) for part in (pooled, *deep)], 1)
         if self.ours is None:
             return out
-        rows = torch.split(torch.from_numpy(self.ours).to(pieces[0].dtype), [len(f) for f in flat])
-        given = [row.reshape(piece.shape) for row, piece in zip(rows, pieces, strict=True)]
-        new = tuple(given) if isinstance(pooled, (tuple, list)) else given[0]
+        pooled, *deep = (
+            _as(part, rows)
+            for part, rows in zip(
+                (pooled, *deep), np.split(self.ours, 1 + len(deep), axis=1), strict=True
+            )
+        )
         if not hasattr(out, "pooler_output"):
-            return new
-        out.pooler_output = new
+            return pooled
+        out.pooler_output = pooled
+        if deep:
+            out.deepstack_features = deep
         return out
 
     def logits(
@@ -130,6 +135,36 @@ class Judge:
             return logits
 
         return run
+
+
+def round_gelu_inplace(decoder: Any) -> None:
+    """Puts llama.cpp's table (ggml_vec_gelu_f32) for GELU by tanh: F16 in, F16 out."""
+    for module in decoder.modules():
+        if type(getattr(module, "act_fn", None)).__name__ == "GELUTanh":
+            module.act_fn = _TableGELU()
+
+
+class _TableGELU(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        rounded = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x >= 10, x, torch.where(x <= -10, 0.0, rounded))
+
+
+def _flat(part: Any) -> Floats:
+    """(n, n_embd): the rows of one tensor, or of one for each picture."""
+    pieces = part if isinstance(part, (tuple, list)) else [part]
+    return np.concatenate([p.reshape(-1, p.shape[-1]).float().numpy() for p in pieces])
+
+
+def _as(part: Any, rows: Floats) -> Any:
+    """`rows` in the shapes of `part`."""
+    pieces = part if isinstance(part, (tuple, list)) else [part]
+    ends = np.cumsum([piece.numel() // piece.shape[-1] for piece in pieces])[:-1]
+    new = tuple(
+        torch.from_numpy(np.ascontiguousarray(cut)).reshape(piece.shape).to(piece.dtype)
+        for cut, piece in zip(np.split(rows, ends), pieces, strict=True)
+    )
+    return new if isinstance(part, (tuple, list)) else new[0]
 
 
 def _attention(

@@ -33,7 +33,7 @@ def write_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = {token: tokenizer.token_to_id(token) for token in special}
+    ids = {token: i for token, i in tokenizer.get_vocab().items() if token in special}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -45,6 +45,49 @@ def write_tokenizer(
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return ids
+
+
+def write_gemma_tokenizer(
+    folder: Path,
+    first: Sequence[str],
+    last: Sequence[str],
+    *,
+    eos: str,
+    bos: str,
+    pad: str,
+    unk: str,
+    template: str,
+) -> dict[str, int]:
+    """As `write_tokenizer`, but of characters, with bytes for what has none, as Gemma 4's is.
+
+    first, last: special tokens that begin and end the vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("i", "s"), ("▁", "a")]
+    pieces = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n"]
+    pieces += [chr(code) for code in range(33, 127)] + ["".join(pair) for pair in merges] + [*last]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocabulary, merges, byte_fallback=True, unk_token=unk)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens([*first, *last])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "unk_token": unk,
+        "extra_special_tokens": [t for t in (*first, *last) if t not in (bos, eos, pad, unk)],
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return {token: vocabulary[token] for token in (*first, *last)}
 
 
 _SPECIAL = {

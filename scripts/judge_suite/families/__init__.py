@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from judge_suite.families import (
+    gemma3,
+    gemma4,
+    glm4v,
     internvl,
+    lfm2_vl,
     llama4,
     llava,
+    minicpmv,
     pixtral,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
+    qwen3_vl,
     smolvlm,
 )
 from judge_suite.family import Family
@@ -22,7 +29,14 @@ FAMILIES: dict[str, Family] = {
         pixtral,
         qwen2_vl,
         qwen2_5_vl,
+        qwen3_vl,
         smolvlm,
+        gemma3,
+        gemma4,
+        glm4v,
+        qwen3_5,
+        minicpmv,
+        lfm2_vl,
     )
     for family in module.FAMILIES
 }

@@ -9,10 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from judge_suite.checkpoint import HALF, Pixels, normalized, randomize, save, text_config
+from judge_suite.checkpoint import HALF, randomize, save, stacked, text_config
 from judge_suite.family import Family, asked
 from judge_suite.vocabulary import write_tokenizer
 
@@ -98,16 +95,11 @@ def build(folder: Path) -> Any:
     return model
 
 
-def square(_model: Any, images: list[Pixels]) -> dict[str, Any]:
-    x = np.stack([normalized(image, HALF, HALF) for image in images])
-    return {"pixel_values": torch.from_numpy(x)}
-
-
 FAMILIES = (
     Family(
         name="llama4",
         build=build,
-        inputs=square,
+        inputs=stacked(HALF, HALF),
         sizes=((112, 112), (112, 112)),
         pre="llama4",
         text_model=lambda model: model.language_model.model,

@@ -21,6 +21,7 @@ from judge_suite.checkpoint import (
     normalized,
     randomize,
     save,
+    stacked,
     text_config,
     tiles,
 )
@@ -72,11 +73,6 @@ def build(folder: Path) -> Any:
     randomize(model)
     save(model, folder, {"image_processor_type": "CLIPImageProcessor"})
     return model
-
-
-def square(_model: Any, images: list[Pixels]) -> dict[str, Any]:
-    x = np.stack([normalized(image, CLIP_MEAN, CLIP_STD) for image in images])
-    return {"pixel_values": torch.from_numpy(x)}
 
 
 def tiles_and_small(model: Any, images: list[Pixels]) -> dict[str, Any]:
@@ -185,7 +181,7 @@ def _family(name: str, layout: Layout, *, tiled: bool = False) -> Family:
     return Family(
         name=name,
         build=build,
-        inputs=tiles_and_small if tiled else square,
+        inputs=tiles_and_small if tiled else stacked(CLIP_MEAN, CLIP_STD),
         sizes=((112, 112), (56, 112)) if tiled else ((56, 56), (56, 56)),
         write_mmproj=writer(layout, PINPOINTS if tiled else ()),
         **asked("<s>USER: ", "", " ASSISTANT:"),

@@ -42,6 +42,7 @@ PREPROCESSOR = {
     "min_pixels": 3136,
     "max_pixels": 12845056,
 }
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}}
 
 
 def build(folder: Path) -> Any:
@@ -52,16 +53,26 @@ def build(folder: Path) -> Any:
 
 
 def checkpoint(
-    folder: Path, config_class: Any, model_class: Any, vision: Mapping[str, object]
+    folder: Path,
+    config_class: Any,
+    model_class: Any,
+    vision: Mapping[str, object],
+    *,
+    text: Mapping[str, object] = ROPE,
+    preprocessor: Mapping[str, object] = PREPROCESSOR,
+    **saving: Any,
 ) -> Any:
-    """A saved random model of the Qwen2-VL kind. vision: what its encoder's config has besides."""
+    """A saved random model of the Qwen-VL kind.
+
+    vision, text: what its encoder's and its decoder's config have besides. saving: as `save`.
+    """
     ids = write_tokenizer(folder, SPECIAL, bos=None, eos="<|im_end|>", template=TEMPLATE)
     config = config_class(
         text_config=text_config(
             ids,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
             bos_token_id=None,
             eos_token_id=ids["<|im_end|>"],
+            **text,
         ),
         vision_config={
             "num_heads": 2,
@@ -75,7 +86,7 @@ def checkpoint(
     )
     model = model_class(config)
     randomize(model)
-    save(model, folder, PREPROCESSOR)
+    save(model, folder, preprocessor, **saving)
     return model
 
 
