@@ -19,19 +19,54 @@ TEXTS = [
 TEXTS = [path for path in TEXTS if path.is_file()]
 
 
-def test_a_program_of_scripts_runs_the_installed_package_from_the_repository_root() -> None:
-    places = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    done = subprocess.run(
-        ["bash", "-euc", "source scripts/env; run_embedded tune --help"],
+def bash(text: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-euc", f"source scripts/env; {text}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PATH": os.pathsep.join(places)},
+        env={**os.environ, **environ},
         timeout=60,
         check=False,
     )
+
+
+def test_a_program_of_scripts_runs_the_installed_package_from_the_repository_root() -> None:
+    places = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    done = bash("run_embedded tune --help", PATH=os.pathsep.join(places))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: tune.py")
+
+
+def test_what_people_run_first_shares_one_environment() -> None:
+    for name in ("demo", "test", "check"):
+        assert re.search(r"^use_env$", (ROOT / "scripts" / name).read_text("utf-8"), re.MULTILINE)
+
+
+def test_an_environment_is_made_once_and_again_for_what_it_lacks(tmp_path: Path) -> None:
+    """python stands in for itself: pip says what it is asked for, and fails when told to."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *pip*) echo "$*"; echo "$*" >> {tmp_path}/asked; '
+        f'test ! -e {tmp_path}/broken;; *) exec {sys.executable} "$@";; esac\n'
+    )
+    python.chmod(0o755)
+    asked = tmp_path / "asked"
+    (tmp_path / "broken").touch()
+    failed = bash("use_env; echo not reached", CMG_VENV=str(tmp_path))
+    assert failed.returncode == 1
+    assert not failed.stdout
+    assert "pip install --verbose .[test,dev]" in failed.stderr
+    (tmp_path / "broken").unlink()
+    assert asked.read_text() == "-m pip install --verbose .[test,dev]\n"
+    for extras in ("", "", "judge", "", "judge"):
+        assert bash(f"use_env {extras}", CMG_VENV=str(tmp_path)).returncode == 0
+    assert [line.split()[-1] for line in asked.read_text().splitlines()] == [
+        ".[test,dev]",
+        ".[test,dev]",
+        ".[test,dev,judge]",
+    ]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
