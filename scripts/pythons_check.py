@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def find(python: str) -> Path:
     """The interpreter of a version or a path. Raises CannotRunError where there is none."""
     newest_last = sorted(
-        PYENV.glob(f"{python}.*/bin/python"),
+        (path for path in PYENV.glob("*/bin/python") if path.parts[-3].startswith(f"{python}.")),
         key=lambda path: [int(part) for part in re.findall(r"\d+", path.parts[-3])],
     )
     told = [shutil.which(f"python{python}"), shutil.which(python), *reversed(newest_last)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import pythons_check
+from device_suite import CannotRunError
+
+import cmg_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [
@@ -67,6 +72,44 @@ def test_an_environment_is_made_once_and_again_for_what_it_lacks(tmp_path: Path)
         ".[test,dev]",
         ".[test,dev,judge]",
     ]
+
+
+def test_pythons_are_found_by_version_and_path_and_one_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """python3.99 on the path does not run, as pyenv's of a version that is not chosen."""
+    monkeypatch.setattr(pythons_check, "PYENV", tmp_path)
+    assert pythons_check.find(sys.executable) == Path(sys.executable)
+    broken = tmp_path / "python3.99"
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(CannotRunError, match=r"no Python 3\.99 on the path or in"):
+        pythons_check.find("3.99")
+    for version in ("3.99.2", "3.99.10"):
+        (tmp_path / version / "bin").mkdir(parents=True)
+        (tmp_path / version / "bin" / "python").symlink_to(sys.executable)
+    assert pythons_check.find("3.99") == tmp_path / "3.99.10" / "bin" / "python"
+
+
+def test_a_table_tells_what_each_python_came_to() -> None:
+    outcomes = [
+        pythons_check.Outcome("3.10.13", {"passed": 3, "skipped": 1}, 0),
+        pythons_check.Outcome("3.13.0", {"passed": 2, "failed": 1, "errors": 1}, 1),
+    ]
+    assert pythons_check.table(outcomes).splitlines()[2:] == [
+        "| 3.10.13 | 3 | 0 | 1 |",
+        "| 3.13.0 | 2 | 2 | 0 |",
+    ]
+
+
+def test_the_version_is_written_once_and_the_changelog_has_its_notes() -> None:
+    """A release takes them from there: see scripts/release."""
+    assert importlib.metadata.version("cmg-gguf") == cmg_gguf.__version__
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text("utf-8")
+    changelog = (ROOT / ".github" / "CHANGELOG.md").read_text("utf-8")
+    heading = rf"^## {re.escape(cmg_gguf.__version__)}\n\s*\S"
+    assert re.search(heading, changelog, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
