@@ -1,19 +1,56 @@
-"""The README's Python runs as it stands, on the built-in pair and a drawn scene."""
+"""The Python of the README and of other documents runs as it stands, on the built-in pair and a
+drawn scene."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from served import data_url, serving
 
 from cmg_gguf.tiny.pair import embedded_pair
 from cmg_gguf.tiny.scenes import draw, make_scene
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = [
+    README,
+    *(
+        path
+        for place in (".github", "cmg_gguf", "scripts")
+        for path in (ROOT / place).rglob("*.md")
+    ),
+]
+
+
+def code(path: Path, languages: str) -> list[str]:
+    """Fenced blocks of these languages, those within lists too."""
+    fenced = rf"^( *)```(?:{languages})\n(.*?)^\1```"
+    text = path.read_text("utf-8")
+    return [
+        textwrap.dedent(block) for _, block in re.findall(fenced, text, re.DOTALL | re.MULTILINE)
+    ]
+
+
+BLOCKS = code(README, "python")
+CLIENTS = code(README, "py")
+"""Of a running server: a program each."""
+
+
+def test_no_python_of_a_document_is_left_out() -> None:
+    found = [
+        line
+        for path in DOCUMENTS
+        for line in path.read_text("utf-8").splitlines()
+        if re.match(r"\s*(```|~~~)\s*\{?\.?(py|pycon)", line, re.IGNORECASE)
+    ]
+    assert len(found) == len(BLOCKS) + len(CLIENTS)
+    assert BLOCKS
+    assert CLIENTS
 
 
 def test_the_python_of_the_readme_runs_and_its_loop_ends_with_the_answer(
@@ -31,6 +68,27 @@ def test_the_python_of_the_readme_runs_and_its_loop_ends_with_the_answer(
         exec(block, names)
     vlm = names["vlm"]
     assert vlm.model.is_end(names["token"])
+    assert names["outcome"].reply.text
+    assert 0 <= names["word"].evidence <= 1
     assert names["stream"].reply.text in capsys.readouterr().out
     for opened in ("vlm", "tiny"):
         names[opened].close()
+
+
+def test_a_client_of_the_readme_gets_its_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving() as running:
+        for block in CLIENTS:
+            told = (
+                ("http://127.0.0.1:8080", running.url),
+                ("data:image/png;base64,...", data_url(2)),
+            )
+            for example, there in told:
+                assert example in block
+                block = block.replace(example, there)
+            names: dict[str, Any] = {}
+            exec(block, names)
+            names["client"].close()
+            reply = names["reply"]
+            assert reply.choices[0].finish_reason in ("stop", "length")
+            said = f"{reply.choices[0].message.content} {reply.cmg['changed']}\n"
+            assert capsys.readouterr().out == said

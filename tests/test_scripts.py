@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import pythons_check
+from device_suite import CannotRunError
+
+import cmg_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [
@@ -19,19 +24,92 @@ TEXTS = [
 TEXTS = [path for path in TEXTS if path.is_file()]
 
 
-def test_a_program_of_scripts_runs_the_installed_package_from_the_repository_root() -> None:
-    places = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    done = subprocess.run(
-        ["bash", "-euc", "source scripts/env; run_embedded tune --help"],
+def bash(text: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-euc", f"source scripts/env; {text}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PATH": os.pathsep.join(places)},
+        env={**os.environ, **environ},
         timeout=60,
         check=False,
     )
+
+
+def test_a_program_of_scripts_runs_the_installed_package_from_the_repository_root() -> None:
+    places = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    done = bash("run_embedded tune --help", PATH=os.pathsep.join(places))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: tune.py")
+
+
+def test_what_people_run_first_shares_one_environment() -> None:
+    for name in ("demo", "test", "check"):
+        assert re.search(r"^use_env$", (ROOT / "scripts" / name).read_text("utf-8"), re.MULTILINE)
+
+
+def test_an_environment_is_made_once_and_again_for_what_it_lacks(tmp_path: Path) -> None:
+    """python stands in for itself: pip says what it is asked for, and fails when told to."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *pip*) echo "$*"; echo "$*" >> {tmp_path}/asked; '
+        f'test ! -e {tmp_path}/broken;; *) exec {sys.executable} "$@";; esac\n'
+    )
+    python.chmod(0o755)
+    asked = tmp_path / "asked"
+    (tmp_path / "broken").touch()
+    failed = bash("use_env; echo not reached", CMG_VENV=str(tmp_path))
+    assert failed.returncode == 1
+    assert not failed.stdout
+    assert "pip install --verbose .[test,dev]" in failed.stderr
+    (tmp_path / "broken").unlink()
+    assert asked.read_text() == "-m pip install --verbose .[test,dev]\n"
+    for extras in ("", "", "judge", "", "judge"):
+        assert bash(f"use_env {extras}", CMG_VENV=str(tmp_path)).returncode == 0
+    assert [line.split()[-1] for line in asked.read_text().splitlines()] == [
+        ".[test,dev]",
+        ".[test,dev]",
+        ".[test,dev,judge]",
+    ]
+
+
+def test_pythons_are_found_by_version_and_path_and_one_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """python3.99 on the path does not run, as pyenv's of a version that is not chosen."""
+    monkeypatch.setattr(pythons_check, "PYENV", tmp_path)
+    assert pythons_check.find(sys.executable) == Path(sys.executable)
+    broken = tmp_path / "python3.99"
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(CannotRunError, match=r"no Python 3\.99 on the path or in"):
+        pythons_check.find("3.99")
+    for version in ("3.99.2", "3.99.10"):
+        (tmp_path / version / "bin").mkdir(parents=True)
+        (tmp_path / version / "bin" / "python").symlink_to(sys.executable)
+    assert pythons_check.find("3.99") == tmp_path / "3.99.10" / "bin" / "python"
+
+
+def test_a_table_tells_what_each_python_came_to() -> None:
+    outcomes = [
+        pythons_check.Outcome("3.10.13", {"passed": 3, "skipped": 1}, 0),
+        pythons_check.Outcome("3.13.0", {"passed": 2, "failed": 1, "errors": 1}, 1),
+    ]
+    assert pythons_check.table(outcomes).splitlines()[2:] == [
+        "| 3.10.13 | 3 | 0 | 1 |",
+        "| 3.13.0 | 2 | 2 | 0 |",
+    ]
+
+
+def test_the_version_is_written_once_and_the_changelog_has_its_notes() -> None:
+    """A release takes them from there: see scripts/release."""
+    assert importlib.metadata.version("cmg-gguf") == cmg_gguf.__version__
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text("utf-8")
+    changelog = (ROOT / ".github" / "CHANGELOG.md").read_text("utf-8")
+    heading = rf"^## {re.escape(cmg_gguf.__version__)}\n\s*\S"
+    assert re.search(heading, changelog, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
