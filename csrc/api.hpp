@@ -26,8 +26,8 @@ namespace cmg {
     X(ggml_backend_buffer_is_host)          \
     X(ggml_backend_buft_alloc_buffer)       \
     X(ggml_backend_buft_get_device)         \
-    X(ggml_backend_dev_buffer_type)         \
     X(ggml_backend_dev_backend_reg)         \
+    X(ggml_backend_dev_buffer_type)         \
     X(ggml_backend_dev_by_name)             \
     X(ggml_backend_dev_by_type)             \
     X(ggml_backend_dev_init)                \

@@ -3,7 +3,7 @@
 Each opens its models with all layers on the device, and holds both branches, row for row, against
 the judge in float64: scopes, refreshes, policies, forks, rows that wait, two contexts, several
 answers in one decode, kept prompts, caches that layers share, hybrids. `tests/test_device.py` adds
-what is of a device alone.
+what is of a device alone, `tests/test_influence_device.py` the attention that it computes for us.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ _REUSE = "test_reuse.py::test_"
 
 CHOSEN = (
     "test_device.py",
+    "test_influence_device.py",
     *(
         f"{_EXACT}every_scope_and_refresh_is_the_judges[{tiny}-{scope}-{refresh}]"
         for tiny, scope, refresh in (
