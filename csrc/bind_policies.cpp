@@ -6,6 +6,7 @@
 #include "policy.hpp"
 #include "transfers.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -94,9 +95,19 @@ py::array_t<float> attention_on(const std::string & device, const Array<float> &
     const ggml_backend_dev_t dev = api().ggml_backend_dev_by_name(device.c_str());
     const auto type = static_cast<ggml_type>(type_k);
     const auto n_kv = static_cast<size_t>(mask.shape(1));
-    if (dev == nullptr || q.ndim() != 3 || mask.ndim() != 2 ||
+    const auto inside = [](const std::vector<int32_t> & all, py::ssize_t n) {
+        return std::all_of(all.begin(), all.end(), [n](int32_t i) { return i >= 0 && i < n; });
+    };
+    if (dev == nullptr) {
+        throw std::invalid_argument("no device " + device);
+    }
+    if (q.ndim() != 3 || mask.ndim() != 2 || q.shape(0) != mask.shape(0) || n_head_kv < 1 ||
+        q.shape(1) % n_head_kv != 0 || cells.empty() || !inside(rows, q.shape(0)) ||
+        !inside(cells, mask.shape(1)) || (sinks.size() != 0 && sinks.size() != q.shape(1)) ||
         static_cast<size_t>(k.size()) != n_kv * api().ggml_row_size(type, q.shape(2) * n_head_kv)) {
-        throw std::invalid_argument("no device " + device + ", or q and K do not fit");
+        throw std::invalid_argument("q is [n_rows, n_head, head_dim], k the bytes of [n_kv, "
+                                    "n_head_kv, head_dim], mask is [n_rows, n_kv], sinks is "
+                                    "[n_head] or []; rows and cells count from 0");
     }
     OnDevice memory(dev, static_cast<size_t>(q.nbytes() + k.nbytes() + sinks.nbytes()));
     AttentionNode a;

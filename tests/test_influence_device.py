@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -231,3 +232,17 @@ def test_where_the_device_lacks_an_operation_all_of_k_comes_and_is_right(
             three = step_bytes(llama, 2, 3, 5)
     hyper = llama.ref.hyper
     assert three - one > 2 * 4 * hyper.n_head_kv * hyper.head_dim * prompt.n_tokens
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": [3]}, {"rows": [-1]}, {"cells": [64]}, {"cells": []}, {"n_head_kv": 3}],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any]) -> None:
+    attention = wide(8)
+    given = {"rows": [0], "cells": [0], "n_head_kv": 2, **changes}
+    k = SINGLE.bytes(attention.k)
+    with pytest.raises(ValueError, match="q is "):
+        _core.attention_on(
+            DEVICE, attention.q, k, SINGLE.type, mask=attention.mask, scale=1.0, **given
+        )
