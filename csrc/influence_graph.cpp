@@ -30,10 +30,14 @@ ggml_tensor * input(ggml_context * ctx, ggml_type type, int64_t ne0, int64_t ne1
 }
 
 // K [head_dim, n_kv, n_head_kv] as floats that a product takes without rounding q to K's type.
+// ggml's Vulkan rounds F32 to F16 where it is not contiguous.
 ggml_tensor * keys(ggml_context * ctx, const AttentionNode & a) {
     ggml_tensor * k = leaf_over(ctx, a.k, 0, a.k->ne[1]);
-    if (k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16) {
+    if (k->type == GGML_TYPE_F16) {
         return k;
+    }
+    if (k->type == GGML_TYPE_F32) {
+        return api().ggml_cont(ctx, k);
     }
     // As the cache has it, so that what is cast is contiguous: [head_dim * n_head_kv, n_kv].
     const int64_t width = k->ne[0] * k->ne[2];
@@ -42,7 +46,7 @@ ggml_tensor * keys(ggml_context * ctx, const AttentionNode & a) {
     cache->data = k->data;
     ggml_tensor * cast = api().ggml_cast(ctx, cache, GGML_TYPE_F32);
     ggml_tensor * heads = api().ggml_reshape_3d(ctx, cast, k->ne[0], k->ne[2], k->ne[1]);
-    return api().ggml_permute(ctx, heads, 0, 2, 1, 3);
+    return api().ggml_cont(ctx, api().ggml_permute(ctx, heads, 0, 2, 1, 3));
 }
 
 } // namespace
