@@ -118,8 +118,8 @@ LEFT_OUT = {
     "decode on lavapipe takes .2 s. On CUDA and Metal --all runs them",
     "tests of prompts, requests, policies, sampling, evaluation, the command line": "nothing of "
     "them computes on a device",
-    "a hybrid's pair against the judge": "on lavapipe one token is taken for another in one layer of "
-    "one step, with K copied to the host as well; in two contexts none is",
+    "a hybrid's pair against the judge": "on lavapipe one token is taken for another in one layer "
+    "of one step, with K copied to the host as well; in two contexts none is",
     "the image encoder on the device": "the tests keep it on the CPU: its judge is exact to 1e-4",
     "many answers with many policies (test_batching, most of test_reuse)": "where a choice of "
     "tokens hangs by a hair, a device's rounding turns it: of three questions about one picture "
