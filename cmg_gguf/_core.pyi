@@ -45,6 +45,22 @@ def attention_rows(
     sinks: _Floats = ...,
     n_threads: int = 1,
 ) -> _Floats: ...
+def attention_on(
+    device: str,
+    q: _Floats,
+    k: npt.NDArray[np.uint8],
+    type_k: int,
+    n_head_kv: int,
+    mask: _Floats,
+    rows: list[int],
+    cells: list[int],
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    max_bias: float = 0.0,
+    sinks: _Floats = ...,
+    n_threads: int = 1,
+) -> _Floats: ...
 
 class Selections:
     """Of one session: slots are counted from 0."""
@@ -115,6 +131,10 @@ class GraphPatch:
     def n_boundaries(self) -> int: ...
     @property
     def n_masks(self) -> int: ...
+    @property
+    def n_bytes_read(self) -> int: ...
+    @property
+    def host_reason(self) -> str: ...
     @property
     def attended_layers(self) -> list[int]: ...
     @property

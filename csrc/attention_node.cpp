@@ -1,7 +1,6 @@
 #include "attention_node.hpp"
 
 #include "api.hpp"
-#include "influence.hpp"
 #include "operations.hpp"
 
 #include <cstdlib>
@@ -9,25 +8,6 @@
 
 namespace cmg {
 namespace {
-
-// The bytes of a tensor (a view's own range) on the host: in place where they already are.
-class HostView {
-  public:
-    explicit HostView(const ggml_tensor * t) {
-        if (api().ggml_backend_buffer_is_host(root(t)->buffer)) {
-            data_ = static_cast<const uint8_t *>(t->data);
-            return;
-        }
-        bytes_.resize(api().ggml_nbytes(t));
-        api().ggml_backend_tensor_get(t, bytes_.data(), 0, bytes_.size());
-        data_ = bytes_.data();
-    }
-    const uint8_t * at(size_t offset) const { return data_ + offset; }
-
-  private:
-    std::vector<uint8_t> bytes_;
-    const uint8_t * data_ = nullptr;
-};
 
 float op_param(const ggml_tensor * t, size_t i) {
     float value;
@@ -85,21 +65,6 @@ AttentionNode from_soft_max(const ggml_tensor * node, const ggml_tensor * produc
     return a;
 }
 
-std::vector<float> read_queries(const ggml_tensor * q, const std::vector<int32_t> & rows) {
-    const HostView view(q);
-    const auto dim = static_cast<size_t>(q->ne[0]);
-    const auto n_head = static_cast<size_t>(q->ne[2]);
-    std::vector<float> out(rows.size() * n_head * dim);
-    for (size_t i = 0; i < rows.size(); i++) {
-        for (size_t h = 0; h < n_head; h++) {
-            std::memcpy(out.data() + (i * n_head + h) * dim,
-                        view.at(static_cast<size_t>(rows[i]) * q->nb[1] + h * q->nb[2]),
-                        dim * sizeof(float));
-        }
-    }
-    return out;
-}
-
 } // namespace
 
 const ggml_tensor * root(const ggml_tensor * t) {
@@ -107,6 +72,17 @@ const ggml_tensor * root(const ggml_tensor * t) {
         t = t->view_src;
     }
     return t;
+}
+
+bool is_host(const ggml_tensor * t) {
+    return api().ggml_backend_buffer_is_host(root(t)->buffer);
+}
+
+// The CPU's buffers do not name it.
+ggml_backend_dev_t device_of(const ggml_tensor * t) {
+    const ggml_backend_dev_t named =
+        api().ggml_backend_buft_get_device(api().ggml_backend_buffer_get_type(root(t)->buffer));
+    return named != nullptr ? named : api().ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
 int32_t layer_in_name(const ggml_tensor * t, const char * prefix) {
@@ -149,39 +125,6 @@ AttentionNode find_attention(const ggml_tensor * node, const ggml_tensor * produ
         a.cache_il = layer_in_name(root(a.k), "cache_k_l");
     }
     return a;
-}
-
-std::vector<float> read_attention(const AttentionNode & node, const std::vector<int32_t> & rows,
-                                  const std::vector<float> & mask, int32_t n_threads) {
-    AttentionShape shape;
-    shape.head_dim = node.q->ne[0];
-    shape.n_head = node.q->ne[2];
-    shape.n_head_kv = node.k->ne[2];
-    shape.n_kv = node.k->ne[1];
-    shape.scale = node.scale;
-    shape.softcap = node.softcap;
-    shape.max_bias = node.max_bias;
-
-    AttentionInput in;
-    in.q = read_queries(node.q, rows);
-    in.mask = mask;
-    if (node.sinks != nullptr) {
-        in.sinks.resize(static_cast<size_t>(shape.n_head));
-        std::memcpy(in.sinks.data(), HostView(node.sinks).at(0), in.sinks.size() * sizeof(float));
-    }
-    const HostView k(node.k);
-    const ggml_type type = node.k->type;
-    const bool packed = node.k->nb[2] == api().ggml_row_size(type, shape.head_dim);
-    const int64_t n_runs = packed ? 1 : shape.n_head_kv;
-    const int64_t run = shape.head_dim * shape.n_head_kv / n_runs;
-    in.load_k = [&](int64_t cell, float * out) {
-        for (int64_t i = 0; i < n_runs; i++) {
-            const size_t offset =
-                static_cast<size_t>(cell) * node.k->nb[1] + static_cast<size_t>(i) * node.k->nb[2];
-            to_float(type, k.at(offset), out + i * run, run);
-        }
-    };
-    return attention_rows(shape, in, n_threads);
 }
 
 } // namespace cmg

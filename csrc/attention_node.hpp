@@ -7,12 +7,15 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace cmg {
 
 // The tensor that owns the memory a view looks at.
 const ggml_tensor * root(const ggml_tensor * t);
+
+// Whether it lies in memory that the CPU reads, and the device whose memory it lies in.
+bool is_host(const ggml_tensor * t);
+ggml_backend_dev_t device_of(const ggml_tensor * t);
 
 // The number behind `prefix` in the tensor's own name, or -1 if that does not start with it.
 int32_t layer_in_name(const ggml_tensor * t, const char * prefix);
@@ -42,11 +45,6 @@ struct AttentionNode {
 // product: the K q that was asked about last, or null. A backend that cannot multiply by this cache
 // leaves that to the CPU, and its SOFT_MAX reads a copy.
 AttentionNode find_attention(const ggml_tensor * node, const ggml_tensor * product);
-
-// Attention weights [rows.size(), n_kv] of the given rows, averaged over heads. q and K must have
-// been computed. mask: [rows.size(), n_kv] float32.
-std::vector<float> read_attention(const AttentionNode & node, const std::vector<int32_t> & rows,
-                                  const std::vector<float> & mask, int32_t n_threads);
 
 // An error that names the layer.
 std::runtime_error layer_error(int32_t il, const std::string & what);

@@ -136,6 +136,11 @@ void bind_graph_patch(py::module_ & m) {
             [](const GraphPatch & patch) { return patch.observation().n_boundaries(); })
         .def_property_readonly("n_masks",
                                [](const GraphPatch & patch) { return patch.masking().n_masks(); })
+        .def_property_readonly("n_bytes_read",
+                               [](const GraphPatch & patch) { return patch.transfers().n_bytes(); })
+        .def_property_readonly(
+            "host_reason",
+            [](const GraphPatch & patch) { return patch.observation().host_reason(); })
         .def_property_readonly("attended_layers", &GraphPatch::attended_layers)
         .def_property_readonly("n_left_out",
                                [](const GraphPatch & patch) { return patch.fork().n_left_out(); })

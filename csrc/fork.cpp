@@ -189,7 +189,7 @@ void Fork::enter(ggml_tensor * residual) {
         } else if (row.residual >= 0) {
             auto & values = plan_.part(row).residuals->note(row.residual, plan_.fork.layer);
             values.resize(n_embd);
-            api().ggml_backend_tensor_get(residual, values.data(), offset, n_embd * sizeof(float));
+            transfers_.read(residual, values.data(), offset, n_embd * sizeof(float));
         }
     }
 }

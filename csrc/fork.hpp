@@ -29,6 +29,7 @@
 
 #include "fork_survey.hpp"
 #include "plan.hpp"
+#include "transfers.hpp"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -46,8 +47,9 @@ constexpr int64_t offload_rows = 32;
 
 class Fork {
   public:
-    // plan: of the decode at hand, looked at from `begin` on.
-    Fork(const Plan & plan, int32_t n_layer) : plan_(plan), n_layer_(n_layer) {}
+    // plan: of the decode at hand, looked at from `begin` on. Both outlive this.
+    Fork(const Plan & plan, int32_t n_layer, Transfers & transfers)
+        : plan_(plan), n_layer_(n_layer), transfers_(transfers) {}
 
     // Why rows cannot enter at `layer`, with others computed below it (shrinks) or none. "" = they
     // can; null = that is not known before decodes of two different numbers of rows were surveyed.
@@ -84,6 +86,7 @@ class Fork {
 
     const Plan & plan_;
     int32_t n_layer_;
+    Transfers & transfers_;
     std::unique_ptr<ForkSurvey> survey_;        // what all that were made agree in
     std::unordered_set<int64_t> surveyed_rows_; // how many rows they were of
     int64_t n_left_out_ = 0;

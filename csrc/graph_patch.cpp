@@ -35,10 +35,10 @@ std::string names_of(const std::vector<char> & layers) {
 } // namespace
 
 GraphPatch::GraphPatch(int32_t n_layer, int32_t n_threads)
-    : n_layer_(n_layer), ledger_(n_layer), fork_(plan_, n_layer), observation_(ledger_, n_threads),
-      masking_(ledger_), stream_(n_layer), written_(static_cast<size_t>(n_layer), 0),
-      attended_(written_), written_layer_(n_layer), ever_attended_(written_),
-      ever_written_(written_) {}
+    : n_layer_(n_layer), ledger_(n_layer), fork_(plan_, n_layer, transfers_),
+      observation_(ledger_, n_threads, transfers_), masking_(ledger_), stream_(n_layer, transfers_),
+      written_(static_cast<size_t>(n_layer), 0), attended_(written_), written_layer_(n_layer),
+      ever_attended_(written_), ever_written_(written_) {}
 
 void GraphPatch::begin(Plan plan) {
     tell_parked_error();

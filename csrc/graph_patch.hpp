@@ -30,6 +30,7 @@
 #include "observation.hpp"
 #include "plan.hpp"
 #include "residual_stream.hpp"
+#include "transfers.hpp"
 
 #include "ggml.h"
 
@@ -65,6 +66,7 @@ class GraphPatch {
     const Fork & fork() const { return fork_; }
     const Observation & observation() const { return observation_; }
     const Masking & masking() const { return masking_; }
+    const Transfers & transfers() const { return transfers_; }
     int32_t n_layer() const { return n_layer_; }
     // Layers whose attention was asked about in any decode so far, ascending.
     std::vector<int32_t> attended_layers() const;
@@ -83,7 +85,8 @@ class GraphPatch {
 
     int32_t n_layer_;
     Plan plan_;
-    MicroBatch batch_{plan_};
+    Transfers transfers_;
+    MicroBatch batch_{plan_, transfers_};
     Ledger ledger_;
     Fork fork_;
     Observation observation_;

@@ -1,7 +1,8 @@
 // Attention weights of chosen query rows, averaged over heads: softmax(scale * q K^T + mask).
 //
 // Flash attention never writes these weights anywhere, so they are computed again from q and K,
-// for the few rows that are observed. Pure: arrays in, arrays out.
+// for the few rows that are observed. Pure: arrays in, arrays out. For keys in the host's memory;
+// ggml's CPU backend takes longer for the same (scripts/RESULTS.md).
 #pragma once
 
 #include <cstddef>

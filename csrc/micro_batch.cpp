@@ -1,7 +1,5 @@
 #include "micro_batch.hpp"
 
-#include "api.hpp"
-
 #include <algorithm>
 #include <iterator>
 
@@ -74,8 +72,7 @@ std::vector<int32_t> MicroBatch::masked(int32_t il) const {
 const std::vector<uint8_t> & MicroBatch::host_copy(const ggml_tensor * input) {
     auto & bytes = copies_[input];
     if (bytes.empty()) {
-        bytes.resize(api().ggml_nbytes(input));
-        api().ggml_backend_tensor_get(input, bytes.data(), 0, bytes.size());
+        bytes = transfers_.read_all(input);
     }
     return bytes;
 }

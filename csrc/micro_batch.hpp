@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plan.hpp"
+#include "transfers.hpp"
 
 #include "ggml.h"
 
@@ -15,7 +16,7 @@ class MicroBatch {
   public:
     // plan: of the batch, looked at whenever a micro-batch begins. Rows that it does not name are
     // `Row{}`; without a decode to plan it names none.
-    explicit MicroBatch(const Plan & plan) : plan_(plan) {}
+    MicroBatch(const Plan & plan, Transfers & transfers) : plan_(plan), transfers_(transfers) {}
 
     // Before the batch's first micro-batch, and behind its last.
     void reset();
@@ -44,6 +45,7 @@ class MicroBatch {
 
   private:
     const Plan & plan_;
+    Transfers & transfers_;
     int64_t first_ = 0; // row of the batch that comes first here
     int64_t n_rows_ = 0;
     std::vector<int32_t> observed_;

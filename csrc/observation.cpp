@@ -54,16 +54,27 @@ void Observation::observe_rows(const AttentionNode & a, MicroBatch & batch,
         to_float(a.mask->type, batch.host_copy(a.mask).data() + offset, mask.data() + i * n_kv,
                  a.k->ne[1]);
     }
-    const std::vector<float> weights = read_attention(a, rows, mask, n_threads_);
+    const std::vector<int64_t> & of_tokens = ledger_.cells(batch.row(rows[0]).seq, a.cache_il);
+    std::vector<int32_t> tokens;
+    std::vector<int32_t> cells;
+    for (size_t token = 0; token < of_tokens.size(); token++) {
+        if (of_tokens[token] >= 0 && of_tokens[token] < a.k->ne[1]) {
+            tokens.push_back(static_cast<int32_t>(token));
+            cells.push_back(static_cast<int32_t>(of_tokens[token]));
+        }
+    }
+    const std::vector<float> weights = weights_.read(a, rows, mask, cells);
     const std::vector<int32_t> recorded = batch.recorded(a.il);
     for (size_t i = 0; i < rows.size(); i++) {
         const Part & part = batch.part(rows[i]);
         const Row & row = batch.row(rows[i]);
+        const Seen seen{of_tokens.size(), tokens, cells, mask.data() + i * n_kv,
+                        weights.data() + i * cells.size()};
         if (row.observe >= 0 && part.observes(a.il)) {
-            select(a, part, row, mask.data() + i * n_kv, weights.data() + i * n_kv);
+            select(a.il, part, row, seen);
         }
         if (std::find(recorded.begin(), recorded.end(), rows[i]) != recorded.end()) {
-            record(a, part, row, mask.data() + i * n_kv, weights.data() + i * n_kv);
+            record(a.il, part, seen);
         }
     }
 }
@@ -78,47 +89,40 @@ void Observation::check_readable(const AttentionNode & a) const {
     }
 }
 
-// mask, weights: [n_kv] of one observed row.
-void Observation::select(const AttentionNode & a, const Part & part, const Row & row,
-                         const float * mask, const float * weights) const {
-    const auto & cells = ledger_.cells(row.seq, a.cache_il);
+void Observation::select(int32_t il, const Part & part, const Row & row, const Seen & seen) const {
     std::vector<int32_t> candidates;
     std::vector<float> influence;
-    for (size_t token = 0; token < cells.size(); token++) {
-        const int64_t cell = cells[token];
-        const bool visible = cell >= 0 && cell < a.k->ne[1] && std::isfinite(mask[cell]);
-        if (visible && static_cast<int32_t>(token) != row.image_token) {
-            candidates.push_back(static_cast<int32_t>(token));
-            influence.push_back(weights[cell]);
+    for (size_t i = 0; i < seen.tokens.size(); i++) {
+        if (std::isfinite(seen.mask[seen.cells[i]]) && seen.tokens[i] != row.image_token) {
+            candidates.push_back(seen.tokens[i]);
+            influence.push_back(seen.weights[i]);
         }
     }
     auto picked = select_tokens(part.policy, influence.data(), influence.size());
     for (auto & token : picked) {
         token = candidates[static_cast<size_t>(token)];
     }
-    part.selections->set_tokens(row.observe, a.il, picked, part.n_image_tokens);
+    part.selections->set_tokens(row.observe, il, picked, part.n_image_tokens);
     if (part.keep_influence) {
-        std::vector<float> kept(cells.size(), 0.0f);
+        std::vector<float> kept(seen.n_tokens, 0.0f);
         for (size_t i = 0; i < candidates.size(); i++) {
             kept[static_cast<size_t>(candidates[i])] = influence[i];
         }
-        part.selections->set_influence(row.observe, a.il, std::move(kept));
+        part.selections->set_influence(row.observe, il, std::move(kept));
     }
 }
 
 // A token that the row cannot see has no weight; of one whose cell was given away none is known.
-void Observation::record(const AttentionNode & a, const Part & part, const Row & row,
-                         const float * mask, const float * weights) const {
-    const auto & cells = ledger_.cells(row.seq, a.cache_il);
+void Observation::record(int32_t il, const Part & part, const Seen & seen) const {
     const auto n_tokens = static_cast<size_t>(part.recording->n_image_tokens());
     std::vector<float> of_tokens(n_tokens, std::numeric_limits<float>::quiet_NaN());
-    for (size_t token = 0; token < std::min(n_tokens, cells.size()); token++) {
-        const int64_t cell = cells[token];
-        if (cell >= 0 && cell < a.k->ne[1]) {
-            of_tokens[token] = std::isfinite(mask[cell]) ? weights[cell] : 0.0f;
+    for (size_t i = 0; i < seen.tokens.size(); i++) {
+        const auto token = static_cast<size_t>(seen.tokens[i]);
+        if (token < n_tokens) {
+            of_tokens[token] = std::isfinite(seen.mask[seen.cells[i]]) ? seen.weights[i] : 0.0f;
         }
     }
-    part.recording->set(part.record, a.il, of_tokens);
+    part.recording->set(part.record, il, of_tokens);
 }
 
 } // namespace cmg

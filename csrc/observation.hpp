@@ -7,21 +7,26 @@
 #pragma once
 
 #include "attention_node.hpp"
+#include "attention_weights.hpp"
 #include "ledger.hpp"
 #include "micro_batch.hpp"
+#include "transfers.hpp"
 
 #include "ggml.h"
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace cmg {
 
 class Observation {
   public:
-    // ledger: kept by the caller, for longer than this. n_threads: for the rows' attention.
-    Observation(const Ledger & ledger, int32_t n_threads)
-        : ledger_(ledger), n_threads_(n_threads) {}
+    // ledger, transfers: kept by the caller, for longer than this. n_threads: for the rows'
+    // attention.
+    Observation(const Ledger & ledger, int32_t n_threads, Transfers & transfers)
+        : ledger_(ledger), weights_(n_threads, transfers) {}
 
     void begin_micro_batch() { readable_layer_ = -1; }
     // The node is about to run, behind all those asked about so far.
@@ -39,18 +44,27 @@ class Observation {
 
     // Boundaries since construction.
     int64_t n_boundaries() const { return n_boundaries_; }
+    // Why K of a device was brought to the host; "" = it never was.
+    const std::string & host_reason() const { return weights_.host_reason(); }
 
   private:
+    // What a row attends to. Image tokens whose cells the node reads, and those cells.
+    struct Seen {
+        size_t n_tokens; // of the sequence, with those that have no cell
+        const std::vector<int32_t> & tokens;
+        const std::vector<int32_t> & cells;
+        const float * mask;    // [n_kv] of the row
+        const float * weights; // [cells.size()] of the row
+    };
+
     void check_readable(const AttentionNode & attention) const;
     void observe_rows(const AttentionNode & attention, MicroBatch & batch,
                       const std::vector<int32_t> & rows);
-    void select(const AttentionNode & attention, const Part & part, const Row & row,
-                const float * mask, const float * weights) const;
-    void record(const AttentionNode & attention, const Part & part, const Row & row,
-                const float * mask, const float * weights) const;
+    void select(int32_t il, const Part & part, const Row & row, const Seen & seen) const;
+    void record(int32_t il, const Part & part, const Seen & seen) const;
 
     const Ledger & ledger_;
-    int32_t n_threads_;
+    AttentionWeights weights_;
     int32_t readable_layer_ = -1;            // layer whose q and K are computed
     std::vector<const ggml_tensor *> asked_; // nodes asked since the last boundary
     int64_t n_boundaries_ = 0;

@@ -1,6 +1,5 @@
 #include "residual_stream.hpp"
 
-#include "api.hpp"
 #include "fork_survey.hpp"
 #include "operations.hpp"
 
@@ -60,7 +59,7 @@ void ResidualStream::asked(const ggml_tensor * node) {
     const bool input = op_of(index) == GGML_OP_NONE && index->type == GGML_TYPE_I32;
     if (input && node->src[0]->ne[1] == n_rows_ && index->ne[1] == 1) {
         kept_.resize(static_cast<size_t>(index->ne[0]));
-        api().ggml_backend_tensor_get(index, kept_.data(), 0, kept_.size() * sizeof(int32_t));
+        transfers_.read(index, kept_.data(), 0, kept_.size() * sizeof(int32_t));
     }
 }
 
@@ -83,9 +82,8 @@ void ResidualStream::read(const ggml_tensor * node) {
             continue;
         }
         std::vector<float> values(static_cast<size_t>(stream->ne[0]));
-        api().ggml_backend_tensor_get(stream, values.data(),
-                                      static_cast<size_t>(place) * stream->nb[1],
-                                      values.size() * sizeof(float));
+        transfers_.read(stream, values.data(), static_cast<size_t>(place) * stream->nb[1],
+                        values.size() * sizeof(float));
         if (il >= 0 && read.values.size() == values.size()) {
             read.cosines[static_cast<size_t>(il)] = cosine(read.values, values);
         }

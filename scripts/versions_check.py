@@ -28,6 +28,7 @@ TESTS = (
     "test_exact.py",
     "test_graph_patch.py",
     "test_influence.py",
+    "test_influence_device.py",
     "test_encoder_mend.py",
     "test_generation.py",
     "test_fork.py",

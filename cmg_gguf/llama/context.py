@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -118,6 +119,7 @@ class LlamaContext:
         self.n_seq_max = n_seq_max + self.merges
         threads = options.n_threads or usable_threads()
         self.patch = _core.GraphPatch(model.n_layer, threads)
+        self._told_of_host = False
         params = _context_params(options, self.n_seq_max)
         params.cb_eval = ctypes.cast(
             self.patch.callback, llama_cpp.ggml_backend_sched_eval_callback
@@ -261,6 +263,16 @@ class LlamaContext:
         except BaseException:
             self.patch.abandon()
             raise
+        self._tell_of_host()
+
+    def _tell_of_host(self) -> None:
+        if (reason := self.patch.host_reason) and not self._told_of_host:
+            self._told_of_host = True
+            warnings.warn(
+                f"{reason}: keys are copied to the host to see what rows attend to, which is slow; "
+                "another cache type (type_k) may be computed there",
+                stacklevel=2,
+            )
 
 
 def usable_threads() -> int:
