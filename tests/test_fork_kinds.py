@@ -5,7 +5,7 @@ What both branches' logits must be is what they are where nothing is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,7 +125,7 @@ def answered_together(lanes: Lanes, answers: list[Taught]) -> list[list[tuple[F6
     """Logits of answers whose batches go together where they can."""
     engine, seen = lanes.engine, [list[tuple[F64, F64]]() for _ in answers]
     running = [answer.run(found) for answer, found in zip(answers, seen, strict=True)]
-    wanting: list[tuple[Iterator[object], Batch | ImageBatch]] = [
+    wanting: list[tuple[Decodes, Batch | ImageBatch]] = [
         (decodes, next(decodes)) for decodes in running
     ]
     while wanting:

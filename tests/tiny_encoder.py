@@ -30,7 +30,8 @@ class TinyEncoder:
     a break behind each row of patches; "gemma4uv" has no layers, takes a picture of any shape, and
     its model reads one at once; "gemma3" and "qwen2vl" make one token of four patches, of a square
     and of any shape; "qwen3vl" does as "qwen2vl", and n_deepstack of its first layers give
-    embeddings of that width too, which are appended. width: of the language model. n_layer: layers whose output counts; of "clip"
+    embeddings of that width too, which are appended. width: of the language model. n_layer: layers
+    whose output counts; of "clip"
     it is known by `layout`: "whole" holds one layer more, which is not run; "legacy" is the same
     without that layer, as llama.cpp's retired converter wrote it; "feature_layer" names the layer.
     pinpoints: widths and heights that a larger picture is scaled
