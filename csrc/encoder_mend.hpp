@@ -18,7 +18,7 @@
 // values of the inputs: a graph that is in order already is left alone, whatever model it is of.
 #pragma once
 
-#include "mask_tensor.hpp"
+#include "stand_in.hpp"
 
 #include "ggml.h"
 
@@ -54,7 +54,7 @@ class EncoderMend {
     bool is_repeated_ = false; // the class token, for each picture of a batch
     bool has_places_ = false;  // they have been found
     bool has_rows_ = false;    // those that are kept have been found
-    MaskTensor places_;
+    StandIn places_;
     ggml_tensor by_rows_{}; // a view of tokens that stand column by column
     std::set<std::string> mended_;
     std::exception_ptr parked_;

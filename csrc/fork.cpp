@@ -47,6 +47,7 @@ void Fork::begin() {
     asked_.clear();
     below_.clear();
     copies_.clear();
+    fewer_.clear();
 }
 
 bool Fork::ask(ggml_tensor * node) {
@@ -110,6 +111,39 @@ void Fork::shrink(ggml_tensor * t, const ForkSurvey::Node & surveyed) {
     }
     note_change(t);
     shrink_rows_inplace(t, dim, n_rows(), plan_.fork.n_below);
+    shrink_positions(t);
+}
+
+void Fork::shrink_positions(ggml_tensor * node) {
+    const ggml_tensor * positions = sectioned_positions(node, n_rows());
+    if (positions != nullptr) {
+        changed_.back().positions = node->src[1];
+        node->src[1] = fewer_positions(positions);
+    }
+}
+
+// The first positions of each section. They are read where they lie: an input is written, and
+// copied for another backend, before any node that reads it is asked about.
+ggml_tensor * Fork::fewer_positions(const ggml_tensor * positions) {
+    ggml_tensor *& fewer = fewer_[positions];
+    if (fewer != nullptr) {
+        return fewer;
+    }
+    const size_t section = static_cast<size_t>(n_rows()) * sizeof(int32_t);
+    const size_t kept = static_cast<size_t>(plan_.fork.n_below) * sizeof(int32_t);
+    const size_t n_sections = api().ggml_nbytes(positions) / section;
+    std::vector<uint8_t> bytes(n_sections * kept);
+    for (size_t i = 0; i < n_sections; i++) {
+        api().ggml_backend_tensor_get(positions, bytes.data() + i * kept, i * section, kept);
+    }
+    ggml_tensor shape = *positions;
+    shape.ne[0] = static_cast<int64_t>(bytes.size() / sizeof(int32_t));
+    std::fill_n(shape.nb + 1, GGML_MAX_DIMS - 1, bytes.size());
+    if (stand_ins_.size() < fewer_.size()) {
+        stand_ins_.emplace_back();
+    }
+    fewer = stand_ins_[fewer_.size() - 1].assign(&shape, bytes);
+    return fewer;
 }
 
 ForkSurvey::Source Fork::source_of(const ggml_tensor * src) const {
@@ -222,10 +256,11 @@ void Fork::abandon() {
     asked_.clear();
     below_.clear();
     copies_.clear();
+    fewer_.clear();
 }
 
 void Fork::note_change(ggml_tensor * t) {
-    Changed before{t, {}, {}, t->flags};
+    Changed before{t, {}, {}, t->flags, nullptr};
     std::copy_n(t->ne, GGML_MAX_DIMS, before.ne);
     std::copy_n(t->nb, GGML_MAX_DIMS, before.nb);
     changed_.push_back(before);
@@ -248,6 +283,9 @@ void Fork::undo(const Changed & before) {
     std::copy_n(before.ne, GGML_MAX_DIMS, before.t->ne);
     std::copy_n(before.nb, GGML_MAX_DIMS, before.t->nb);
     before.t->flags = before.flags;
+    if (before.positions != nullptr) {
+        before.t->src[1] = before.positions;
+    }
 }
 
 } // namespace cmg

@@ -9,6 +9,8 @@
 //     node                      what happens when it is asked about
 //     below `layer`             n_below = 0: is not computed (it loses ggml's flag COMPUTE);
 //                               else: the rows that are left out go, from its shape and strides
+//     RoPE that reads several   reads an input of ours, with the positions of the rows that are
+//     positions a row, below    left: where they lie depends on how many rows there are (M-RoPE)
 //     one that is copied        asks for a boundary; once computed, it becomes what it was, for
 //     below                     another backend copies all of it. The copy loses its rows when its
 //                               first reader is asked about: it has been made by then
@@ -29,12 +31,14 @@
 
 #include "fork_survey.hpp"
 #include "plan.hpp"
+#include "stand_in.hpp"
 #include "transfers.hpp"
 
 #include "ggml-backend.h"
 #include "ggml.h"
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -76,6 +80,8 @@ class Fork {
     bool is_copied(const ggml_tensor * node) const;
     void leave_out(ggml_tensor * node);
     void shrink(ggml_tensor * t, const ForkSurvey::Node & surveyed);
+    void shrink_positions(ggml_tensor * node);
+    ggml_tensor * fewer_positions(const ggml_tensor * positions);
     ForkSurvey::Source source_of(const ggml_tensor * src) const;
     void check_as_surveyed(const ggml_tensor * node, size_t place) const;
     void check_not_from_below(const ggml_tensor * node) const;
@@ -99,12 +105,16 @@ class Fork {
         int64_t ne[GGML_MAX_DIMS];
         size_t nb[GGML_MAX_DIMS];
         int32_t flags;
+        ggml_tensor * positions; // that a stand-in is read for; null = for none
     };
     void note_change(ggml_tensor * t);
     static void undo(const Changed & before);
     std::vector<Changed> changed_;
-    std::unordered_set<const ggml_tensor *> copies_;         // of nodes below, that lost rows
-    std::unordered_map<const ggml_tensor *, int32_t> below_; // nodes below, by their place
+    std::unordered_set<const ggml_tensor *> copies_;               // of nodes below, that lost rows
+    std::unordered_map<const ggml_tensor *, int32_t> below_;       // nodes below, by their place
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> fewer_; // stand-ins for positions
+
+    std::deque<StandIn> stand_ins_; // the first of them for `fewer_`, in all decodes
 };
 
 } // namespace cmg

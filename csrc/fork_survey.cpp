@@ -176,7 +176,9 @@ void ForkSurvey::find_row_dims(const std::vector<ggml_tensor *> & nodes, const P
         return known.is_copied ? unclear_rows : known.row_dim;
     };
     for (const ggml_tensor * node : nodes) {
-        const int32_t dim = row_dim(node, n_rows, dim_of);
+        const ggml_tensor * positions = sectioned_positions(node, n_rows);
+        const bool computed = positions != nullptr && copied(positions) >= 0;
+        const int32_t dim = computed ? unclear_rows : row_dim(node, n_rows, dim_of);
         const bool copied = is_copied[nodes_.size()] != 0;
         Node known{node->op, node->name, dim, dim < 0 ? 0 : node->ne[dim] / n_rows, copied, {}};
         std::transform(std::begin(node->src), std::end(node->src), known.sources.begin(),

@@ -13,8 +13,8 @@
 
 #include "attention_node.hpp"
 #include "ledger.hpp"
-#include "mask_tensor.hpp"
 #include "micro_batch.hpp"
+#include "stand_in.hpp"
 
 #include "ggml.h"
 
@@ -58,7 +58,7 @@ class Masking {
                     std::vector<uint8_t> & mask) const;
 
     const Ledger & ledger_;
-    std::unordered_map<int32_t, MaskTensor> masks_; // by the layer they were made for
+    std::unordered_map<int32_t, StandIn> masks_; // by the layer they were made for
     std::vector<Made> made_;
     int64_t n_masks_ = 0;
     struct Swap {

@@ -10,6 +10,8 @@
 namespace cmg {
 namespace {
 
+constexpr int64_t n_sections = 4; // of ggml's M-RoPE, whatever their sizes
+
 using Dims = int32_t[GGML_MAX_SRC]; // row dimension of each source
 
 bool is_contiguous(const ggml_tensor * t) {
@@ -81,6 +83,12 @@ bool only_first(const Dims & dims) {
     return std::all_of(dims + 1, std::end(dims), [](int32_t d) { return d == no_rows; });
 }
 
+int32_t of_rope(const ggml_tensor * node, int64_t n_rows, const Dims & dims) {
+    const bool one_a_row = node->src[1]->ne[0] == n_rows;
+    const bool known = one_a_row || sectioned_positions(node, n_rows) != nullptr;
+    return only_first(dims) && dims[0] == 2 && known ? 2 : unclear_rows;
+}
+
 int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims) {
     switch (op_of(node)) {
     case GGML_OP_ADD:
@@ -96,8 +104,8 @@ int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims)
         return only_first(dims) && dims[0] == 1 ? 2 : unclear_rows;
     case GGML_OP_CONT:
         return of_reshape(node, dims[0], n_rows);
-    case GGML_OP_ROPE: // more positions than rows: several for each, at places that n_rows decides
-        return only_first(dims) && node->src[1]->ne[0] == n_rows ? dims[0] : unclear_rows;
+    case GGML_OP_ROPE:
+        return of_rope(node, n_rows, dims);
     case GGML_OP_SOFT_MAX:
         return only_first(dims) && dims[0] == 1 ? 1 : unclear_rows;
     case GGML_OP_CLAMP:
@@ -152,6 +160,16 @@ int32_t row_dim(const ggml_tensor * node, int64_t n_rows,
 int32_t row_dim_of_copy(const ggml_tensor * copy, const ggml_tensor * node, int32_t dim) {
     const bool same = std::equal(copy->ne, copy->ne + GGML_MAX_DIMS, node->ne);
     return same && dim > 0 && has_widest_stride(copy, dim) ? dim : unclear_rows;
+}
+
+const ggml_tensor * sectioned_positions(const ggml_tensor * node, int64_t n_rows) {
+    if (op_of(node) != GGML_OP_ROPE) {
+        return nullptr;
+    }
+    const ggml_tensor * positions = node->src[1];
+    const bool input = op_of(positions) == GGML_OP_NONE && positions->view_src == nullptr;
+    const bool several = positions->ne[0] == n_sections * n_rows;
+    return input && several && positions->type == GGML_TYPE_I32 ? positions : nullptr;
 }
 
 void shrink_rows_inplace(ggml_tensor * node, int32_t dim, int64_t n_rows, int64_t n_kept) {

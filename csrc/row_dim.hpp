@@ -19,6 +19,10 @@ int32_t row_dim(const ggml_tensor * node, int64_t n_rows,
 // The same of another backend's copy of `node`, whose rows lie along `dim`.
 int32_t row_dim_of_copy(const ggml_tensor * copy, const ggml_tensor * node, int32_t dim);
 
+// The input that `node` reads positions from, if a row has several, which lie section by section
+// (M-RoPE): the first one of every row, then the second one of every row. Else null.
+const ggml_tensor * sectioned_positions(const ggml_tensor * node, int64_t n_rows);
+
 // Leaves the first n_kept of n_rows rows along `dim`. Its sources must have been shrunk before.
 // A copy keeps its strides.
 void shrink_rows_inplace(ggml_tensor * node, int32_t dim, int64_t n_rows, int64_t n_kept);

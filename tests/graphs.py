@@ -115,7 +115,7 @@ class Graph:
 
     def attention(self, il: int, rows: int) -> int:
         """K into the layer's cache, and the weights over it of all rows."""
-        index = self._held(f"index_{il}", np.arange(self.n_rows, dtype=np.int64))
+        index = self.held(f"index_{il}", np.arange(self.n_rows, dtype=np.int64))
         cache = self.leaf(f"cache_k_l{il}", N_EMBD, N_CELLS)
         self.node("set_rows", cache, rows, index)
         scores = self.node("mul_mat", cache, rows)
@@ -156,7 +156,7 @@ class Graph:
         )
         return _core.Plan(rows, [part], fork=fork)
 
-    def _held(self, name: str, values: npt.NDArray[np.int64]) -> int:
+    def held(self, name: str, values: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> int:
         """A leaf whose values can be read."""
         memory = np.empty(len(values) + 8, np.int64)
         start = memory.ctypes.data + -memory.ctypes.data % 64
@@ -165,7 +165,8 @@ class Graph:
         buffer = ggml_function("ggml_backend_cpu_buffer_from_ptr", pointer, size_t)(
             start, values.nbytes
         )
-        tensor = self.leaf(name, len(values), kind=I64)
+        kind = I64 if values.dtype == np.int64 else I32
+        tensor = self.leaf(name, len(values), kind=kind)
         ggml_function("ggml_backend_tensor_alloc", *[pointer] * 3)(buffer, tensor, start)
         self._buffers.append((buffer, memory))
         return tensor

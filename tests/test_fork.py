@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from graphs import (
     I32,
@@ -293,34 +294,84 @@ def test_rows_that_are_copied_turned_can_be_left_out() -> None:
     assert obstacles(build) == ["", "", ""]
 
 
-@pytest.mark.parametrize(("n_a_row", "understood"), [(1, True), (4, False)])
-def test_several_positions_a_row_are_not_understood(n_a_row: int, understood: bool) -> None:
-    """Their places among the positions depend on the number of rows."""
+def turned_by(graph: Graph, positions: int, n_a_row: int) -> int:
+    """Heads turned by as many positions a row."""
+    rows = heads(graph, graph.embed())
+    if n_a_row == 1:
+        rope = ggml_function("ggml_rope", *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
+        made = rope(graph._context, rows, positions, 4, 0)
+    else:
+        multi = ggml_function(
+            "ggml_rope_multi",
+            *[ctypes.c_void_p] * 4,
+            ctypes.c_int,
+            ctypes.POINTER(ctypes.c_int),
+            *[ctypes.c_int] * 2,
+            *[ctypes.c_float] * 6,
+        )
+        sections, floats = (ctypes.c_int * 4)(1, 1, 0, 0), (1e4, 1.0, 0.0, 1.0, 32.0, 1.0)
+        made = multi(graph._context, rows, positions, None, 4, sections, 8, 0, *floats)
+    graph.nodes.append(graph._named(made, f"turned_{len(graph.nodes)}"))
+    return made
+
+
+def positions_of(graph: Graph, n_a_row: int) -> npt.NDArray[np.int32]:
+    """100, 101, ... for the first of each row, 200, 201, ... for the second."""
+    of_rows = np.arange(graph.n_rows, dtype=np.int32)
+    return np.concatenate([100 * i + of_rows for i in range(1, n_a_row + 1)])
+
+
+@pytest.mark.parametrize("n_a_row", [1, 4])
+def test_several_positions_a_row_are_understood(n_a_row: int) -> None:
+    def build(graph: Graph) -> None:
+        turned_by(graph, graph.leaf("pos", n_a_row * graph.n_rows, kind=I32), n_a_row)
+        finish(graph, graph.embed(), 0)
+
+    assert obstacles(build) == [""] * 3
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_several_positions_a_row_that_are_computed_are_not_understood(copied: bool) -> None:
+    """Nor copies of such: what they are is not known when their reader is asked about."""
 
     def build(graph: Graph) -> None:
-        rows = graph.embed()
-        positions = graph.leaf("pos", n_a_row * graph.n_rows, kind=I32)
-        if n_a_row == 1:
-            rope = ggml_function("ggml_rope", *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
-            made = rope(graph._context, heads(graph, rows), positions, 4, 0)
-        else:
-            multi = ggml_function(
-                "ggml_rope_multi",
-                *[ctypes.c_void_p] * 4,
-                ctypes.c_int,
-                ctypes.POINTER(ctypes.c_int),
-                *[ctypes.c_int] * 2,
-                *[ctypes.c_float] * 6,
-            )
-            sections = (ctypes.c_int * 4)(1, 1, 0, 0)
-            floats = (1e4, 1.0, 0.0, 1.0, 32.0, 1.0)
-            made = multi(
-                graph._context, heads(graph, rows), positions, None, 4, sections, 8, 0, *floats
-            )
-        graph.nodes.append(made)
-        finish(graph, rows, 0)
+        moved = graph.node("cont", graph.leaf("pos", 4 * graph.n_rows, kind=I32), name="moved")
+        turned_by(graph, graph.copied(moved) if copied else moved, 4)
+        finish(graph, graph.embed(), 0)
 
-    assert (obstacles(build) == [""] * 3) == understood, obstacles(build)
+    found = obstacles(build)
+    assert all("cannot be told" in str(reason) for reason in found), found
+
+
+def read_positions(node: int) -> list[int]:
+    """What a RoPE node reads."""
+    source = tensor(tensor(node).src[1])
+    return list((ctypes.c_int32 * source.ne[0]).from_address(source.data))
+
+
+@pytest.mark.parametrize("n_below", [1, 3, 4])
+def test_rows_below_keep_their_own_positions_of_every_section(n_below: int) -> None:
+    def build(graph: Graph) -> None:
+        values = positions_of(graph, 4)
+        home, other = (graph.held(name, values) for name in ("pos", "CUDA0#pos#0"))
+        for positions in (home, other, home):
+            turned_by(graph, positions, 4)
+        finish(graph, graph.embed(), 0)
+
+    patch = surveyed(build)
+    with closing(Graph(5)) as graph:
+        build(graph)
+        turned = graph.nodes[3:12:4]
+        whole = positions_of(graph, 4).tolist()
+        sources = [tensor(node).src[1] for node in turned]
+        patch.begin(graph.plan(_core.ForkPlan(layer=3, n_below=n_below)))
+        graph.ask(patch)
+        kept = [100 * i + row for i in range(1, 5) for row in range(n_below)]
+        assert [read_positions(node) for node in turned] == [kept] * 3
+        assert tensor(turned[0]).src[1] == tensor(turned[2]).src[1] != tensor(turned[1]).src[1]
+        patch.abandon()
+        assert [read_positions(node) for node in turned] == [whole] * 3
+        assert [tensor(node).src[1] for node in turned] == sources
 
 
 # --- two graphs, and not one --------------------------------------------------------------------

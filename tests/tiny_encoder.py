@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
-Kind = Literal["clip", "internvl", "pixtral", "gemma4uv", "gemma3", "qwen2vl"]
+Kind = Literal["clip", "internvl", "pixtral", "gemma4uv", "gemma3", "qwen2vl", "qwen3vl"]
 Layout = Literal["whole", "legacy", "feature_layer"]
 
-EPS = dict.fromkeys(("internvl", "gemma4uv", "gemma3", "qwen2vl"), 1e-6)
+EPS = dict.fromkeys(("internvl", "gemma4uv", "gemma3", "qwen2vl", "qwen3vl"), 1e-6)
 EPS |= dict.fromkeys(("clip", "pixtral"), 1e-5)
 
 
@@ -29,7 +29,9 @@ class TinyEncoder:
     """kind: "clip" is LLaVA's, with a class token; "internvl" has one too; "pixtral" has none, and
     a break behind each row of patches; "gemma4uv" has no layers, takes a picture of any shape, and
     its model reads one at once; "gemma3" and "qwen2vl" make one token of four patches, of a square
-    and of any shape. width: of the language model. n_layer: layers whose output counts; of "clip"
+    and of any shape; "qwen3vl" does as "qwen2vl", and n_deepstack of its first layers give
+    embeddings of that width too, which are appended. width: of the language model. n_layer: layers
+    whose output counts; of "clip"
     it is known by `layout`: "whole" holds one layer more, which is not run; "legacy" is the same
     without that layer, as llama.cpp's retired converter wrote it; "feature_layer" names the layer.
     pinpoints: widths and heights that a larger picture is scaled
@@ -47,6 +49,7 @@ class TinyEncoder:
     layout: Layout = "whole"
     seed: int = 0
     pinpoints: tuple[int, ...] = ()
+    n_deepstack: int = 0
 
     @property
     def n_side(self) -> int:
@@ -66,6 +69,7 @@ class TinyEncoder:
             "gemma4uv": self.n_patches,
             "gemma3": self.n_patches // 4,
             "qwen2vl": self.n_patches // 4,
+            "qwen3vl": self.n_patches // 4,
         }
         return of_a_kind[self.kind]
 
@@ -95,6 +99,10 @@ def weights_of(encoder: TinyEncoder) -> dict[str, F32]:
         found["v.token_embd.img_break"] = draw.normal((encoder.width,), 1.0)
     elif encoder.kind == "qwen2vl":
         found["v.patch_embd.weight.1"] = draw.normal((n, 3, patch, patch), 3.0 / patch)
+    elif encoder.kind == "qwen3vl":
+        found["v.patch_embd.weight.1"] = draw.normal((n, 3, patch, patch), 3.0 / patch)
+        found["v.patch_embd.bias"] = draw.normal((n,), 0.1)
+        found["v.position_embd.weight"] = draw.normal((encoder.n_patches, n), 1.0)
     else:
         if encoder.has_class_token:
             found["v.class_embd"] = draw.normal((n,), 1.0)
@@ -119,7 +127,7 @@ def write_encoder(path: Path, encoder: TinyEncoder) -> Path:
     if encoder.kind == "clip":
         file.add_description("image encoder for LLaVA")
         file.add_bool("clip.has_llava_projector", True)
-    names = {"clip": "mlp", "qwen2vl": "qwen2vl_merger"}
+    names = {"clip": "mlp", "qwen2vl": "qwen2vl_merger", "qwen3vl": "qwen3vl_merger"}
     file.add_string("clip.projector_type", names.get(encoder.kind, encoder.kind))
     # False means quick-GELU, CLIP's own. Pixtral's networks are gated with SiLU.
     file.add_bool("clip.use_gelu", encoder.kind == "internvl")
@@ -199,7 +207,11 @@ def _add_projector(found: dict[str, F32], draw: _Draw, encoder: TinyEncoder) -> 
         found["mm.input_projection.weight"] = draw.normal((n, width), n**-0.5)
         found["mm.soft_emb_norm.weight"] = draw.scale(n)
         return
-    if encoder.kind == "qwen2vl":
+    for il in range(encoder.n_deepstack):
+        draw.norm(found, f"v.deepstack.{il}.norm", 4 * n)
+        draw.linear(found, f"v.deepstack.{il}.fc1", 4 * n, 4 * n)
+        draw.linear(found, f"v.deepstack.{il}.fc2", width, 4 * n)
+    if encoder.kind in ("qwen2vl", "qwen3vl"):
         draw.norm(found, "v.post_ln", n)
         draw.linear(found, "mm.0", 4 * n, 4 * n)
         draw.linear(found, "mm.2", width, 4 * n)
@@ -211,8 +223,12 @@ def _add_projector(found: dict[str, F32], draw: _Draw, encoder: TinyEncoder) -> 
 
 def _add_layer(found: dict[str, F32], draw: _Draw, encoder: TinyEncoder, name: str) -> None:
     n, n_ff = encoder.n_embd, encoder.n_ff
-    for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
-        draw.linear(found, f"{name}.{part}", n, n)
+    if encoder.kind == "qwen3vl":
+        draw.linear(found, f"{name}.attn_qkv", 3 * n, n)
+    else:
+        for part in ("attn_q", "attn_k", "attn_v"):
+            draw.linear(found, f"{name}.{part}", n, n)
+    draw.linear(found, f"{name}.attn_out", n, n)
     if encoder.kind == "pixtral":
         for part in ("ln1", "ln2"):
             found[f"{name}.{part}.weight"] = draw.scale(n)

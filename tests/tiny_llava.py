@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from tiny_encoder import TinyEncoder, write_encoder
 from tiny_states import add_delta_net, add_mamba2, add_state_shape
 from tiny_vocabulary import (
     MAX_GRID,
@@ -29,7 +30,24 @@ from tiny_vocabulary import (
     vocabulary,
 )
 
+Arch = Literal[
+    "llama",
+    "gemma3",
+    "gemma4",
+    "lfm2",
+    "qwen35",
+    "granitehybrid",
+    "qwen2vl",
+    "qwen3vl",
+    "qwen3vlmoe",
+]
 STATEFUL = "qwen35", "granitehybrid"
+SECTIONED: dict[str, Literal["qwen2vl", "qwen3vl"]] = {
+    "qwen2vl": "qwen2vl",
+    "qwen3vl": "qwen3vl",
+    "qwen3vlmoe": "qwen3vl",
+}
+"""Models with M-RoPE, and their image encoders."""
 CONVOLVED = 3
 """Rows that a short convolution of "lfm2" looks at, its own the last."""
 
@@ -41,7 +59,10 @@ class TinyConfig:
     For a Q8_0 KV cache the head size must be a multiple of 32: `n_embd=128, n_head=4`.
 
     Attributes:
-        n_expert: feed-forward experts of each "llama" layer, 2 of them used; 0 for one network.
+        n_expert: feed-forward experts of each layer of "llama" and "qwen3vlmoe", 2 of them used; 0
+            for one network.
+        n_deepstack: first layers of "qwen3vl" and "qwen3vlmoe" behind which more of an image is
+            added.
         sliding_window: positions a windowed layer sees, own included; "gemma3" only.
         swa_pattern: every `swa_pattern`-th layer of "gemma3" is global, the others are windowed.
         attending: layers with attention of a hybrid: "lfm2", whose others have a short convolution,
@@ -57,13 +78,14 @@ class TinyConfig:
             of its own accord 8 to 1024 tokens a picture.
     """
 
-    arch: Literal["llama", "gemma3", "gemma4", "lfm2", "qwen35", "granitehybrid"] = "llama"
+    arch: Arch = "llama"
     n_layer: int = 6
     n_embd: int = 64
     n_head: int = 4
     n_head_kv: int = 2
     n_ff: int = 128
     n_expert: int = 0
+    n_deepstack: int = 0
     n_ctx: int = 2048
     seed: int = 0
     sliding_window: int = 32
@@ -101,7 +123,7 @@ class TinyConfig:
     @property
     def n_image_tokens(self) -> int:
         """Of an image, or of a tile of it, for which four patches make one token."""
-        merged = self.longest_edge or self.any_resolution
+        merged = self.longest_edge or self.any_resolution or self.arch in SECTIONED
         return self.n_patches // 4 if merged else self.n_patches
 
 
@@ -121,7 +143,10 @@ def write_pair(folder: Path | str, config: TinyConfig = TinyConfig()) -> TinyPai
     folder.mkdir(parents=True, exist_ok=True)
     pair = TinyPair(folder / "llm.gguf", folder / "mmproj.gguf")
     _write_llm(pair.llm, config)
-    _write_mmproj(pair.mmproj, config)
+    if config.arch in SECTIONED:
+        write_encoder(pair.mmproj, _sectioned_encoder(config))
+    else:
+        _write_mmproj(pair.mmproj, config)
     return pair
 
 
@@ -160,6 +185,8 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
     if config.n_expert:
         writer.add_expert_count(config.n_expert)
         writer.add_expert_used_count(2)
+        if config.arch == "qwen3vlmoe":
+            writer.add_expert_feed_forward_length(config.n_ff)
     if config.arch == "gemma3":
         writer.add_rope_freq_base(1e6)
         writer.add_rope_freq_base_swa(1e4)
@@ -169,6 +196,8 @@ def _write_llm(path: Path, config: TinyConfig) -> None:
         _add_gemma4_shape(writer, config)
     if config.arch == "lfm2":
         writer.add_shortconv_l_cache(CONVOLVED)
+    if config.arch in SECTIONED:
+        _add_sections(writer, config)
     if config.arch in STATEFUL:
         add_state_shape(writer, config)
     if config.tokenizer == "gpt2":
@@ -203,6 +232,25 @@ def _add_gemma4_shape(writer: gguf.GGUFWriter, config: TinyConfig) -> None:
     writer.add_uint32("gemma4.attention.value_length_swa", config.head_dim)
     writer.add_uint32("gemma4.rope.dimension_count_swa", config.head_dim)
     writer.add_tensor("rope_freqs.weight", np.ones(config.head_dim // 2, np.float32))
+
+
+def _add_sections(writer: gguf.GGUFWriter, config: TinyConfig) -> None:
+    """Which of a head's pairs turn with the time, the row and the column."""
+    n = config.head_dim // 2
+    writer.add_rope_dimension_sections([n - 2 * (n // 3), n // 3, n // 3, 0])
+    if config.n_deepstack:
+        writer.add_num_deepstack_layers(config.n_deepstack)
+
+
+def _sectioned_encoder(config: TinyConfig) -> TinyEncoder:
+    return TinyEncoder(
+        SECTIONED[config.arch],
+        width=config.n_embd,
+        n_deepstack=config.n_deepstack,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        seed=config.seed + 1,
+    )
 
 
 def _head_counts(config: TinyConfig) -> int | list[int]:
@@ -242,6 +290,8 @@ def _add_llama_layer(
     _add_projections(writer, weights, config, il=il, qk_gain=1.5, out_gain=2.0)
     writer.add_tensor(f"blk.{il}.attn_norm.weight", weights.norm(config.n_embd))
     writer.add_tensor(f"blk.{il}.ffn_norm.weight", weights.norm(config.n_embd))
+    for name in ("attn_q_norm", "attn_k_norm") if config.arch.startswith("qwen3vl") else ():
+        writer.add_tensor(f"blk.{il}.{name}.weight", weights.norm(config.head_dim, gain=1.25))
 
 
 def _add_gemma3_layer(

@@ -1,4 +1,4 @@
-#include "mask_tensor.hpp"
+#include "stand_in.hpp"
 
 #include "api.hpp"
 #include "attention_node.hpp"
@@ -16,17 +16,17 @@ constexpr size_t large = 1u << 20; // bytes
 
 } // namespace
 
-MaskTensor::~MaskTensor() {
+StandIn::~StandIn() {
     release();
 }
 
-void MaskTensor::release_if_large() {
+void StandIn::release_if_large() {
     if (capacity_ > large) {
         release();
     }
 }
 
-void MaskTensor::release() {
+void StandIn::release() {
     if (buffer_ != nullptr) {
         api().ggml_backend_buffer_free(buffer_);
         buffer_ = nullptr;
@@ -34,7 +34,7 @@ void MaskTensor::release() {
     }
 }
 
-ggml_tensor * MaskTensor::assign(const ggml_tensor * original, const std::vector<uint8_t> & bytes) {
+ggml_tensor * StandIn::assign(const ggml_tensor * original, const std::vector<uint8_t> & bytes) {
     const auto type = api().ggml_backend_buffer_get_type(root(original)->buffer);
     // A long prompt's mask is not kept for the two rows of a decode step.
     const bool too_large = capacity_ > large && capacity_ > 4 * bytes.size();
@@ -44,7 +44,7 @@ ggml_tensor * MaskTensor::assign(const ggml_tensor * original, const std::vector
         capacity_ = bytes.size() + (bytes.size() < large ? bytes.size() / 4 : 0);
         buffer_ = api().ggml_backend_buft_alloc_buffer(type, capacity_);
         if (buffer_ == nullptr) {
-            throw std::runtime_error("no memory for a mask of " + std::to_string(capacity_) +
+            throw std::runtime_error("no memory for an input of " + std::to_string(capacity_) +
                                      " bytes");
         }
     }

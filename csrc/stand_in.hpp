@@ -1,4 +1,4 @@
-// A mask of our own that stands in for one of the graph's.
+// A tensor of our own that stands in for an input of the graph: a mask, or positions.
 #pragma once
 
 #include "ggml-backend.h"
@@ -9,12 +9,12 @@
 
 namespace cmg {
 
-class MaskTensor {
+class StandIn {
   public:
-    MaskTensor() = default;
-    ~MaskTensor();
-    MaskTensor(const MaskTensor &) = delete;
-    MaskTensor & operator=(const MaskTensor &) = delete;
+    StandIn() = default;
+    ~StandIn();
+    StandIn(const StandIn &) = delete;
+    StandIn & operator=(const StandIn &) = delete;
 
     // Becomes a leaf of the type and shape of `original`, in a buffer of the same type, holding
     // `bytes`. The tensor's address stays the same; the buffer is reused while it fits.
