@@ -98,7 +98,8 @@ def _unpacked(folder: Path) -> Path:
     if not (part / "usr" / "bin" / PYTHON).exists():
         (found,) = (part / "usr" / "bin").glob("python3.[0-9]*[0-9]")
         raise CannotRunError(
-            f"this is {PYTHON}, Debian's for arm64 is {found.name}; run with PYTHON=/usr/bin/python3"
+            f"this is {PYTHON} and Debian's for arm64 {found.name}; run with PYTHON=/usr/bin/python3 "
+            "and CMG_VENV=a new folder"
         )
     part.rename(root)
     return root
@@ -140,9 +141,7 @@ def _llama_wheel(folder: Path, builder: Path, board: str) -> Path:
         options = ["--no-cache-dir", "--no-deps", "--no-binary", SOURCE, "--no-build-isolation"]
         command = [*_pip(builder), "wheel", *options, "--wheel-dir", str(wheels), pinned]
         jobs = str(len(os.sched_getaffinity(0)))
-        call(
-            command, CMAKE_ARGS=shlex.join(flags), CMAKE_BUILD_PARALLEL_LEVEL=jobs, **TAGGED
-        )
+        call(command, CMAKE_ARGS=shlex.join(flags), CMAKE_BUILD_PARALLEL_LEVEL=jobs, **TAGGED)
         found = sorted(wheels.glob("*_aarch64.whl"))
     return found[-1]
 
@@ -158,13 +157,13 @@ def _our_wheel(folder: Path, builder: Path, root: Path, llama: Path) -> Path:
     include = root / "usr" / "include"
     suffix = f".cpython-{sys.version_info.major}{sys.version_info.minor}-aarch64-linux-gnu.so"
     flags = [*CROSS, f"-DPython_INCLUDE_DIR={include / PYTHON}"]
+    flags += [f"-DPYTHON_MODULE_EXTENSION={suffix}"]
     options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
     call(
         [*_pip(builder), "wheel", *options],
         CMAKE_ARGS=shlex.join(flags),
         CXXFLAGS=f"-idirafter {include}",
         PYTHONPATH=str(headers),
-        SETUPTOOLS_EXT_SUFFIX=suffix,
         **TAGGED,
     )
     (wheel,) = wheels.glob("*_aarch64.whl")
@@ -190,7 +189,8 @@ def _write_python(python: Path, root: Path, cpu: str) -> None:
     (python.parent.parent / "pyvenv.cfg").write_text(f"home = {home}\n", "utf-8")
     qemu = ["qemu-aarch64", "-cpu", cpu, "-L", str(root)]
     python.write_text(
-        f'#!/bin/sh\nexec {shlex.join(qemu)} -0 "$0" {shlex.quote(str(home / PYTHON))} "$@"\n', "utf-8"
+        f'#!/bin/sh\nexec {shlex.join(qemu)} -0 "$0" {shlex.quote(str(home / PYTHON))} "$@"\n',
+        "utf-8",
     )
     python.chmod(0o755)
 
@@ -201,4 +201,6 @@ def machine(python: Path) -> str:
         "import platform, llama_cpp; print(platform.machine(), platform.python_version(),"
         " llama_cpp.__version__, llama_cpp.llama_print_system_info().decode())"
     )
-    return subprocess.check_output([str(python), "-c", program], text=True, cwd=python.parent).strip()
+    return subprocess.check_output(
+        [str(python), "-c", program], text=True, cwd=python.parent
+    ).strip()
