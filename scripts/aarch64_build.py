@@ -98,8 +98,8 @@ def _unpacked(folder: Path) -> Path:
     if not (part / "usr" / "bin" / PYTHON).exists():
         (found,) = (part / "usr" / "bin").glob("python3.[0-9]*[0-9]")
         raise CannotRunError(
-            f"this is {PYTHON} and Debian's for arm64 {found.name}; run with PYTHON=/usr/bin/python3 "
-            "and CMG_VENV=a new folder"
+            f"this is {PYTHON} and Debian's for arm64 {found.name}; run with "
+            "PYTHON=/usr/bin/python3 and CMG_VENV=a new folder"
         )
     part.rename(root)
     return root
