@@ -56,8 +56,8 @@ TESTS = (
 """What the extension does to graphs, masks, forks and samplers; the engine, whole answers, prompts,
 the demo, the self-test, the command line."""
 LEFT_OUT = {
-    "the other quick tests": "servers, evaluation, pictures and files: Python alone, at a tenth to "
-    "a twentieth of this machine's speed; name them to run them",
+    "the other quick tests": "servers, evaluation, pictures and files: mostly Python, and slow in "
+    "an emulator; --tests runs them",
 }
 
 
