@@ -1,7 +1,7 @@
-"""What is run with all layers on a device: shared by check_cuda, check_metal and check_vulkan.
+"""What the checks of other machines share: check_cuda, check_metal, check_vulkan, check_aarch64.
 
-The tests of `device_tests.CHOSEN`, or all of them; then a benchmark; then one JSON line on stdout
-that can be pasted into an issue. Progress is on stderr.
+On a device: the tests of `device_tests.CHOSEN`, or all of them, with all layers on it; then a
+benchmark. Then one JSON line on stdout that can be pasted into an issue. Progress is on stderr.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,31 @@ def call(command: Sequence[str], **environment: str) -> None:
     done = subprocess.run(command, env={**os.environ, **environment}, stdout=sys.stderr)
     if done.returncode != 0:
         raise CannotRunError(f"this failed with status {done.returncode}: {' '.join(command)}")
+
+
+def missing(packages: Sequence[str]) -> list[str]:
+    """Those of Debian's packages that are not installed."""
+    query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}"]
+    return [
+        name
+        for name in packages
+        if subprocess.run([*query, name], capture_output=True, text=True).stdout != "installed"
+    ]
+
+
+def install_packages(packages: Sequence[str]) -> None:
+    """Of Debian, those that are missing. Raises CannotRunError where there is no apt-get, or no
+    right to use it."""
+    if shutil.which("dpkg-query") is None or shutil.which("apt-get") is None:
+        raise CannotRunError("this is no Debian: dpkg-query and apt-get are not on PATH")
+    names = missing(packages)
+    if not names:
+        return
+    if os.geteuid() != 0:
+        raise CannotRunError(f"run as root: apt-get install {' '.join(names)}")
+    say(f"installing {' '.join(names)}")
+    call(["apt-get", "update", "--quiet"])
+    call(["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", *names])
 
 
 def requirements(pyproject: str) -> list[str]:
@@ -100,16 +126,21 @@ def run_tests(
     """{"status", "passed", "failed", ..., "failures", "figures"}: of tests with all layers on the
     device. device: its environment."""
     say(f"running {'all tests' if not tests else 'the chosen tests'} with all layers on the device")
+    return run_pytest(python, tests, **{**(device or {}), "CMG_TEST_NGL": str(ALL_LAYERS)})
+
+
+def run_pytest(python: Path, tests: Sequence[str], *options: str, **environ: str) -> dict[str, Any]:
+    """{"status", "passed", "failed", ..., "failures", "figures"} of these tests, or all."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
         command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
         command += ["--override-ini", "junit_family=xunit1", f"--junit-xml={report}"]
         named = [str(ROOT / "tests" / name) for name in tests or ("",)]
         # From elsewhere: the installed package is tested, not the sources.
         done = subprocess.run(
             [*command, *named],
-            env={**os.environ, **(device or {}), "CMG_TEST_NGL": str(ALL_LAYERS)},
+            env={**os.environ, **environ},
             cwd=folder,
             stdout=subprocess.PIPE,
             text=True,

@@ -15,13 +15,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from device_suite import ROOT, CannotRunError, call, environment, run_program, run_tests, say, tell
+from device_suite import (
+    ROOT,
+    CannotRunError,
+    environment,
+    install_packages,
+    run_program,
+    run_tests,
+    say,
+    tell,
+)
 from device_tests import ALSO_ON_TWO, LEFT_OUT, ON_LAVAPIPE
 
 PACKAGES = ("mesa-vulkan-drivers", "libvulkan-dev", "glslc", "spirv-headers", "g++")
@@ -33,30 +40,6 @@ LAVAPIPE = {
 }
 TWICE = {"GGML_VK_VISIBLE_DEVICES": "0,0"}
 """The same device twice: a layer's cache lies where the layer does."""
-
-
-def missing(packages: Sequence[str] = PACKAGES) -> list[str]:
-    """Those of Debian's packages that are not installed."""
-    query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}"]
-    return [
-        name
-        for name in packages
-        if subprocess.run([*query, name], capture_output=True, text=True).stdout != "installed"
-    ]
-
-
-def install_packages() -> None:
-    """Raises CannotRunError where there is no apt-get, or no right to use it."""
-    if shutil.which("dpkg-query") is None or shutil.which("apt-get") is None:
-        raise CannotRunError("this is no Debian: dpkg-query and apt-get are not on PATH")
-    names = missing()
-    if not names:
-        return
-    if os.geteuid() != 0:
-        raise CannotRunError(f"run as root: apt-get install {' '.join(names)}")
-    say(f"installing {' '.join(names)}")
-    call(["apt-get", "update", "--quiet"])
-    call(["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", *names])
 
 
 def lavapipe() -> dict[str, str]:
@@ -75,7 +58,7 @@ def headers() -> dict[str, str]:
 
 def run(folder: Path, *, gpu: bool, bench_options: Sequence[str]) -> int:
     """Builds, tests, measures; prints the summary."""
-    install_packages()
+    install_packages(PACKAGES)
     device = {} if gpu else lavapipe()
     python = environment(folder, "-DGGML_VULKAN=on", **headers())
     tests = run_tests(python, device=device)

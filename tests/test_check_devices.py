@@ -15,6 +15,8 @@ from device_suite import (
     ROOT,
     CannotRunError,
     call,
+    install_packages,
+    missing,
     pinned_source,
     read_report,
     run_program,
@@ -22,7 +24,7 @@ from device_suite import (
     tell,
 )
 from device_tests import ALSO_ON_TWO, CHOSEN, LEFT_OUT, ON_LAVAPIPE
-from vulkan_check import headers, install_packages, lavapipe, missing
+from vulkan_check import PACKAGES, headers, lavapipe
 
 from cmg_gguf.llama.versions import REQUIREMENT
 
@@ -145,7 +147,7 @@ def test_packages_that_are_missing_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     programs(tmp_path, monkeypatch, dpkg_query=QUERY)
-    assert missing() == ["glslc"]
+    assert missing(PACKAGES) == ["glslc"]
 
 
 def test_whoever_may_not_install_packages_is_told_which(
@@ -154,10 +156,10 @@ def test_whoever_may_not_install_packages_is_told_which(
     programs(tmp_path, monkeypatch, dpkg_query=QUERY, apt_get="exit 9")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(CannotRunError, match=r"as root: apt-get install glslc$"):
-        install_packages()
+        install_packages(PACKAGES)
     monkeypatch.setattr("os.geteuid", lambda: 0)
     with pytest.raises(CannotRunError, match="status 9"):
-        install_packages()
+        install_packages(PACKAGES)
 
 
 def test_a_system_that_is_no_debian_is_told(
