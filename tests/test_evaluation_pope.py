@@ -120,7 +120,8 @@ def test_files_need_neither_be_complete_nor_balanced(tmp_path: Path) -> None:
 def test_repopes_three_files_are_parts_and_beside_popes_own_they_are_not_mixed(
     tmp_path: Path,
 ) -> None:
-    """Lines as POPE publishes them, whose format RePOPE says it has: a space behind each comma and colon, no field but POPE's."""
+    """Lines as POPE publishes them, and RePOPE says it has no others: a space behind each comma and
+    colon, no further field."""
     image = "COCO_val2014_000000310196.jpg"
     images = write_images(tmp_path / "val2014", [image])
     line = (
