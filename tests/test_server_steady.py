@@ -211,7 +211,7 @@ def test_bodies_and_heads_have_limits() -> None:
 
 @pytest.fixture
 def patient() -> Iterator[Served]:
-    with serving(limits=Limits(write_seconds=2.0)) as running:
+    with serving(limits=Limits(write_seconds=4.0)) as running:
         yield running
 
 
