@@ -121,7 +121,8 @@ class Patient(H11Protocol):
         self._awaited: Any = h11.IDLE
         self._waiting = self.loop.call_later(self.read_seconds, self.transport.close)
         self._untaken: asyncio.TimerHandle | None = None
-        transport.set_write_buffer_limits(high=0)  # so that all that is not taken pauses it
+        # So that all that is not taken pauses it; with 0, TLS would be paused by nothing at all.
+        transport.set_write_buffer_limits(high=1)
 
     def pause_writing(self) -> None:
         """Waits until something of what is sent is taken."""
