@@ -122,7 +122,7 @@ def test_asks_for_the_key_and_marks_what_guidance_changed(browser: Any, tmp_path
     picture.write_bytes(base64.b64decode(data_url().partition(",")[2]))
     with serving(keys=[KEY]) as served:
         browser.get(served.url)
-        wait = WebDriverWait(browser, 20)
+        wait = WebDriverWait(browser, 60)
         by_id(browser, "file").send_keys(str(picture))
         wait.until(lambda _: by_id(browser, "picture").is_displayed())
         assert by_id(browser, "name").text == picture.name
@@ -161,7 +161,7 @@ def test_a_word_shows_its_heat_from_the_keyboard(browser: Any, tmp_path: Any) ->
     picture.write_bytes(base64.b64decode(data_url().partition(",")[2]))
     with serving() as served:
         browser.get(served.url)
-        wait = WebDriverWait(browser, 20)
+        wait = WebDriverWait(browser, 60)
         by_id(browser, "file").send_keys(str(picture))
         wait.until(lambda _: by_id(browser, "picture").is_displayed())
         by_id(browser, "ask").click()
@@ -194,7 +194,7 @@ def test_each_of_two_pictures_has_its_map(browser: Any, tmp_path: Any) -> None:
         picture.write_bytes(base64.b64decode(data_url(i).partition(",")[2]))
     with serving() as served:
         browser.get(served.url)
-        wait = WebDriverWait(browser, 20)
+        wait = WebDriverWait(browser, 60)
         by_id(browser, "file").send_keys("\n".join(map(str, pictures)))
         wait.until(lambda _: by_id(browser, "picture").is_displayed())
         assert by_id(browser, "name").text == "0.png, 1.png"
@@ -214,7 +214,7 @@ def test_a_drawn_scene_is_taken(browser: Any) -> None:
 
     with serving(draws_scenes=True) as served:
         browser.get(served.url)
-        wait = WebDriverWait(browser, 20)
+        wait = WebDriverWait(browser, 60)
         wait.until(lambda _: by_id(browser, "scene").is_displayed())
         by_id(browser, "scene").click()
         wait.until(lambda _: by_id(browser, "picture").is_displayed())
@@ -291,7 +291,7 @@ def test_layers_gate_and_rows_are_those_that_are_filled_in(browser: Any, monkeyp
             by_id(browser, name).send_keys(value)
         Select(by_id(browser, "scope")).select_by_visible_text("decode")
         by_id(browser, "ask").click()
-        WebDriverWait(browser, 20).until(lambda _: "complete" in by_id(browser, "status").text)
+        WebDriverWait(browser, 60).until(lambda _: "complete" in by_id(browser, "status").text)
     settings = {
         "layers": {"rule": "layer_range", "start": 0.5, "stop": 1},
         "gate": {"rule": "disagreement", "factor": 2},
@@ -309,7 +309,7 @@ def test_the_history_brings_an_answer_back_with_its_maps(browser: Any, tmp_path:
     said = []
     with serving() as served:
         browser.get(served.url)
-        wait = WebDriverWait(browser, 20)
+        wait = WebDriverWait(browser, 60)
         by_id(browser, "file").send_keys(str(picture))
         wait.until(lambda _: by_id(browser, "picture").is_displayed())
         for question in ("Describe the image.", HOSTILE):
@@ -340,7 +340,7 @@ def test_a_comparison_is_saved_with_the_open_map(browser: Any, tmp_path: Any) ->
     )
     with serving() as served:
         browser.get(served.url)
-        wait = WebDriverWait(browser, 20)
+        wait = WebDriverWait(browser, 60)
         by_id(browser, "file").send_keys(str(picture))
         wait.until(lambda _: by_id(browser, "picture").is_displayed())
         assert not by_id(browser, "export").is_enabled()
