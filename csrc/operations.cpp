@@ -10,6 +10,7 @@ namespace {
 
 #define CMG_OPERATIONS(X) \
     X(ADD)                \
+    X(ARGSORT)            \
     X(CLAMP)              \
     X(CONCAT)             \
     X(CONT)               \
@@ -21,6 +22,7 @@ namespace {
     X(L2_NORM)            \
     X(MUL)                \
     X(MUL_MAT)            \
+    X(MUL_MAT_ID)         \
     X(NONE)               \
     X(NORM)               \
     X(PERMUTE)            \
@@ -33,6 +35,7 @@ namespace {
     X(SOFT_MAX)           \
     X(SQR)                \
     X(SUB)                \
+    X(SUM_ROWS)           \
     X(TRANSPOSE)          \
     X(UNARY)              \
     X(VIEW)

@@ -100,6 +100,10 @@ int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims)
         return node->src[1] == nullptr || dims[1] == dims[0] ? dims[0] : unclear_rows;
     case GGML_OP_MUL_MAT:
         return dims[0] == no_rows ? dims[1] : unclear_rows;
+    case GGML_OP_MUL_MAT_ID: // of the experts that a row has chosen
+        return dims[0] == no_rows && dims[1] == 2 && dims[2] == 1 ? 2 : unclear_rows;
+    case GGML_OP_GET_ROWS: // of a row's own weights, those of the experts that it has chosen
+        return dims[0] == 2 && dims[1] == 1 ? 2 : unclear_rows;
     case GGML_OP_FLASH_ATTN_EXT:
         return only_first(dims) && dims[0] == 1 ? 2 : unclear_rows;
     case GGML_OP_CONT:
@@ -108,12 +112,14 @@ int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims)
         return of_rope(node, n_rows, dims);
     case GGML_OP_SOFT_MAX:
         return only_first(dims) && dims[0] == 1 ? 1 : unclear_rows;
+    case GGML_OP_ARGSORT:
     case GGML_OP_CLAMP:
     case GGML_OP_L2_NORM:
     case GGML_OP_NORM:
     case GGML_OP_RMS_NORM:
     case GGML_OP_SCALE:
     case GGML_OP_SQR:
+    case GGML_OP_SUM_ROWS:
     case GGML_OP_UNARY:
         return only_first(dims) ? dims[0] : unclear_rows;
     default:

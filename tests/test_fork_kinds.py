@@ -33,6 +33,7 @@ ROOMY = ContextOptions(
 KINDS = {
     "sections": TinyConfig(arch="qwen2vl"),
     "interleaved sections": TinyConfig(arch="qwen3vl"),
+    "experts": TinyConfig(n_expert=4),
 }
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

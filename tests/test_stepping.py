@@ -744,10 +744,9 @@ def test_an_abandoned_stream_has_no_part_in_the_next_answer(vlms: dict[str, Guid
         assert vlm.generate("Is it?", [picture_of(1)], **ask).tokens == expected
 
 
-def test_experts_are_not_left_out_of_a_pair_but_of_rows_that_waited(
+def test_rows_are_left_out_where_each_takes_experts_of_its_own(
     tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Which experts a row takes is no matter of shapes."""
     pair = write_pair(tmp_path, TinyConfig(n_expert=4))
     answers, left_out = {}, {}
     with caplog.at_level(logging.DEBUG, "cmg_gguf.engine.fork"):
@@ -758,5 +757,5 @@ def test_experts_are_not_left_out_of_a_pair_but_of_rows_that_waited(
                 answers[strategy] = [token.id for token in reply.tokens]
                 left_out[strategy] = vlm.engine.lanes[0].original.context.patch.n_left_out
     assert answers["fork"] == answers["lazy"] == answers["eager"]
-    assert left_out["eager"] == left_out["fork"] == 0 < left_out["lazy"]
-    assert "cannot be told" in caplog.text
+    assert left_out["eager"] == 0 < min(left_out["fork"], left_out["lazy"])
+    assert "cannot be told" not in caplog.text
