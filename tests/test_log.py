@@ -169,7 +169,7 @@ def test_a_capture_that_is_dropped_is_closed(
 
 
 PROGRAM = """
-import _thread, sys, threading
+import _thread, signal, sys, threading
 sys.path[:0] = {path!r}
 import llama_cpp
 from llama_cpp import mtmd_cpp
@@ -188,6 +188,7 @@ def called(*arguments):
     entered.set()
     return call(*arguments)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 setattr(module, name, called)
 threading.Thread(target=press_ctrl_c).start()
 try:
