@@ -78,7 +78,7 @@ class EvidenceModel:
         """0 (nothing speaks for the word but habit) to 1; log-probabilities, JSD and H in nats."""
         found = terms(log_p_o, log_p_d, divergence, entropy_o, entropy_d)
         z = self.intercept + sum(getattr(self, name) * value for name, value in found.items())
-        return 1 / (1 + math.exp(-max(-700.0, min(700.0, z))))
+        return 1 / (1 + math.exp(min(-z, 700.0)))
 
 
 def terms(

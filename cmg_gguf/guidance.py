@@ -231,6 +231,9 @@ class Guidance:
 
 PLAIN = Guidance(alpha=0.0, beta=0.0)
 """Plain decoding: no contrast, no cut."""
+BLIND = Guidance(tokens=TopRatio(1.0), layers=LayerRange(0.0, 1.0), scope="text", refresh="prompt")
+"""The strongest degraded branch there is: every image token is hidden from every text row behind
+the first image, in every layer that attends."""
 
 
 def _layer_set(layers: object) -> LayerSet:

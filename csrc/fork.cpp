@@ -134,7 +134,7 @@ ggml_tensor * Fork::fewer_positions(const ggml_tensor * positions) {
     const size_t n_sections = api().ggml_nbytes(positions) / section;
     std::vector<uint8_t> bytes(n_sections * kept);
     for (size_t i = 0; i < n_sections; i++) {
-        api().ggml_backend_tensor_get(positions, bytes.data() + i * kept, i * section, kept);
+        transfers_.read(positions, bytes.data() + i * kept, i * section, kept);
     }
     ggml_tensor shape = *positions;
     shape.ne[0] = static_cast<int64_t>(bytes.size() / sizeof(int32_t));

@@ -10,12 +10,8 @@ void note(std::vector<std::string> & places, int32_t il, const ggml_tensor * t) 
     if (il < 0 || static_cast<size_t>(il) >= places.size() || t->buffer == nullptr) {
         return;
     }
-    const bool is_host = api().ggml_backend_buffer_is_host(t->buffer);
-    const ggml_backend_dev_t device =
-        is_host ? nullptr
-                : api().ggml_backend_buft_get_device(api().ggml_backend_buffer_get_type(t->buffer));
     places[static_cast<size_t>(il)] =
-        device == nullptr ? "CPU" : api().ggml_backend_dev_name(device);
+        is_host(t) ? "CPU" : api().ggml_backend_dev_name(device_of(t));
 }
 
 } // namespace

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmg_gguf import Guidance, GuidedVLM, Reply
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.llama.about import devices
 from cmg_gguf.tiny.pair import embedded_pair
 from cmg_gguf.tiny.scenes import draw, make_scene
@@ -27,7 +28,7 @@ from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 
 GUIDED = Guidance(alpha=1.0, beta=0.1)
 WAYS: dict[str, tuple[dict[str, Any], Guidance]] = {
-    "plain": ({}, Guidance(alpha=0.0, beta=0.0)),
+    "plain": ({}, PLAIN),
     "exact": ({"strategy": "exact"}, GUIDED),
     "auto": ({"strategy": "auto"}, GUIDED),
     "contexts": ({"pairing": "contexts"}, GUIDED),

@@ -33,9 +33,10 @@ from rich.progress import track
 from rich.table import Table
 
 from cmg_gguf import Guidance, GuidedVLM, Reply, Sampling
+from cmg_gguf.guidance import PLAIN
 
 WAYS = {
-    "plain": Guidance(alpha=0.0, beta=0.0),
+    "plain": PLAIN,
     "refresh prompt": Guidance(refresh="prompt"),
     "refresh step": Guidance(refresh="step"),
 }

@@ -15,11 +15,11 @@ from PIL import Image
 from prompts import picture
 from tiny_llava import TinyPair
 
-from cmg_gguf import Guidance, GuidedVLM, Reply
+from cmg_gguf import GuidedVLM, Reply
 from cmg_gguf.arrays import FloatArray, IntArray
+from cmg_gguf.guidance import PLAIN
 
 QUESTION = "What is there?"
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 N_IMAGE_TOKENS = 16
 """Of one picture of the default tiny pair."""
 

@@ -29,6 +29,7 @@ from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, Filling, Strategy
 from cmg_gguf.engine.steps import EXACT as FORKED
 from cmg_gguf.errors import BackendError, ContextLengthError
 from cmg_gguf.guidance import (
+    PLAIN,
     AttentionMass,
     CumulativeMass,
     Guidance,
@@ -45,7 +46,6 @@ from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 NO_IMAGE = "USER: How many people are there in the street? ASSISTANT:"
 OTHER_TEXT = "USER: Please answer the question about the left photo. ASSISTANT:"
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 ROOMY = replace(EXACT, n_ctx=1024)
 N_STEPS = 8
 Answer: TypeAlias = Callable[["Script"], Decodes]

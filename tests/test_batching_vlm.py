@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import psutil
 import pytest
-from guided import PLAIN, QUESTION, ids, is_empty, open_vlm
+from guided import QUESTION, ids, is_empty, open_vlm
 from prompts import picture
 from tiny_llava import TinyConfig, TinyPair
 
@@ -34,6 +34,7 @@ from cmg_gguf import (
     Stream,
     TopRatio,
 )
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.llama.context import LlamaContext
 from cmg_gguf.llama.model import Model
 from cmg_gguf.stream import Run

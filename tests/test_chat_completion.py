@@ -10,7 +10,7 @@ from typing import Any, cast
 import llama_cpp
 import pytest
 from benchmarks.plain_llama import open_llama
-from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, ids, open_vlm
+from guided import N_IMAGE_TOKENS, QUESTION, asked, ids, open_vlm
 from llama_cpp import LlamaGrammar
 from offload import N_GPU_LAYERS
 from prompts import picture
@@ -23,6 +23,7 @@ from cmg_gguf import (
     SamplingError,
     UnsupportedError,
 )
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.llama.log import set_verbose
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import Rig, prompt
-from guided import PLAIN, QUESTION, forced, ids, is_empty, open_vlm
+from guided import QUESTION, forced, ids, is_empty, open_vlm
 from prompts import picture
 from stepped import ContrastEngine
 from tiny_llava import TinyPair
@@ -18,6 +18,7 @@ from cmg_gguf.answer.logits import combine
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.contrast import shared_rows
 from cmg_gguf.errors import BackendError
+from cmg_gguf.guidance import PLAIN
 
 N = 8
 OTHER = "Describe the picture."

@@ -14,7 +14,7 @@ from typing import Any
 
 import evals
 import pytest
-from guided import PLAIN, open_vlm
+from guided import open_vlm
 from PIL import Image
 from prompts import picture
 from tiny_llava import TinyPair
@@ -23,6 +23,7 @@ import cmg_gguf.vlm
 from cmg_gguf import Guidance
 from cmg_gguf.errors import UnsupportedError
 from cmg_gguf.evaluation import lmms as plugin
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.settings import Settings, save_settings
 
 

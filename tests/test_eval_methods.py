@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evals import GUIDANCE, Squares, methods, ran, squares
-from guided import PLAIN, forced, ids, open_vlm
+from guided import forced, ids, open_vlm
 from numpy.typing import NDArray
 from prompts import picture
 from tiny_llava import TinyPair
@@ -28,6 +28,7 @@ from cmg_gguf.evaluation.run import Run
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.yes_bias import fitted, fitted_bias
 from cmg_gguf.evaluation.yes_no import YesNoTokens
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.request import Request
 
 N = 6

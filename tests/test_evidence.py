@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, ids, is_empty, open_vlm
+from guided import N_IMAGE_TOKENS, QUESTION, ids, is_empty, open_vlm
 from judge import Verdict
 from numpy.typing import NDArray
 from prompts import ONE_IMAGE, PICTURE, picture
@@ -28,9 +28,8 @@ from cmg_gguf import (
     TopRatio,
 )
 from cmg_gguf.answer.logits import divergence, entropy
-from cmg_gguf.engine.replay import BLIND
 from cmg_gguf.evidence import UNFITTED, EvidenceModel
-from cmg_gguf.guidance import LayerRange
+from cmg_gguf.guidance import BLIND, PLAIN, LayerRange
 from cmg_gguf.reply import Evidence
 
 EVERYTHING = Guidance(tokens=TopRatio(1.0), layers=LayerRange(0.0, 1.0), scope="text", beta=0.0)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from guided import PLAIN, QUESTION, ids, open_vlm
+from guided import QUESTION, ids, open_vlm
 from judge import prompt_rows
 from prompts import picture
 from reference import F64, Reference
 from tiny_llava import TinyConfig, TinyPair
 
 from cmg_gguf import Contrast, Guidance, GuidedVLM, ImageError, PromptError, Reply, Request
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.heat.geometry import Picture, Tile
 from cmg_gguf.heat.maps import Heat, spread, tokens_of
 

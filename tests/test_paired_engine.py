@@ -16,11 +16,10 @@ from cmg_gguf.errors import (
     PromptError,
     UnsupportedError,
 )
-from cmg_gguf.guidance import Guidance, LayerRange, Refresh, Scope
+from cmg_gguf.guidance import PLAIN, Guidance, LayerRange, Refresh, Scope
 from cmg_gguf.prompt.segments import ImageSegment, Prompt
 
 PAIRINGS: tuple[Pairing, ...] = ("pair", "contexts")
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 
 # --- order and sequences -----------------------------------------------------------------------

@@ -25,10 +25,9 @@ from cmg_gguf.engine.prefixes import (
 )
 from cmg_gguf.engine.rows import PromptRows
 from cmg_gguf.errors import BackendError
-from cmg_gguf.guidance import AttentionMass, Guidance, TopRatio
+from cmg_gguf.guidance import PLAIN, AttentionMass, Guidance, TopRatio
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 CAT, DOG = ImageItem("cat", 4, 2), ImageItem("dog", 4, 2)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guided import PLAIN
 from matrix import REFRESHES, SCOPES, every_refresh, every_scope
 from prompts import PICTURE
 from support import EXACT, TOLERANCE, Pairing, Rig, Tiny, agree
@@ -16,6 +15,7 @@ from support import EXACT, TOLERANCE, Pairing, Rig, Tiny, agree
 from cmg_gguf.engine.steps import Strategy
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import (
+    PLAIN,
     AttentionMass,
     Guidance,
     LayerSet,

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from benchmarks.plain_llama import open_llama
-from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, asked, held, ids, is_empty, open_vlm, user
+from guided import N_IMAGE_TOKENS, QUESTION, asked, held, ids, is_empty, open_vlm, user
 from numpy.typing import NDArray
 from offload import N_GPU_LAYERS
 from prompts import picture
@@ -24,6 +24,7 @@ from cmg_gguf import (
     UnsupportedError,
 )
 from cmg_gguf.engine.steps import AUTO, EAGER, EXACT, Strategy
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.llama.embeddings import Embeddings
 
 STRONG = Guidance(alpha=3.0, tokens=TopRatio(1.0))

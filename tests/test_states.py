@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guided import PLAIN, ids, open_vlm
+from guided import ids, open_vlm
 from matrix import REFRESHES, SCOPES, every_refresh, every_scope
 from prompts import ONE_IMAGE, PICTURE, TWO_IMAGES, TWO_IN_A_ROW, picture
 from stepped import SharePace
@@ -26,6 +26,7 @@ from cmg_gguf.arrays import FloatArray
 from cmg_gguf.engine.steps import AUTO, EAGER, Strategy
 from cmg_gguf.errors import BackendError
 from cmg_gguf.guidance import (
+    PLAIN,
     AttentionMass,
     CumulativeMass,
     LayerRange,

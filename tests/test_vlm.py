@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guided import N_IMAGE_TOKENS, PLAIN, QUESTION, data_url, ids, is_empty, open_vlm, png, user
+from guided import N_IMAGE_TOKENS, QUESTION, data_url, ids, is_empty, open_vlm, png, user
 from PIL import Image
 from prompts import picture
 from support import EXACT, Tiny
@@ -27,6 +27,7 @@ from cmg_gguf import (
     TopRatio,
     UnsupportedError,
 )
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.opening import STEPS, Strategy
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment
 

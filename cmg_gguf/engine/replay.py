@@ -23,10 +23,9 @@ from cmg_gguf.engine.batch import Batch, Decodes
 from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.rows import PromptRows, masked_rows
 from cmg_gguf.errors import BackendError, PromptError, UnsupportedError
-from cmg_gguf.guidance import Guidance, LayerRange, TopRatio
+from cmg_gguf.guidance import BLIND
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, TextSegment
 
-BLIND = Guidance(tokens=TopRatio(1.0), layers=LayerRange(0.0, 1.0), scope="text", refresh="prompt")
 LOGITS_BYTES = 64 * 2**20
 """Of the logits of one batch, at most."""
 

@@ -19,6 +19,7 @@ from cmg_gguf.engine.batch import NONE, Batch, ImageBatch, RowPlan, text_batch
 from cmg_gguf.engine.context import Branch, Context
 from cmg_gguf.errors import GuidanceError, UnsupportedError, shown
 from cmg_gguf.guidance import (
+    BLIND,
     AttentionMass,
     CumulativeMass,
     Guidance,
@@ -129,8 +130,8 @@ class PromptRows:
         )
         self.observe_layers = self._attending if self.layers is None else self.layers
         self.unread = guided and guidance.states == "unread"
-        hides_all = guidance.tokens == TopRatio(1.0) and self.layers == self._attending
-        self.is_blind = guided and hides_all and guidance.scope == "text" and not self.unread
+        hides = (guidance.tokens, guidance.scope) == (BLIND.tokens, BLIND.scope)
+        self.is_blind = guided and hides and self.layers == self._attending and not self.unread
         self.first_masked = int(self.masked.argmax()) if guided else self.n
         observed = self.observed != NONE
         self.first_observed = int(observed.argmax()) if observed.any() else self.n

@@ -15,8 +15,8 @@ from llama_cpp.llama_chat_format import Llava15ChatHandler
 from benchmarks.ratios import Times, in_turns
 from benchmarks.subjects import N_QUESTIONS, Messages, Subject
 from cmg_gguf import Guidance, GuidedVLM
+from cmg_gguf.guidance import PLAIN
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 GUIDED = Guidance()
 ONE_WORD: dict[str, Any] = {"temperature": 0.0, "max_tokens": 2}
 """The word and what ends it."""

@@ -19,10 +19,10 @@ from benchmarks.schedule import Asked, Schedule
 from benchmarks.subjects import Subject
 from cmg_gguf import Guidance, GuidedVLM, LayerRange
 from cmg_gguf.engine.steps import APPROXIMATE, AUTO, EAGER, EXACT, Strategy
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.llama.prompts import tokenized
 from cmg_gguf.prompt.segments import Prompt
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 HALF = Guidance(layers=LayerRange(0.5, 1.0))
 TWO_THIRDS = Guidance(layers=LayerRange(2 / 3, 1.0))
 

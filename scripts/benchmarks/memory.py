@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmg_gguf import Guidance, GuidedVLM
+from cmg_gguf.guidance import PLAIN
 
 if TYPE_CHECKING:
     from benchmarks.ratios import Times
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 N_ANSWER = 16
 LOADS = ("mapped", "read")
-KINDS = {"plain": Guidance(alpha=0.0, beta=0.0), "guided": Guidance()}
+KINDS = {"plain": PLAIN, "guided": Guidance()}
 
 
 def measure_memory(

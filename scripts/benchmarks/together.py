@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from benchmarks.decoding import HALF, PLAIN
+from benchmarks.decoding import HALF
 from benchmarks.ratios import Times, in_turns
 from benchmarks.schedule import Asked, Schedule
 from benchmarks.subjects import N_QUESTIONS, Subject, pictures
@@ -20,6 +20,7 @@ from cmg_gguf import Guidance, GuidedVLM, Request
 from cmg_gguf.answer.scheduler import Scheduler
 from cmg_gguf.answer.work import Admission, Steps
 from cmg_gguf.engine.engine import Engine
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.prompt.segments import Prompt
 
 N_PARALLEL = 4

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
-from cmg_gguf import Guidance, GuidedVLM
+from cmg_gguf import GuidedVLM
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.tiny.scenes import draw, make_scene
 from cmg_gguf.tiny.scenes.texts import CAPTION_PROMPTS
 from embedded.export import write_model
@@ -29,7 +30,6 @@ from embedded.model import Llava
 from embedded.sizes import N_PATCHES, SIZES
 from embedded.tokenizer import EOS, Tokenizer
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 MAX_TOKENS = 160
 
 Tokens = tuple[int, ...]

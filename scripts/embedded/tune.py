@@ -34,6 +34,7 @@ from cmg_gguf.evaluation.statistics import Floats, bootstrap_auc, sums, table
 from cmg_gguf.evaluation.task import Item
 from cmg_gguf.evaluation.tasks.scenes import SceneCaptions, ScenePope
 from cmg_gguf.evaluation.yes_no import YesNoTokens
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.settings import Settings, guidance_to_json, load_settings, save_settings
 from cmg_gguf.tiny.scenes import SceneKind
 
@@ -52,7 +53,6 @@ CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
     "refresh": ({"refresh": "step"}, {"refresh": "prompt"}),
     "beta": ({"beta": 0.05}, {"beta": 0.1}, {"beta": 0.2}),
 }
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 
 Figures = dict[str, float]
 

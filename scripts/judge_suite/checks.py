@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from cmg_gguf import BackendError, GuidedVLM
 from cmg_gguf.engine.steps import AUTO, EXACT, Strategy
+from cmg_gguf.guidance import PLAIN
 from cmg_gguf.prompt.segments import ImageSegment, Prompt
 from judge_suite.checkpoint import Floats, Pixels
 from judge_suite.family import Family, pictures
 from judge_suite.product import (
-    PLAIN,
     answer,
     best,
     embeddings,

@@ -17,7 +17,6 @@ from cmg_gguf.prompt.segments import ImageSegment, Prompt
 from judge_suite.checkpoint import Floats, Pixels
 from judge_suite.family import IMAGE
 
-PLAIN = Guidance(alpha=0.0, beta=0.0)
 LAYERS = LayerRange(1 / 3, 1.0)
 
 
