@@ -4,7 +4,8 @@
     python scripts/bench_busy.py --spins 100 1000 10000 --passive --threads 1 2
 
 A table for people on stdout, and one JSON object as its last line for programs. Progress is on
-stderr. On random weights of 1.1 billion parameters, written once.
+stderr. On random weights of 1.1 billion parameters, written once, or on the built-in model
+(`--model embedded`), of whose tokens waiting is the larger part.
 
 Each way is a process of its own, for libgomp reads its environment when it is loaded; all stay, and
 decode by turns. A round: every way on cores that nothing of this script keeps busy, then every way
@@ -33,6 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 STDERR = Console(stderr=True)
+EMBEDDED = "embedded"
 LLAMA, PLAIN, GUIDED = "llama_cpp.Llama", "cmg-gguf, plain", "cmg-gguf, guided"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 LIBGOMP = {"GOMP_SPINCOUNT": "300000"}
@@ -79,10 +81,13 @@ def ways(args: argparse.Namespace) -> list[Way]:
 class Decoding:
     """A process that decodes one way when it is asked to."""
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Way, model: str) -> None:
         environ = {name: value for name, value in os.environ.items() if name not in WAITING}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--decode", way.kind, "--threads", str(way.threads)],
+            [
+                *(sys.executable, __file__, "--decode", way.kind, "--threads", str(way.threads)),
+                *("--model", model),
+            ],
             env={**environ, **way.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -106,11 +111,11 @@ class Decoding:
         return float(stdout.readline())
 
 
-def decode(kind: str, threads: int) -> None:
+def decode(kind: str, threads: int, model: str) -> None:
     """What such a process does: reads seconds, writes milliseconds a token."""
     # Whoever is imported first decides how threads wait.
     importlib.import_module("llama_cpp" if kind == LLAMA else "cmg_gguf")
-    tokens = decoded(kind, threads)
+    tokens = decoded(kind, threads, model)
     next(tokens)
     for line in sys.stdin:
         n, spent, started = 0, 0.0, time.perf_counter()
@@ -120,23 +125,28 @@ def decode(kind: str, threads: int) -> None:
         print(1e3 * spent / n, flush=True)
 
 
-def decoded(kind: str, threads: int) -> Iterator[object]:
-    """An answer behind the prompt, which is decoded with the first token."""
+def decoded(kind: str, threads: int, model: str) -> Iterator[object]:
+    """Answers without end, each behind the prompt, which is decoded with the first token of all."""
     from benchmarks.decoding import HALF, Guided, Unhooked
     from benchmarks.plain_llama import open_llama
-    from benchmarks.subjects import random_subject
+    from benchmarks.subjects import embedded_subject, random_subject
 
     from cmg_gguf import GuidedVLM
     from cmg_gguf.guidance import PLAIN as UNGUIDED
 
-    subject = random_subject(cache_folder(), "q4_0")
+    subject = embedded_subject() if model == EMBEDDED else random_subject(cache_folder(), model)
     shape: dict[str, Any] = {"n_ctx": 2048, "n_threads": threads, "flash_attn": True}
     if kind == LLAMA:
         llama = open_llama(subject.pair.llm, n_threads_batch=threads, verbose=False, **shape)
-        return Unhooked(llama, 640).answer((False,) * 1000)
+        return _without_end(Unhooked(llama, 640), False)
     vlm = GuidedVLM(*subject.pair, n_gpu_layers=0, strategy="exact", **shape)
     guidance = HALF if kind == GUIDED else UNGUIDED
-    return Guided(vlm, subject, guidance).answer((kind == GUIDED,) * 1000)
+    return _without_end(Guided(vlm, subject, guidance), kind == GUIDED)
+
+
+def _without_end(way: Any, needs_l_d: bool) -> Iterator[object]:
+    while True:
+        yield from way.answer((needs_l_d,) * 500)
 
 
 @contextmanager
@@ -206,6 +216,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--busy", type=int, default=os.cpu_count() or 1, help="processes; one a core")
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=1.0, help="of each way, idle and busy, in a round")
+    add("--model", choices=("q4_0", "q8_0", EMBEDDED), default="q4_0")
     add("--decode", choices=(LLAMA, PLAIN, GUIDED), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -214,11 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, returns 0."""
     args = _arguments(argv)
     if args.decode:
-        decode(args.decode, *args.threads)
+        decode(args.decode, *args.threads, args.model)
         return 0
-    benchmark_pair(cache_folder(), "q4_0")
+    if args.model != EMBEDDED:
+        benchmark_pair(cache_folder(), args.model)
     with ExitStack() as open_ones:
-        decoding = {way.name: open_ones.enter_context(Decoding(way)) for way in ways(args)}
+        decoding = {
+            way.name: open_ones.enter_context(Decoding(way, args.model)) for way in ways(args)
+        }
         for one in decoding.values():
             one.milliseconds(0.2)  # graphs are made, and pages read
         numbers = track(range(args.rounds), "measuring", console=STDERR)
