@@ -84,10 +84,19 @@ int32_t of_permute(const ggml_tensor * node, int32_t src_dim) {
     return dim > 0 ? dim : unclear_rows;
 }
 
+// What is repeated along the rows must be the same for all of them.
 int32_t of_binary(const ggml_tensor * node, const Dims & dims) {
-    const bool both = dims[1] == dims[0];
-    const bool broadcast = dims[1] == no_rows && dims[0] > 0 && node->src[1]->ne[dims[0]] == 1;
-    return both || broadcast ? dims[0] : unclear_rows;
+    const int32_t dim = dims[0];
+    const bool known = dim > 0 && (dims[1] == dim || dims[1] == no_rows);
+    const int64_t n = known ? node->src[1]->ne[dim] : 0;
+    return known && n == (dims[1] == dim ? node->ne[dim] : 1) ? dim : unclear_rows;
+}
+
+// Several matrices would be dealt out to the rows by how many there are.
+int32_t of_mul_mat(const ggml_tensor * node, const Dims & dims) {
+    const int32_t dim = dims[1];
+    const bool one = dim == 1 || (dim > 1 && node->src[0]->ne[dim] == 1);
+    return dims[0] == no_rows && one ? dim : unclear_rows;
 }
 
 bool own_memory(const ggml_tensor * node) {
@@ -120,7 +129,7 @@ int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims)
     case GGML_OP_GLU:
         return node->src[1] == nullptr || dims[1] == dims[0] ? dims[0] : unclear_rows;
     case GGML_OP_MUL_MAT:
-        return dims[0] == no_rows ? dims[1] : unclear_rows;
+        return of_mul_mat(node, dims);
     case GGML_OP_MUL_MAT_ID: // of the experts that a row has chosen
         return dims[0] == no_rows && dims[1] == 2 && dims[2] == 1 ? 2 : unclear_rows;
     case GGML_OP_GET_ROWS: // of a row's own weights, those of the experts that it has chosen

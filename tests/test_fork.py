@@ -197,6 +197,11 @@ def test_rows_as_many_as_heads_or_numbers_in_one_graph_are_told_by_the_other(
     assert obstacles(attention, sizes=sizes) == ["", "", ""]
 
 
+def lines(graph: Graph) -> int:
+    """(N_EMBD / 2, 2 * n_rows): two lines a row."""
+    return graph.node("reshape_2d", graph.embed(), sizes=(N_EMBD // 2, 2 * graph.n_rows))
+
+
 def widened(graph: Graph) -> int:
     """(2 * N_EMBD, n_rows): the embeddings, and room for more of an image."""
     return graph.node("pad", graph.embed(), sizes=(N_EMBD, 0, 0, 0), name="wide")
@@ -239,6 +244,14 @@ UNCLEAR: dict[str, Build] = {
         sizes=(N_EMBD, g.n_rows),
     ),
     "in place": lambda g: g.node("sqr_inplace", g.embed()),
+    "a number of a row beside those of another": lambda g: g.node(
+        "mul", lines(g), g.project(g.embed(), N_EMBD // 2)
+    ),
+    "a matrix for each half of the rows": lambda g: g.node(
+        "mul_mat",
+        g.leaf("two", N_EMBD // 2, 3, 2),
+        g.node("reshape_3d", lines(g), sizes=(N_EMBD // 2, 1, 2 * g.n_rows)),
+    ),
     "more rows": lambda g: g.node("pad", g.embed(), sizes=(0, 1, 0, 0)),
     "the next one's numbers": lambda g: part_of(g, widened(g), begin=2 * N_EMBD),
     "numbers of two": lambda g: part_of(g, widened(g), begin=2 * N_EMBD - 1),
