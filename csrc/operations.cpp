@@ -25,6 +25,7 @@ namespace {
     X(MUL_MAT_ID)         \
     X(NONE)               \
     X(NORM)               \
+    X(PAD)                \
     X(PERMUTE)            \
     X(REPEAT)             \
     X(RESHAPE)            \

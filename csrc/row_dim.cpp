@@ -53,12 +53,27 @@ int32_t of_reshape(const ggml_tensor * node, int32_t src_dim, int64_t n_rows) {
     return dim > 0 && node->ne[dim] % n_rows == 0 ? dim : unclear_rows;
 }
 
+// Whether the i-th row of a view lies in the memory of its source's i-th row, or of the row that
+// the source looks at itself.
+bool is_within_row(const ggml_tensor * view, int32_t dim) {
+    const ggml_tensor * src = view->src[0];
+    const size_t stride = view->nb[dim];
+    const size_t begin = view->view_offs;
+    const size_t src_begin = src->view_src == nullptr ? 0 : src->view_offs;
+    size_t end = begin % stride + api().ggml_row_size(view->type, view->ne[0]);
+    for (int i = 1; i < GGML_MAX_DIMS; i++) {
+        end += i == dim ? 0 : static_cast<size_t>(view->ne[i] - 1) * view->nb[i];
+    }
+    return begin / stride == src_begin / stride && end <= stride;
+}
+
 int32_t of_view(const ggml_tensor * node, int32_t src_dim, int64_t n_rows) {
     const ggml_tensor * src = node->src[0];
     for (int32_t dim = 1; dim < GGML_MAX_DIMS; dim++) {
         if (node->ne[dim] == n_rows && node->nb[dim] == src->nb[src_dim]) {
             const bool same = has_widest_stride(src, src_dim) && has_widest_stride(node, dim);
-            return same && src->ne[src_dim] == n_rows ? dim : unclear_rows;
+            const bool clear = same && src->ne[src_dim] == n_rows && is_within_row(node, dim);
+            return clear ? dim : unclear_rows;
         }
     }
     return unclear_rows;
@@ -89,6 +104,12 @@ int32_t of_rope(const ggml_tensor * node, int64_t n_rows, const Dims & dims) {
     return only_first(dims) && dims[0] == 2 && known ? 2 : unclear_rows;
 }
 
+// Each row by itself grows.
+int32_t of_pad(const ggml_tensor * node, const Dims & dims) {
+    const bool same = std::equal(node->ne + 1, node->ne + GGML_MAX_DIMS, node->src[0]->ne + 1);
+    return only_first(dims) && same ? dims[0] : unclear_rows;
+}
+
 int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims) {
     switch (op_of(node)) {
     case GGML_OP_ADD:
@@ -108,6 +129,8 @@ int32_t of_computed(const ggml_tensor * node, int64_t n_rows, const Dims & dims)
         return only_first(dims) && dims[0] == 1 ? 2 : unclear_rows;
     case GGML_OP_CONT:
         return of_reshape(node, dims[0], n_rows);
+    case GGML_OP_PAD:
+        return of_pad(node, dims);
     case GGML_OP_ROPE:
         return of_rope(node, n_rows, dims);
     case GGML_OP_SOFT_MAX:

@@ -228,6 +228,26 @@ def test_guidance_reaches_layers_of_every_kind(
     assert found["guidance"].status == "ok", found["guidance"]
 
 
+FORKS = {
+    TinyConfig(): "degraded rows are not computed below the first masked layer",
+    TinyConfig(arch="qwen3vl", n_deepstack=2): (
+        "degraded rows are not computed below the first masked layer, but where that is 1, 2: "
+        "it reads embd from below"
+    ),
+    TinyConfig(arch="lfm2"): (
+        "degraded rows are computed in all layers: some layers keep a state, which would miss them"
+    ),
+}
+
+
+@pytest.mark.parametrize("config", FORKS, ids=lambda config: config.arch)
+def test_where_pairs_fork_is_told_and_why_not(
+    written: Callable[[TinyConfig], TinyPair], config: TinyConfig
+) -> None:
+    found = of_pair(written(config), chat_template="vicuna")["forks"]
+    assert (found.status, found.found) == ("ok", FORKS[config])
+
+
 def test_a_layer_that_guidance_does_not_reach_is_named(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,31 @@ def test_rows_as_many_as_heads_or_numbers_in_one_graph_are_told_by_the_other(
     assert obstacles(attention, sizes=sizes) == ["", "", ""]
 
 
+def widened(graph: Graph) -> int:
+    """(2 * N_EMBD, n_rows): the embeddings, and room for more of an image."""
+    return graph.node("pad", graph.embed(), sizes=(N_EMBD, 0, 0, 0), name="wide")
+
+
+def part_of(graph: Graph, wide: int, *, begin: int) -> int:
+    """(N_EMBD, n_rows): of each row from its number `begin` on."""
+    stride = tensor(wide).nb[1]
+    return graph.node("view_2d", wide, sizes=(N_EMBD, graph.n_rows, stride, 4 * begin))
+
+
+def test_layers_above_those_that_read_more_of_an_image_can_be_entered() -> None:
+    """As in Qwen3-VL: each row is wide, and what lies behind its embedding is added later on."""
+
+    def build(graph: Graph) -> None:
+        rows = embedding = part_of(graph, widened(graph), begin=0)
+        tensor(embedding).name = b"embedding"
+        rows = graph.layer(0, rows)
+        more = part_of(graph, embedding, begin=N_EMBD)
+        finish(graph, graph.node("add", rows, more), 1)
+
+    for shrinks in (False, True):
+        assert obstacles(build, shrinks=shrinks) == ["it reads embedding from below", "", ""]
+
+
 UNCLEAR: dict[str, Build] = {
     "an operation on rows that is not known": lambda g: g.node("cumsum", g.embed()),
     "rows turned into columns": lambda g: g.node(
@@ -214,6 +239,9 @@ UNCLEAR: dict[str, Build] = {
         sizes=(N_EMBD, g.n_rows),
     ),
     "in place": lambda g: g.node("sqr_inplace", g.embed()),
+    "more rows": lambda g: g.node("pad", g.embed(), sizes=(0, 1, 0, 0)),
+    "the next one's numbers": lambda g: part_of(g, widened(g), begin=2 * N_EMBD),
+    "numbers of two": lambda g: part_of(g, widened(g), begin=2 * N_EMBD - 1),
 }
 
 

@@ -34,6 +34,8 @@ KINDS = {
     "sections": TinyConfig(arch="qwen2vl"),
     "interleaved sections": TinyConfig(arch="qwen3vl"),
     "experts": TinyConfig(n_expert=4),
+    "image in several layers": TinyConfig(arch="qwen3vl", n_deepstack=2),
+    "image in several layers, experts": TinyConfig(arch="qwen3vlmoe", n_deepstack=2, n_expert=4),
 }
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -55,10 +57,15 @@ def answered(rig: Rig, prompt: Prompt, guidance: Guidance, tokens: list[int]) ->
     return np.array(found, np.float64)
 
 
-def drawn_layers(random: np.random.Generator, n_layer: int) -> LayerSet:
-    """Some layers, none of them the first."""
-    n = int(random.integers(1, n_layer))
-    return LayerSet(tuple(sorted(random.choice(np.arange(1, n_layer), n, replace=False).tolist())))
+def first_entered(kind: str) -> int:
+    """The first layer above all that read the image's embeddings."""
+    return KINDS[kind].n_deepstack + 1
+
+
+def drawn_layers(random: np.random.Generator, first: int, n_layer: int) -> LayerSet:
+    """Some layers from `first` on."""
+    n, layers = int(random.integers(1, n_layer - first + 1)), np.arange(first, n_layer)
+    return LayerSet(tuple(sorted(random.choice(layers, n, replace=False).tolist())))
 
 
 def n_text_rows(prompt: Prompt, scope: Scope) -> int:
@@ -69,11 +76,14 @@ def n_text_rows(prompt: Prompt, scope: Scope) -> int:
 
 @every_kind
 @pytest.mark.parametrize("shrinks", [False, True])
-def test_rows_enter_at_every_layer(tiny: Tiny, shrinks: bool) -> None:
+def test_rows_enter_at_every_layer_that_reads_only_the_stream(
+    tiny: Tiny, kind: str, shrinks: bool
+) -> None:
     context = Rig(tiny).contexts[0]
     survey(context)
     for layer in range(1, tiny.model.n_layer):
-        assert context.patch.fork_obstacle(layer, shrinks=shrinks) == "", layer
+        told = "" if layer >= first_entered(kind) else "it reads embd from below"
+        assert context.patch.fork_obstacle(layer, shrinks=shrinks) == told, layer
 
 
 @pytest.mark.parametrize("flash", [False, True])
@@ -81,12 +91,12 @@ def test_rows_enter_at_every_layer(tiny: Tiny, shrinks: bool) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @every_kind
 def test_both_branches_are_what_they_are_without_forks(
-    tiny: Tiny, seed: int, way: Strategy, flash: bool
+    tiny: Tiny, kind: str, seed: int, way: Strategy, flash: bool
 ) -> None:
     random = np.random.default_rng(seed)
     scope: Scope = ("decode", "question", "text")[seed % 3]
     text, pictures = ((ONE_IMAGE, (seed,)), (TWO_IMAGES, PICTURES))[seed % 2]
-    layers = drawn_layers(random, tiny.model.n_layer)
+    layers = drawn_layers(random, first_entered(kind), tiny.model.n_layer)
     guidance = Guidance(layers=layers, scope=scope, tokens=TopRatio(1.0))
     prompt = tiny.prompt(text, *pictures)
     tokens = random.integers(300, 500, N_STEPS).tolist()
@@ -143,13 +153,14 @@ def answered_together(lanes: Lanes, answers: list[Taught]) -> list[list[tuple[F6
     return seen
 
 
-@pytest.mark.parametrize("layer", [1, 3, 5])
+@pytest.mark.parametrize("above", [0, 2, -1])
 @pytest.mark.parametrize("way", [FORK, BOTH], ids=["fork", "lazy"])
 @every_kind
 def test_answers_at_different_positions_fork_in_one_decode(
-    tiny: Tiny, layer: int, way: Strategy
+    tiny: Tiny, kind: str, above: int, way: Strategy
 ) -> None:
     """Rows below a fork lie anywhere, and the images before them take fewer positions than rows."""
+    layer = range(first_entered(kind), tiny.model.n_layer)[above]
     random = np.random.default_rng(layer)
     asked = [(ONE_IMAGE, (1,)), (TWO_IMAGES, PICTURES), ("<__media__> No?", (0,))]
     guidance = Guidance(layers=[layer], scope="decode", tokens=TopRatio(1.0))

@@ -720,10 +720,12 @@ def test_steps_are_skipped_where_one_token_is_plausible_and_only_there(
 
 @pytest.mark.parametrize("way", [FORK, BOTH])
 def test_the_first_answer_is_the_second_to_the_bit(pair: TinyPair, way: Strategy) -> None:
-    """Though graphs are surveyed before the first."""
+    """Though graphs are surveyed before the first. Neither goes on from kept cells: on 64-bit Arm
+    that is another rounding."""
     with GuidedVLM(pair.llm, pair.mmproj, n_threads=1, n_gpu_layers=0) as vlm:
         vlm.engine.strategy = way
         ask: Any = {"max_tokens": 30, "top_logprobs": 2, "guidance": Guidance(beta=0.4)}
+        ask["repeatable"] = True
         first, second = (vlm.generate("Is it?", [picture_of(1)], **ask).tokens for _ in range(2))
         assert first == second
         assert vlm.engine.lanes[0].original.context.patch.n_left_out > 0

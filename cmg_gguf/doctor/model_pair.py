@@ -47,6 +47,7 @@ def look(model: Path, mmproj: Path, **settings: Any) -> Iterator[Finding]:
             "image encoder": lambda: _encoder(vlm, settings),
             "image tokens": lambda: _room(vlm),
             "guidance": lambda: _reach(vlm),
+            "forks": lambda: _forks(vlm),
         }
         for name, check in checks.items():
             yield from looked(name, check)
@@ -152,6 +153,25 @@ def _reach(vlm: GuidedVLM) -> Iterator[Finding]:
     remedy = "guide by others (--layers); where the self-test is right, report it"
     status: Status = "failed" if len(idle) == len(attending) else "warning"
     yield Finding("guidance", status, told, remedy)
+
+
+def _forks(vlm: GuidedVLM) -> Iterator[Finding]:
+    """Where degraded rows are not computed below the first masked layer. That they are costs time
+    and changes nothing."""
+    obstacles = vlm.engine.fork_obstacles()
+    refused: dict[str, list[int]] = {}
+    for layer, why in obstacles.items():
+        if why:
+            refused.setdefault(why, []).append(layer)
+    if not refused:
+        yield Finding("forks", "ok", "degraded rows are not computed below the first masked layer")
+    elif sum(map(len, refused.values())) == len(obstacles):
+        told = f"degraded rows are computed in all layers: {'; '.join(refused)}"
+        yield Finding("forks", "ok", told)
+    else:
+        told = "; ".join(f"where that is {_listed(at)}: {why}" for why, at in refused.items())
+        told = f"degraded rows are not computed below the first masked layer, but {told}"
+        yield Finding("forks", "ok", told)
 
 
 def _behind(vlm: GuidedVLM, prompt: Prompt, il: int, share: float) -> FloatArray:

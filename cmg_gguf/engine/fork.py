@@ -40,9 +40,9 @@ class Forking:
                 context.patch.fork_obstacle(self.layer, shrinks=shrinks)
                 for shrinks in (False, True)
             )
-            for obstacle in dict.fromkeys((alone, paired)):
-                if obstacle:
-                    _log.debug("no fork at layer %d: %s", self.layer, obstacle)
+            for why in dict.fromkeys((alone, paired)):
+                if why:
+                    _log.debug("no fork at layer %d: %s", self.layer, why)
             self.layer = self.layer if alone == "" else 0
             self.pairs = paired == ""
 
@@ -50,6 +50,12 @@ class Forking:
 def is_surveyed(context: Context) -> bool:
     """Whether `survey` was made."""
     return context.patch.fork_obstacle(1, shrinks=True) is not None
+
+
+def obstacle(context: Context, layer: int) -> str:
+    """Why rows cannot enter there while others are computed below; "" = they can. Of a context that
+    was surveyed."""
+    return context.patch.fork_obstacle(layer, shrinks=True) or ""
 
 
 def survey(context: Context) -> None:

@@ -88,11 +88,11 @@ def gathered(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def gather(models: Path, split: Split, n: int, jobs: int, path: Path) -> None:
-    """Writes the rows of n scenes of each kind."""
+def gather(models: Path, split: Split, scenes: range, jobs: int, path: Path) -> None:
+    """Writes the rows of such scenes of each kind."""
     wanted = [
-        Job(models, split, kind, guided, first, min(first + CHUNK, n))
-        for first in range(0, n, CHUNK)
+        Job(models, split, kind, guided, first, min(first + CHUNK, scenes.stop))
+        for first in range(scenes.start, scenes.stop, CHUNK)
         for kind in KINDS
         for guided in (False, True)
     ]
@@ -185,12 +185,14 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="what is gathered; kept")
     parser.add_argument("--split", choices=("tune", "test"), required=True)
     parser.add_argument("-n", type=int, default=300, help="scenes of each kind")
+    parser.add_argument("--first", type=int, default=0, help="scenes before it are left alone")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fit", action="store_true", help="write weights into the settings file")
     options = parser.parse_args()
     if not options.rows.exists():
         options.rows.parent.mkdir(parents=True, exist_ok=True)
-        gather(options.models, options.split, options.n, options.jobs, options.rows)
+        scenes = range(options.first, options.first + options.n)
+        gather(options.models, options.split, scenes, options.jobs, options.rows)
     rows = read(options.rows)
     path = _settings(options.models)
     settings = load_settings(path)

@@ -72,23 +72,12 @@ class Judge:
 
     def _features(self, *args: Any, **kwargs: Any) -> Any:
         out = self._encode(*args, **kwargs)
-        pooled = out.pooler_output if hasattr(out, "pooler_output") else out
-        deep = getattr(out, "deepstack_features", None) or []
-        self.seen = np.concatenate([_flat(part) for part in (pooled, *deep)], 1)
+        streams = _streams(out)
+        self.seen = np.concatenate([_flat(part) for part in streams], 1)
         if self.ours is None:
             return out
-        pooled, *deep = (
-            _as(part, rows)
-            for part, rows in zip(
-                (pooled, *deep), np.split(self.ours, 1 + len(deep), axis=1), strict=True
-            )
-        )
-        if not hasattr(out, "pooler_output"):
-            return pooled
-        out.pooler_output = pooled
-        if deep:
-            out.deepstack_features = deep
-        return out
+        rows = np.split(self.ours, len(streams), axis=1)
+        return _exchanged(out, [_as(*pair) for pair in zip(streams, rows, strict=True)])
 
     def logits(
         self,
@@ -148,6 +137,35 @@ class _TableGELU(torch.nn.Module):
     def forward(self, x: Any) -> Any:
         rounded = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
         return torch.where(x >= 10, x, torch.where(x <= -10, 0.0, rounded))
+
+
+def _streams(out: Any) -> list[Any]:
+    """What an encoder gives: the embeddings, and with deepstack what further layers of the decoder
+    read, in their order."""
+    deep = list(getattr(out, "deepstack_features", None) or [])
+    if _names_layers(deep):
+        return [part for _, part in sorted(deep, key=lambda pair: int(pair[0]))]
+    return [out.pooler_output if hasattr(out, "pooler_output") else out, *deep]
+
+
+def _exchanged(out: Any, streams: list[Any]) -> Any:
+    """`out` with others of them."""
+    if not hasattr(out, "pooler_output"):
+        return streams[0]
+    deep = list(getattr(out, "deepstack_features", None) or [])
+    if _names_layers(deep):
+        layers = sorted(layer for layer, _ in deep)
+        out.deepstack_features = list(zip(layers, streams, strict=True))
+        return out
+    out.pooler_output = streams[0]
+    if deep:
+        out.deepstack_features = streams[1:]
+    return out
+
+
+def _names_layers(deep: list[Any]) -> bool:
+    """Granite alone says which layer reads what, of the first one too."""
+    return bool(deep) and isinstance(deep[0][0], int)
 
 
 def _flat(part: Any) -> Floats:

@@ -6,6 +6,7 @@ from judge_suite.families import (
     gemma3,
     gemma4,
     glm4v,
+    granite_vision,
     internvl,
     lfm2_vl,
     llama4,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
         qwen3_5,
         minicpmv,
         lfm2_vl,
+        granite_vision,
     )
     for family in module.FAMILIES
 }

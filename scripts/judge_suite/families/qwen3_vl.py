@@ -44,6 +44,7 @@ def _build(folder: Path, kind: str) -> Any:
         {**VISION, "deepstack_visual_indexes": [0, 1, 2]},
         text={
             "head_dim": 32,
+            "num_hidden_layers": 12,  # so that pairs fork above those that read more of the image
             "rope_parameters": {**rope, "mrope_section": [6, 5, 5]},
             **(EXPERTS if kind.endswith("Moe") else {}),
         },
