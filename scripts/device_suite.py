@@ -42,6 +42,20 @@ def call(command: Sequence[str], **environment: str) -> None:
         raise CannotRunError(f"this failed with status {done.returncode}: {' '.join(command)}")
 
 
+def watched(command: Sequence[str], folder: str | Path, **environ: str) -> tuple[int, str]:
+    """Exit status and output of a command that runs in a folder; each line is told as it comes."""
+    lines = []
+    environment = {**os.environ, **environ}
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            lines.append(line)
+            say(line.rstrip())
+    return running.returncode, "".join(lines)
+
+
 def missing(packages: Sequence[str]) -> list[str]:
     """Those of Debian's packages that are not installed."""
     query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}"]
@@ -138,16 +152,9 @@ def run_pytest(python: Path, tests: Sequence[str], *options: str, **environ: str
         command += ["--override-ini", "junit_family=xunit1", f"--junit-xml={report}"]
         named = [str(ROOT / "tests" / name) for name in tests or ("",)]
         # From elsewhere: the installed package is tested, not the sources.
-        done = subprocess.run(
-            [*command, *named],
-            env={**os.environ, **environ},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        say(done.stdout[-8000:])
+        status, output = watched([*command, *named], folder, **environ)
         found = read_report(report.read_text("utf-8")) if report.exists() else {}
-    return {"status": done.returncode, **last_counts(done.stdout), **found}
+    return {"status": status, **last_counts(output), **found}
 
 
 def read_report(xml: str) -> dict[str, Any]:

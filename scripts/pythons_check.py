@@ -1,6 +1,6 @@
 """The quick tests on several versions of Python, each with the wheel that is built for it.
 
-    scripts/check_pythons [--core] [--work DIR] [--llama WHEEL] [PYTHON ...]
+    scripts/check_pythons [--core | --whole] [--work DIR] [--llama WHEEL] [PYTHON ...]
 
 PYTHON: a version that is on the path as python3.x or that pyenv has, or an interpreter's path. The
 wheel of llama-cpp-python works with every Python: it is taken from pip, which builds it once. One
@@ -19,7 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from device_suite import ROOT, SOURCE, CannotRunError, call, last_counts, pinned_source, say
+from device_suite import (
+    ROOT,
+    SOURCE,
+    CannotRunError,
+    call,
+    last_counts,
+    pinned_source,
+    say,
+    watched,
+)
 from versions_check import TESTS
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -39,14 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 if all is well on every Python."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pythons", nargs="*", default=PYTHONS)
-    parser.add_argument(
-        "--core", action="store_true", help="only the tests that check_versions runs"
-    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--core", action="store_true", help="only those that check_versions runs")
+    which.add_argument("--whole", action="store_true", help="all tests, not the quick ones alone")
     parser.add_argument("--work", type=Path, default=Path("~/.cache/cmg-gguf/pythons"))
     parser.add_argument("--llama", type=Path, help=f"wheel of {SOURCE}; default: pip's")
     told = parser.parse_args(arguments)
     work = told.work.expanduser().resolve()
-    tests = [str(ROOT / "tests" / name) for name in TESTS] if told.core else []
+    tests = [] if told.whole else ["--quick"]
+    tests += [str(ROOT / "tests" / name) for name in TESTS] if told.core else []
     try:
         interpreters = [find(python) for python in told.pythons]
         llama = (told.llama or llama_wheel(work, interpreters[0])).resolve()
@@ -98,8 +108,8 @@ def llama_wheel(work: Path, interpreter: Path) -> Path:
 
 
 def run(work: Path, interpreter: Path, llama: Path, tests: Sequence[str]) -> Outcome:
-    """Builds the wheel with that Python, installs it and runs the quick tests, or those of them
-    that are named."""
+    """Builds the wheel with that Python, installs it and runs the tests that these arguments of
+    pytest name."""
     version = subprocess.check_output(
         [interpreter, "-c", "import platform; print(platform.python_version())"], text=True
     ).strip()
@@ -112,17 +122,10 @@ def run(work: Path, interpreter: Path, llama: Path, tests: Sequence[str]) -> Out
     call([*pip, "install", str(llama)])
     call([*pip, "install", "--find-links", str(llama.parent), f"{ROOT}[test]"])
     say(f"testing on Python {version}")
-    command = [str(venv / "bin" / "pytest"), "--quick", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    say(done.stdout[-8000:])
-    return Outcome(version, last_counts(done.stdout), done.returncode)
+    command = [str(venv / "bin" / "pytest"), "-q", "-p", "no:cacheprovider", *tests]
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    status, output = watched(command, ROOT, PATH=path)
+    return Outcome(version, last_counts(output), status)
 
 
 if __name__ == "__main__":

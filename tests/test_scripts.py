@@ -18,6 +18,8 @@ import cmg_gguf
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [
     *ROOT.glob("*.md"),
+    *(ROOT / ".github").rglob("*.md"),
+    *(ROOT / ".github").rglob("*.yml"),
     *(path for path in (ROOT / "scripts").rglob("*") if path.suffix in ("", ".py", ".md")),
     *(ROOT / "cmg_gguf").rglob("*.md"),
 ]
@@ -53,10 +55,11 @@ def test_an_environment_is_made_once_and_again_for_what_it_lacks(tmp_path: Path)
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in *pip*) echo "$*"; echo "$*" >> {tmp_path}/asked; '
+        f'#!/bin/sh\ncase "$*" in *pip?install*) echo "$*"; echo "$*" >> {tmp_path}/asked; '
         f'test ! -e {tmp_path}/broken;; *) exec {sys.executable} "$@";; esac\n'
     )
     python.chmod(0o755)
+    (tmp_path / "bin" / "pip").touch()
     asked = tmp_path / "asked"
     (tmp_path / "broken").touch()
     failed = bash("use_env; echo not reached", CMG_VENV=str(tmp_path))
@@ -72,6 +75,32 @@ def test_an_environment_is_made_once_and_again_for_what_it_lacks(tmp_path: Path)
         ".[test,dev]",
         ".[test,dev,judge]",
     ]
+
+
+def test_what_is_missing_to_install_is_told_at_once_and_nothing_is_made(tmp_path: Path) -> None:
+    place = tmp_path / "venv"
+    environ = {"CMG_VENV": str(place), "CXX": "c++99", "PYTHON": "python3.99"}
+    done = bash("use_env; echo not reached", **environ)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "a C++ compiler (Debian: g++)" in done.stderr
+    assert "python3.99 (Debian: python3, python3-venv, python3-dev)" in done.stderr
+    assert not place.exists()
+
+
+def test_an_environment_that_was_left_half_made_is_made_again(tmp_path: Path) -> None:
+    """As by Debian's Python without its package python3-venv: there is a Python and no pip."""
+    venv, python = tmp_path / "venv", tmp_path / "python"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    python.write_text(
+        f'#!/bin/sh\ntest "$2" = venv || exec {sys.executable} "$@"\n touch $3/bin/pip'
+    )
+    python.chmod(0o755)
+    for told in ("Making a virtual environment", ""):
+        done = bash(f"enter_env {venv}; command -v python", PYTHON=str(python))
+        assert done.stdout.strip() == str(venv / "bin" / "python"), done.stderr
+        assert told in done.stderr
+        assert bool(done.stderr) == bool(told)
 
 
 def test_pythons_are_found_by_version_and_path_and_one_that_is_not_there_is_named(
@@ -110,6 +139,22 @@ def test_the_version_is_written_once_and_the_changelog_has_its_notes() -> None:
     changelog = (ROOT / ".github" / "CHANGELOG.md").read_text("utf-8")
     heading = rf"^## {re.escape(cmg_gguf.__version__)}\n\s*\S"
     assert re.search(heading, changelog, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name
+)
+def test_a_workflow_runs_scripts_that_are_there_with_flags_that_they_take(path: Path) -> None:
+    """And nothing else: what it does can be done by hand."""
+    commands = re.findall(r"\brun: *(.*)", path.read_text("utf-8"))
+    assert commands
+    for command in commands:
+        name, *flags = command.split()
+        script = ROOT / name
+        assert script.parent == ROOT / "scripts"
+        assert os.access(script, os.X_OK)
+        for flag in flags:
+            assert re.search(rf"^#   {name} .*{flag}\b", script.read_text("utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
