@@ -9,20 +9,31 @@ import zipfile
 from pathlib import Path
 
 import cuda_check
+import cuda_toolkit
 import pytest
 from benchmarks.report import ROWS
 from cuda_check import (
+    KERNELS,
     architecture,
+    cuda_objects,
     eager_ratios,
     find_gpu,
     find_source,
     main,
     pack_command,
 )
+from cuda_toolkit import LATEST_MAJOR, Toolkit, complete, cublas_requirement, find_toolkit
 from device_suite import ROOT, CannotRunError, last_counts, requirements
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
 SMI = '#!/bin/sh\ncase "$*" in *compute_cap*) echo 8.9;; *) echo "NVIDIA L4";; esac\n'
+
+NVCC = """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release 12.8, V12.8.93";;
+*) echo '#$ _HERE_={root}/bin' >&2; echo '#$ TOP={root}/bin/..' >&2;;
+esac
+"""
 
 
 @pytest.fixture
@@ -63,10 +74,14 @@ def test_a_folder_is_packed_from_an_index(tmp_path: Path, monkeypatch: pytest.Mo
     index, folder = tmp_path / "index", tmp_path / "packed"
     index.mkdir()
     wheel(index, "somelib", "1.0")
+    wheel(index, "nvidia_cublas", f"{LATEST_MAJOR}.1.2")
+    wheel(index, "nvidia_cublas", f"{LATEST_MAJOR + 1}.0.0")
+    monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(cuda_check, "requirements", lambda text: ["somelib>=1"])
     monkeypatch.setattr(cuda_check, "BUILD_TOOLS", ())
     assert main(["pack", str(folder), "--no-index", "--find-links", str(index)]) == 0
-    assert [path.name for path in folder.iterdir()] == ["somelib-1.0-py3-none-any.whl"]
+    names = "nvidia_cublas-13.1.2-py3-none-any.whl", "somelib-1.0-py3-none-any.whl"
+    assert tuple(sorted(path.name for path in folder.iterdir())) == names
 
 
 def test_a_failed_download_is_told(
@@ -142,7 +157,7 @@ def test_an_empty_folder_is_told_before_anything_is_built(
     programs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(programs, "nvidia-smi", SMI)
-    put(programs, "nvcc", "#!/bin/sh\n")
+    put(programs, "nvcc", NVCC.format(root=tmp_path))
     assert main(["run", str(tmp_path)]) == 2
     assert "check_cuda pack" in capsys.readouterr().err
     (tmp_path / "llama_cpp_python-0.3.36.tar.gz").touch()
@@ -166,6 +181,86 @@ def test_the_launcher_passes_everything_on(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert "check_cuda: " in done.stderr
+
+
+# --- the toolkit -------------------------------------------------------------------------------
+
+
+def test_the_toolkit_is_found_where_the_compiler_says(programs: Path, tmp_path: Path) -> None:
+    put(programs, "nvcc", NVCC.format(root=tmp_path / "cuda"))
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    assert find_toolkit() == Toolkit(tmp_path / "cuda", (12, 8))
+    put(programs, "nvcc", "#!/bin/sh\necho something else\n")
+    with pytest.raises(CannotRunError, match="neither its version nor its folder"):
+        find_toolkit()
+
+
+@pytest.mark.parametrize("major", [11, 12])
+def test_cublas_has_the_name_of_its_time(major: int) -> None:
+    assert cublas_requirement(major) == f"nvidia-cublas-cu{major}=={major}.*"
+    assert cublas_requirement(13) == "nvidia-cublas==13.*"
+
+
+def test_a_whole_toolkit_lacks_nothing(tmp_path: Path) -> None:
+    for name in ("lib64/libcublas.so", "lib64/stubs/libcuda.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert complete(Toolkit(tmp_path, (13, 0)), Path("python"), tmp_path, ["false"]) == []
+
+
+def test_what_a_bare_compiler_lacks_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_toolkit, "_SYSTEM_LIBRARIES", ())
+    toolkit, python = Toolkit(tmp_path / "cuda", (13, 0)), tmp_path / "venv" / "bin" / "python"
+    with pytest.raises(CannotRunError, match=r"hold no libcublas\.so\.\*; pack the folder again"):
+        complete(toolkit, python, tmp_path, ["true"])
+    wheel = tmp_path / "venv" / "lib" / "python3.11" / "site-packages" / "nvidia" / "cu13"
+    names = "lib/libcublas.so.13", "lib/libcublasLt.so.13", "include/cublas_v2.h"
+    for name in names:
+        (wheel / name).parent.mkdir(parents=True, exist_ok=True)
+        (wheel / name).touch()
+    asked = tmp_path / "asked"
+    put(tmp_path, "pip", f'#!/bin/sh\necho "$@" > {asked}\n')
+    assert complete(toolkit, python, tmp_path, [str(tmp_path / "pip"), "install"]) == [
+        "-DGGML_CUDA_NO_VMM=on",
+        f"-DCUDA_cublas_LIBRARY={tmp_path / 'cublas' / 'libcublas.so'}",
+        f"-DCUDA_cublasLt_LIBRARY={tmp_path / 'cublas' / 'libcublasLt.so'}",
+        f"-DCMAKE_CUDA_FLAGS=-I{wheel / 'include'}",
+    ]
+    assert asked.read_text() == "install nvidia-cublas==13.*\n"
+    assert (tmp_path / "cublas" / "libcublas.so").resolve() == wheel / names[0]
+    assert cuda_toolkit.library_path(python) == [wheel / "lib"]
+
+
+# --- compile -----------------------------------------------------------------------------------
+
+
+def test_files_are_found_among_the_targets_of_ninja() -> None:
+    folder = "vendor/llama.cpp/ggml/src/ggml-cuda/CMakeFiles/ggml-cuda.dir"
+    listed = (
+        f"{folder}/softmax.cu.o: CUDA_COMPILER__ggml-cuda_unscanned_Release\n"
+        f"{folder}/template-instances/mmq-instance-q4_0.cu.o: CUDA_COMPILER__ggml-cuda\n"
+        "vendor/ggml/src/CMakeFiles/ggml-cpu.dir/ops.cpp.o: CXX_COMPILER__ggml-cpu\n"
+        "ggml-cuda: phony\n"
+    )
+    assert cuda_objects(listed) == {
+        name: f"{folder}/{name}.cu.o"
+        for name in ("softmax", "template-instances/mmq-instance-q4_0")
+    }
+    assert len(KERNELS) == len(set(KERNELS))
+
+
+def test_compiling_needs_a_compiler_and_sources_and_no_gpu(
+    programs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compile", str(tmp_path)]) == 2
+    assert "nvcc is not on PATH" in capsys.readouterr().err
+    put(programs, "nvcc", NVCC.format(root=tmp_path))
+    assert main(["compile", str(tmp_path)]) == 2
+    assert "check_cuda pack" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compile", str(tmp_path), "--no-such-option"])
 
 
 # --- the summary -------------------------------------------------------------------------------

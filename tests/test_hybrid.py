@@ -21,6 +21,7 @@ from cmg_gguf.guidance import (
     LayerRange,
     LowestCosine,
     Scope,
+    TopRatio,
 )
 
 CONFIG = TinyConfig(arch="lfm2")
@@ -37,6 +38,7 @@ def test_the_layers_that_attend_are_found_in_the_graph(hybrid: Tiny, llama: Tiny
     assert llama.model.attention_layers == tuple(range(llama.model.n_layer))
 
 
+@pytest.mark.parametrize("tokens", [TopRatio(), TopRatio(1.0)], ids=["some", "all"])
 @pytest.mark.parametrize("pairing", ["pair", "contexts"])
 @pytest.mark.parametrize(
     "layers",
@@ -44,9 +46,10 @@ def test_the_layers_that_attend_are_found_in_the_graph(hybrid: Tiny, llama: Tiny
     ids=str,
 )
 def test_both_branches_of_a_hybrid_are_the_judges(
-    hybrid: Tiny, layers: LayerPolicy, pairing: Pairing
+    hybrid: Tiny, layers: LayerPolicy, pairing: Pairing, tokens: TopRatio
 ) -> None:
-    prompt, guidance = hybrid.prompt(ONE_IMAGE, PICTURE), Guidance(layers=layers)
+    prompt = hybrid.prompt(ONE_IMAGE, PICTURE)
+    guidance = Guidance(layers=layers, tokens=tokens)
     verdict = hybrid.verdict(prompt, guidance)
     errors = Rig(hybrid, pairing=pairing).follow(prompt, guidance, verdict)
     assert errors.max() <= TOLERANCE

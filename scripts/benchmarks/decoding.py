@@ -8,6 +8,7 @@ says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Protocol
@@ -34,6 +35,7 @@ WAYS: dict[str, tuple[Guidance, Strategy]] = {
     "fork at half": (HALF, EXACT),
     "fork at two thirds": (TWO_THIRDS, EXACT),
     "lazy": (HALF, LAZY),
+    "lazy, prompt's tokens": (replace(HALF, refresh="prompt"), LAZY),
     "auto": (HALF, AUTO),
     "approximate": (HALF, APPROXIMATE),
 }

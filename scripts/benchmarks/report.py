@@ -37,6 +37,9 @@ ROWS = (
     Row("decode, fork at two thirds", "plain", "fork at two thirds", "plain", 1.35),
     Row("decode, lazy + fork at half depth", "plain", "lazy", "plain", 1.40, replayed=True),
     Row("the same, auto (the default)", "plain", "auto", "plain", 1.40, replayed=True),
+    Row(
+        "lazy, refresh step", "refresh prompt", "lazy", "lazy, prompt's tokens", 1.05, replayed=True
+    ),
     Row("auto", "fork at half depth", "auto", "fork at half", 1.03, replayed=True),
     Row("auto", "lazy", "auto", "lazy", 1.03, replayed=True),
     Row("lazy, approximate", "plain", "approximate", "plain", 1.12, replayed=True),
