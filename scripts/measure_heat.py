@@ -63,7 +63,7 @@ def mentions(scene: Scene, number: int, reply: Reply, name: str) -> Iterator[Men
         if scene.only(thing.name) is None:
             continue
         try:
-            tokens = tokens_of(reply.tokens, thing.name)[0]
+            tokens = tokens_of(reply, thing.name)[0]
         except PromptError:
             continue
         last = reply.heat.n_tokens - 1

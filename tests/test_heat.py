@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from answers import answer
 from guided import QUESTION, ids, open_vlm
 from judge import prompt_rows
 from prompts import picture
@@ -226,17 +227,21 @@ def test_what_there_is_not_is_an_error(ask: Callable[[Heat], object], message: s
         ask(heat_of(np.array([[[0.1]]]), None))
 
 
-class Said(NamedTuple):
-    text: str
-
-
 def test_the_tokens_of_a_word_are_those_that_hold_a_part_of_it() -> None:
-    said = [Said(text) for text in (" A", " sau", "cer", ", a cup", " and a", " saucer", ".")]
+    said = answer(" A", " sau", "cer", ", a cup", " and a", " saucer", ".")
     assert tokens_of(said, "saucer") == ((1, 2), (5,))
     assert tokens_of(said, "CUP") == ((3,),)
-    for word in ("sauce", "fork", " "):
+    assert tokens_of(said, " saucer, a cup") == ((1, 2, 3),)
+    for word in ("sauce", "fork", ".", " ", ""):
         with pytest.raises(PromptError, match="does not say"):
             tokens_of(said, word)
+
+
+def test_a_word_whose_character_is_over_token_borders_is_found() -> None:
+    data = "un caf\u00e9, \u732b\u304c".encode()
+    said = answer(data[:7], data[7:8], data[8:])
+    assert tokens_of(said, "CAF\u00c9") == ((0, 1),)
+    assert tokens_of(said, "\u732b") == ((2,),)
 
 
 # --- what is asked ------------------------------------------------------------------------------

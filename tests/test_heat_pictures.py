@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from answers import answer
 from commands import flat, invoke
 from numpy.typing import NDArray
 from PIL import Image
@@ -16,15 +16,11 @@ from cmg_gguf.heat.colours import colours
 from cmg_gguf.heat.drawing import ABSOLUTE, RELATIVE, fitted, overlay, resized
 from cmg_gguf.heat.geometry import Picture, Tile
 from cmg_gguf.heat.maps import Heat
-from cmg_gguf.heat.sheet import EMPTY_WORDS, Word, sheet, words_of
+from cmg_gguf.heat.sheet import EMPTY_WORDS, naming, sheet
 from cmg_gguf.tiny.scenes import draw, make_scene
 
 F64 = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
-
-
-class Said(NamedTuple):
-    text: str
 
 
 def lightness(rgb: NDArray[np.uint8]) -> F64:
@@ -127,9 +123,12 @@ def test_heat_is_smooth_and_the_edges_of_image_tokens_are_drawn() -> None:
 
 
 def test_words_that_name_nothing_are_left_out() -> None:
-    said = [Said(text) for text in (" There is a", " red", " cup", ", and the cup", " is", " hot.")]
-    assert words_of(said) == (Word("red", (1,)), Word("cup", (2,)), Word("hot", (5,)))
-    assert len(words_of(said, most=2)) == 2
+    words = answer(
+        " There", " is a", " red", " cup", ", and the cup", "'s 3", " T-", "shirts."
+    ).words
+    assert naming(words) == {"red": (2,), "cup": (3,), "t-shirts": (6, 7)}
+    assert list(naming(words, most=2)) == ["red", "cup"]
+    assert naming(answer(" Don't", " say it's", " 12", "th", " o'clock").words) == {"say": (1,)}
     assert all(len(word) > 2 and word == word.lower() for word in EMPTY_WORDS)
 
 
@@ -141,8 +140,10 @@ def test_a_sheet_has_the_pictures_and_a_panel_for_each_word(sizes: list[tuple[in
     pictures = [rng.integers(0, 256, (h, w, 3)).astype(np.uint8) for w, h in sizes]
     boxes = grid(4, 4, sizes[0])
     heat = heat_of(rng.random((5, 16 * len(sizes))), boxes, *sizes)
-    words = [Word(f"word{i}", (i,)) for i in range(5)]
-    few, many = (sheet(pictures, heat, words[:n], title="What it says.") for n in (1, 5))
+    words = {f"word{i}": (i,) for i in range(5)}
+    few, many = (
+        sheet(pictures, heat, dict(list(words.items())[:n]), title="What it says.") for n in (1, 5)
+    )
     assert many.width * many.height > few.width * few.height
     for picture in (few, many):
         assert picture.width <= 1080 + 32
@@ -171,7 +172,7 @@ def test_a_tile_of_padding_is_passed_over() -> None:
 def test_a_sheet_of_a_picture_whose_geometry_is_not_known_is_refused() -> None:
     heat = Heat(np.ones((1, 1, 4), np.float32), (0,), (), (Picture(8, 8, (Tile(0, 4),), "no"),))
     with pytest.raises(ImageError, match=r"is not known \(no\)"):
-        sheet([np.zeros((8, 8, 3), np.uint8)], heat, [Word("a", (0,))])
+        sheet([np.zeros((8, 8, 3), np.uint8)], heat, {"a": (0,)})
 
 
 # --- the command --------------------------------------------------------------------------------

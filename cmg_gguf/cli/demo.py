@@ -186,13 +186,13 @@ def _write_pictures(folder: Path, pixels: NDArray[np.uint8], reply: Reply) -> tu
 
     from cmg_gguf.cli.heatmap import drawn
     from cmg_gguf.errors import ImageError
-    from cmg_gguf.heat.sheet import words_of
+    from cmg_gguf.heat.sheet import naming
 
     files = folder / "scene.png", folder / "looked.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(files[0])
-        drawn([pixels], reply, words_of(reply.tokens)).save(files[1])
+        drawn([pixels], reply, naming(reply.words)).save(files[1])
     except OSError as exc:
         raise ImageError(
             f"the pictures cannot be written to {folder} ({exc.strerror}); name another folder "

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from cmg_gguf.heat.drawing import Pixels
     from cmg_gguf.heat.maps import Layers
-    from cmg_gguf.heat.sheet import Word
     from cmg_gguf.reply import Reply
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
@@ -163,7 +162,7 @@ def heatmap(
 def drawn(
     pixels: list[Pixels],
     reply: Reply,
-    words: tuple[Word, ...],
+    words: dict[str, tuple[int, ...]],
     *,
     layer: Layers = "mean",
     relative: bool = True,
@@ -173,8 +172,9 @@ def drawn(
 
     assert reply.heat is not None
     edge = ONE_WORD_EDGE if len(words) == 1 else SHEET_EDGE
-    title = reply.text or reply.reasoning
-    return sheet(pixels, reply.heat, words, title=title, layer=layer, relative=relative, edge=edge)
+    return sheet(
+        pixels, reply.heat, words, title=reply.text, layer=layer, relative=relative, edge=edge
+    )
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -187,13 +187,13 @@ def save(picture: Image.Image, path: Path) -> None:
         ) from exc
 
 
-def _words(reply: Reply, asked_for: list[str] | None) -> tuple[Word, ...]:
+def _words(reply: Reply, asked_for: list[str] | None) -> dict[str, tuple[int, ...]]:
     from cmg_gguf.heat.maps import tokens_of
-    from cmg_gguf.heat.sheet import Word, words_of
+    from cmg_gguf.heat.sheet import naming
 
     if asked_for:
-        return tuple(Word(word, tokens_of(reply.tokens, word)[0]) for word in asked_for)
-    words = words_of(reply.tokens)
+        return {word: tokens_of(reply, word)[0] for word in asked_for}
+    words = naming(reply.words)
     if not words:
         raise ImageError(
             "the answer has no word of three letters that could name something; name one with "

@@ -1,6 +1,6 @@
 """One picture with the attention of some tokens laid over it.
 
-    overlay(rgb, heat, 0, tokens_of(reply.tokens, "fork")[0], edge=768).save("fork.png")
+    overlay(rgb, heat, 0, tokens_of(reply, "fork")[0], edge=768).save("fork.png")
 
 The scale is fixed, and the same for every picture: see `Scale`. The picture stays to be seen, in
 grey; where there is nothing to say nothing is laid over it. Heat runs smoothly from image token to

@@ -2,8 +2,9 @@
 
     reply = vlm.generate("Describe it.", ["kitchen.jpg"], heat=True)
     reply.heat.weights                            # (n_tokens, n_layers, n_image_tokens)
-    reply.heat.of(tokens_of(reply.tokens, "fork"))         # (n_image_tokens,), relative
-    reply.heat.map(0, tokens_of(reply.tokens, "fork"))     # (height, width) of the picture
+    fork = tokens_of(reply, "fork")[0]            # where the answer first says it
+    reply.heat.of(fork)                           # (n_image_tokens,), relative
+    reply.heat.map(0, fork)                       # (height, width) of the picture
 
 Attention tells what a row reads, not why the model said a word: a map is no proof that a word is
 grounded in what it shows.
@@ -29,11 +30,33 @@ masks."""
 Values: TypeAlias = npt.NDArray[np.float64]
 
 
-class Said(Protocol):
-    """A token of an answer: see `cmg_gguf.reply.Token`."""
+class Word(Protocol):
+    """A word of an answer: see `cmg_gguf.reply.Word`."""
 
     @property
     def text(self) -> str: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
+
+
+class Answer(Protocol):
+    """A text and its words: see `cmg_gguf.reply.Reply`."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def words(self) -> Sequence[Word]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,24 +199,20 @@ def _overlap(start: float, stop: float, size: int) -> tuple[slice, Values]:
     return slice(first, last), np.clip(covered, 0.0, 1.0)
 
 
-def tokens_of(said: Sequence[Said], word: str) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each time that an answer says a word: their numbers, in order.
+def tokens_of(answer: Answer, phrase: str) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each time that an answer's text says a phrase: their numbers, in order.
 
-    said: `Reply.tokens`. word: as it is written, or in other case; not as a part of a longer word.
-    Tokens that hold a part of it count. Raises PromptError where the answer does not say it.
+    answer: a `Reply`. phrase: one of its words or several, as they are written or in other case;
+    not as a part of a longer word. Tokens that hold a part of it count. Raises PromptError where
+    the text does not say it.
     """
-    text = "".join(token.text for token in said)
-    ends = np.cumsum([len(token.text) for token in said])
-    pattern = rf"(?<!\w){re.escape(word.strip())}(?!\w)"
+    starts = {word.start: word for word in answer.words}
+    stops = {word.stop: word for word in answer.words}
     found = [
-        tuple(range(int(np.searchsorted(ends, m.start(), "right")), 1 + _last(ends, m.end())))
-        for m in re.finditer(pattern, text, re.IGNORECASE)
-        if word.strip()
+        tuple(range(starts[m.start()].first, stops[m.end()].last + 1))
+        for m in re.finditer(re.escape(phrase.strip()), answer.text, re.IGNORECASE)
+        if m.start() in starts and m.end() in stops
     ]
     if not found:
-        raise PromptError(f"the answer does not say {shown(word)}: it says {shown(text.strip())}")
+        raise PromptError(f"the answer does not say {shown(phrase)}: it says {shown(answer.text)}")
     return tuple(found)
-
-
-def _last(ends: npt.NDArray[np.int_], stop: int) -> int:
-    return int(np.searchsorted(ends, stop, "left"))

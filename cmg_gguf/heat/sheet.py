@@ -1,6 +1,6 @@
 """A sheet of heat maps: the pictures, and for each word of an answer what it attended to.
 
-    sheet([rgb], reply.heat, words_of(reply.tokens), title=reply.text).save("sheet.png")
+    sheet([rgb], reply.heat, naming(reply.words), title=reply.text).save("sheet.png")
 
 Every sheet says what its colours stand for, of which layers, and has the scale in numbers.
 """
@@ -8,8 +8,7 @@ Every sheet says what its colours stand for, of which layers, and has the scale 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -24,7 +23,7 @@ from cmg_gguf.heat.drawing import (
     overlay,
     resized,
 )
-from cmg_gguf.heat.maps import Heat, Layers, Said, tokens_of
+from cmg_gguf.heat.maps import Heat, Layers, Word
 
 INK, PALE, PAPER = (24, 24, 27), (110, 110, 118), (255, 255, 255)
 MIDDLE = 168.0
@@ -98,29 +97,29 @@ EMPTY_WORDS = frozenset(
 """Words that name nothing to be seen."""
 
 
-@dataclass(frozen=True)
-class Word:
-    """A word of an answer. tokens: those of the answer that hold a part of it."""
-
-    text: str
-    tokens: tuple[int, ...]
+_NAME = re.compile(r"[^\W\d_]{3,}|[^\W\d_]+(?:-[^\W\d_]+)+")
 
 
-def words_of(said: Sequence[Said], *, most: int = MOST_WORDS) -> tuple[Word, ...]:
-    """The first times that an answer says words of three letters and more, but `EMPTY_WORDS`.
+def naming(words: Sequence[Word], *, most: int = MOST_WORDS) -> dict[str, tuple[int, ...]]:
+    """Words of an answer that can name something to be seen, and the tokens that hold a part of
+    each where it is first said; in small letters, without 's.
 
-    said: `Reply.tokens`. most: as many at most, from the beginning.
+    They have three letters and more, or a hyphen, and are none of `EMPTY_WORDS`; in scripts that
+    put no spaces between words there are none. words: `Reply.words`. most: as many at most, from
+    the beginning.
     """
-    text = "".join(token.text for token in said)
-    found = dict.fromkeys(word.lower() for word in re.findall(r"[^\W\d_]{3,}", text))
-    words = [word for word in found if word not in EMPTY_WORDS][:most]
-    return tuple(Word(word, tokens_of(said, word)[0]) for word in words)
+    found: dict[str, tuple[int, ...]] = {}
+    for word in words:
+        name = re.sub(r"['\u2019]s$", "", word.text.lower())
+        if _NAME.fullmatch(name) and name not in EMPTY_WORDS:
+            found.setdefault(name, tuple(range(word.first, word.last + 1)))
+    return dict(list(found.items())[:most])
 
 
 def sheet(
     pictures: Sequence[Pixels],
     heat: Heat,
-    words: Sequence[Word],
+    words: Mapping[str, Sequence[int]],
     *,
     title: str = "",
     layer: Layers = "mean",
@@ -130,19 +129,20 @@ def sheet(
 ) -> Image.Image:
     """The pictures, then a panel for each word with all of them.
 
-    pictures: (height, width, 3) uint8 each, those that `heat` is of, in order. title: what is
-    written above. edge: a picture takes as many pixels as a square of that edge. width: of the
-    sheet, if a panel is not wider. Raises what `Heat.map` raises.
+    pictures: (height, width, 3) uint8 each, those that `heat` is of, in order. words: what is
+    written above a panel, and the tokens that it is of. title: what is written above all. edge: a
+    picture takes as many pixels as a square of that edge. width: of the sheet, if a panel is not
+    wider. Raises what `Heat.map` raises.
     """
     edges = [_longer_side(rgb, edge) for rgb in pictures]
     plain = _beside([resized(rgb, fitted(rgb, e)) for rgb, e in zip(pictures, edges, strict=True)])
     panels = [_panel("picture" if len(pictures) == 1 else "pictures", plain, PALE)]
-    for word in words:
+    for word, tokens in words.items():
         maps = [
-            overlay(rgb, heat, i, word.tokens, layer=layer, relative=relative, edge=edges[i])
+            overlay(rgb, heat, i, tokens, layer=layer, relative=relative, edge=edges[i])
             for i, rgb in enumerate(pictures)
         ]
-        panels.append(_panel(word.text, _beside(maps), INK))
+        panels.append(_panel(word, _beside(maps), INK))
     columns = max(1, width // (plain.width + GAP))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     grid = _stacked([_beside(row) for row in rows])

@@ -11,7 +11,13 @@ captions of counter scenes, among those that
     its 95% interval;
     are on typical scenes at most TYPICAL_SLACK points worse, in CHAIR_i and in recall.
 
-Prints every setting tried.
+A setting that the rule can no longer choose is not measured to the end: once an allowed one is
+known, captions of counter scenes are asked for where the AUC is higher, and those of typical scenes
+where the former beat the best so far. That changes no choice. Yes and no are the first token of an
+answer, so strength, gate and cut of one mask are reckoned from one run's two rows of logits.
+
+Prints every setting tried, - for what was not measured. What was is kept in a folder: a search that
+was stopped goes on, and several may fill it.
 """
 
 from __future__ import annotations
@@ -19,8 +25,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +36,9 @@ from typing import Any
 
 import numpy as np
 
-from cmg_gguf import Disagreement, Guidance, GuidedVLM, LayerRange, TopRatio
+from cmg_gguf import Disagreement, Guidance, GuidedVLM, LayerRange, Reply, Request, TopRatio
+from cmg_gguf.answer.logits import combine, gated
+from cmg_gguf.arrays import FloatArray
 from cmg_gguf.evaluation.items import item_hash
 from cmg_gguf.evaluation.statistics import Floats, bootstrap_auc, sums, table
 from cmg_gguf.evaluation.task import Item
@@ -57,18 +67,10 @@ CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
 Figures = dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Measured:
-    """What one setting does. figures: see `figures`. margins: see `margins`."""
-
-    figures: Figures
-    margins: Floats
-
-
 @functools.cache
 def _vlm(models: Path) -> GuidedVLM:
     (llm,), (mmproj,) = models.glob("*.Q8_0.gguf"), models.glob("*mmproj*.gguf")
-    return GuidedVLM(llm, mmproj, n_ctx=2048, n_threads=1)
+    return GuidedVLM(llm, mmproj, n_ctx=4096, n_threads=1, n_parallel=8)
 
 
 @functools.cache
@@ -85,57 +87,97 @@ def _questions(n: int) -> list[tuple[Item, Any]]:
     return [(item, pictures[item.image]) for item in items]
 
 
-def figures(models: Path, n: int, guidance: Guidance) -> Figures:
-    """CHAIR_i, CHAIR_s and recall of captions on each kind of scene, in percent."""
-    found: Figures = {}
-    for kind in KINDS:
-        task = SceneCaptions("tune", kind, n)
-        answers = [
-            _vlm(models)
-            .generate(item.prompt, [picture], guidance=guidance, max_tokens=item.max_tokens)
-            .text
-            for item, picture in _captions(kind, n)
-        ]
-        items = [item for item, _ in _captions(kind, n)]
-        totals = task.figures(sums(table(task, items, answers)))
-        found |= {f"{kind}_{name}": float(np.asarray(value)) for name, value in totals.items()}
-    return found
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """What is measured of a setting, on n scenes of each kind; kept in `folder`."""
+
+    models: Path
+    n: int
+    folder: Path
+
+    def captions(self, guidance: Guidance, kind: SceneKind) -> Figures:
+        """CHAIR_i, CHAIR_s and recall, in percent, and lengths."""
+        path = self._path(f"{kind}-{_name(guidance)}.json")
+        if not path.exists():
+            task, asked = SceneCaptions("tune", kind, self.n), _captions(kind, self.n)
+            replies = self._replies(asked, guidance)
+            answers = [reply.text for reply in replies]
+            totals = task.figures(sums(table(task, [item for item, _ in asked], answers)))
+            found = {f"{kind}_{key}": float(np.asarray(value)) for key, value in totals.items()}
+            path.write_text(json.dumps(found), "utf-8")
+        kept: Figures = json.loads(path.read_text("utf-8"))
+        return kept
+
+    def logits(self, guidance: Guidance) -> FloatArray:
+        """(n_questions, n_vocab) float32: scores of the first token of the answers to POPE's
+        adversarial questions."""
+        path = self._path(f"questions-{_name(guidance)}.npy")
+        if not path.exists():
+            replies = self._replies(_questions(self.n), guidance, max_tokens=1, n_scores=1)
+            rows = np.stack([reply.scores[0] for reply in replies])
+            whole = path.with_suffix(f".{os.getpid()}.npy")
+            np.save(whole, rows)
+            whole.rename(path)
+        kept: FloatArray = np.load(path)
+        return kept
+
+    def margins(self, guidance: Guidance) -> Floats:
+        """(n_questions,) logit of yes minus that of no."""
+        words = YesNoTokens.of(_vlm(self.models).model)
+        original = self.logits(PLAIN)
+        if not guidance.contrasts:
+            return np.array([words.margin(row) for row in original])
+        # l_o + 1 * (l_o - l_d), without a cut, so that l_d is in it
+        once = self.logits(dataclasses.replace(guidance, alpha=1.0, beta=0.0, gate=None))
+        found = []
+        for l_o, l_d in zip(original, 2 * original - once, strict=True):
+            alpha = gated(guidance.alpha, guidance.gate, l_o, l_d)
+            found.append(words.margin(combine(l_o, l_d, alpha=alpha, beta=guidance.beta)))
+        return np.array(found)
+
+    def auc(self, guidance: Guidance) -> Figures:
+        """The AUC and its difference to plain decoding's: value, low end, high end."""
+        items = [item for item, _ in _questions(self.n)]
+        result = bootstrap_auc(
+            {"plain": self.margins(PLAIN), "this": self.margins(guidance)},
+            np.array([item.truth["label"] == "yes" for item in items]),
+            [item.cluster for item in items],
+            baseline="plain",
+        )["this"]
+        assert result.difference is not None
+        low, high = result.difference.low, result.difference.high
+        return {"auc": result.own.value, "auc_low": low, "auc_high": high}
+
+    def _replies(
+        self, asked: Sequence[tuple[Item, Any]], guidance: Guidance, **how: Any
+    ) -> list[Reply]:
+        requests = (
+            Request(
+                item.prompt,
+                [picture],
+                guidance=guidance,
+                **{"max_tokens": item.max_tokens, **how},
+            )
+            for item, picture in asked
+        )
+        replies = {o.index: o.unwrap() for o in _vlm(self.models).generate_many(requests)}
+        return [replies[i] for i in range(len(asked))]
+
+    def _path(self, name: str) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{self.n}-{name}"
 
 
-def margins(models: Path, n: int, guidance: Guidance) -> Floats:
-    """(n_questions,) logit of yes minus that of no, to POPE's adversarial questions."""
-    vlm = _vlm(models)
-    words = YesNoTokens.of(vlm.model)
-    found: list[float] = []
-    for item, picture in _questions(n):
-        reply = vlm.generate(item.prompt, [picture], guidance=guidance, max_tokens=1, n_scores=1)
-        found.append(words.margin(reply.scores[0]))
-    return np.array(found)
-
-
-def measured(models: Path, n: int, guidance: Guidance) -> Measured:
-    """All about one setting, on n pictures of each kind."""
-    return Measured(figures(models, n, guidance), margins(models, n, guidance))
-
-
-def with_auc(found: Measured, plain: Measured, n: int) -> Figures:
-    """The figures with the AUC and its difference to plain decoding's: value, low end, high end."""
-    items = [item for item, _ in _questions(n)]
-    result = bootstrap_auc(
-        {"plain": plain.margins, "this": found.margins},
-        np.array([item.truth["label"] == "yes" for item in items]),
-        [item.cluster for item in items],
-        baseline="plain",
-    )["this"]
-    assert result.difference is not None
-    low, high = result.difference.low, result.difference.high
-    return {**found.figures, "auc": result.own.value, "auc_low": low, "auc_high": high}
+def _name(guidance: Guidance) -> str:
+    told = json.dumps(guidance_to_json(guidance), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def is_allowed(found: Figures, plain: Figures) -> bool:
-    """Whether nothing is lost for what is won."""
+    """Whether nothing is lost for what is won; False for what is not measured to the end."""
     return (
-        found["counter_recall"] >= plain["counter_recall"]
+        "typical_recall" in found
+        and found["counter_recall"] >= plain["counter_recall"]
         and found["auc_low"] > 0
         and found["typical_chair_i"] <= plain["typical_chair_i"] + TYPICAL_SLACK
         and found["typical_recall"] >= plain["typical_recall"] - TYPICAL_SLACK
@@ -154,27 +196,45 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--start", type=Path, help="settings to begin with")
     parser.add_argument("--vary", default=",".join(CHOICES), help="what is varied, in this order")
+    parser.add_argument("--kept", type=Path, help="folder of what is measured; default: by --out")
     options = parser.parse_args()
-    measure = functools.partial(measured, options.models, options.n)
+    kept = options.kept or options.out.with_suffix(".kept")
+    measures = Measures(options.models, options.n, kept)
     tried: dict[Guidance, Figures] = {}
-    plainly: list[Measured] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
 
-        def run(settings: Iterable[Guidance]) -> None:
+        def add(settings: Sequence[Guidance], found: Iterable[Figures]) -> None:
+            for guidance, more in zip(settings, found, strict=True):
+                tried[guidance] = tried.get(guidance, {}) | more
+
+        def captions(settings: Sequence[Guidance], kind: SceneKind) -> None:
+            add(settings, pool.map(measures.captions, settings, [kind] * len(settings)))
+
+        def run(settings: Iterable[Guidance], best: Figures | None) -> None:
+            """best: the figures of the best of those that are allowed, if there is one."""
             new = [g for g in dict.fromkeys(settings) if g not in tried]
-            for guidance, found in zip(new, pool.map(measure, new), strict=True):
-                plainly.append(found)
-                tried[guidance] = with_auc(found, plainly[0], options.n)
+            masks = [dataclasses.replace(g, alpha=1.0, beta=0.0, gate=None) for g in new]
+            masks = [mask for mask, g in zip(masks, new, strict=True) if g.contrasts]
+            list(pool.map(measures.logits, dict.fromkeys([PLAIN, *masks])))
+            add(new, pool.map(measures.auc, new))
+            still = [g for g in new if best is None or tried[g]["auc_low"] > 0]
+            captions(still, "counter")
+            if best is not None:
+                least = tried[PLAIN]["counter_recall"], best["counter_chair_i"]
+                still = [g for g in still if tried[g]["counter_recall"] >= least[0]]
+                still = [g for g in still if tried[g]["counter_chair_i"] < least[1]]
+            captions(still, "typical")
+            for guidance in new:
                 print(_line(guidance, tried[guidance]), flush=True)
 
         best = load_settings(options.start).guidance if options.start else Guidance()
-        run([PLAIN, best])
+        run([PLAIN, best], None)
         plain = tried[PLAIN]
         for _ in range(2):
             for name in options.vary.split(","):
-                run(variants(best, name))
+                run(variants(best, name), tried[best] if is_allowed(tried[best], plain) else None)
                 best = min(
-                    (g for g in tried if g.contrasts),
+                    (g for g in tried if g.contrasts and "counter_chair_i" in tried[g]),
                     key=lambda g: (not is_allowed(tried[g], plain), tried[g]["counter_chair_i"]),
                 )
     if not is_allowed(tried[best], plain):
@@ -199,11 +259,15 @@ def _line(guidance: Guidance, found: Figures) -> str:
     g = guidance
     what = f"alpha {g.alpha:g} {g.gate} beta {g.beta:g} {g.tokens} {g.layers} {g.scope} {g.refresh}"
     values = "  ".join(
-        f"{kind}: CHAIR_i {found[f'{kind}_chair_i']:.1f} recall {found[f'{kind}_recall']:.1f}"
+        f"{kind}: CHAIR_i {_told(found, f'{kind}_chair_i')} recall {_told(found, f'{kind}_recall')}"
         for kind in KINDS
     )
     auc = f"AUC {found['auc']:.2f} [{found['auc_low']:+.2f}, {found['auc_high']:+.2f}]"
     return f"{what if g.contrasts else 'plain':125s} {values}  {auc}"
+
+
+def _told(found: Figures, key: str) -> str:
+    return f"{found[key]:.1f}" if key in found else "-"
 
 
 if __name__ == "__main__":
