@@ -1,7 +1,8 @@
-"""What evidence costs: a plain caption with it against one without, on random weights of 1.1
-billion parameters, by turns in one process.
+"""What evidence costs: a caption with it against one without, on random weights of 1.1 billion
+parameters, by turns in one process.
 
-    python scripts/bench_evidence.py                # Q4_0, 64 tokens
+    python scripts/bench_evidence.py                # plain, Q4_0, 64 tokens: told at the end
+    python scripts/bench_evidence.py --live         # guided by `BLIND`: told with each chunk
 
 Seconds of the CPU, not of the clock, so that what else the machine does hardly counts; with one
 thread. A table for people on stdout, and one JSON object as its last line for programs.
@@ -23,8 +24,8 @@ from benchmarks.subjects import Subject, pictures, random_subject
 from rich.console import Console
 from rich.table import Table
 
-from cmg_gguf import GuidedVLM
-from cmg_gguf.guidance import PLAIN
+from cmg_gguf import Guidance, GuidedVLM
+from cmg_gguf.guidance import BLIND, PLAIN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quant", choices=get_args(BenchQuant), default="q4_0")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--live", action="store_true", help="evidence in every chunk")
     options = parser.parse_args(argv)
     subject = random_subject(cache_folder(), options.quant)
-    found = measure(subject, options.tokens, options.rounds)
+    found = measure(subject, options.tokens, options.rounds, BLIND if options.live else PLAIN)
     table = Table("", "without", "with", "ratio", box=None, title="CPU seconds, medians")
     for name in ("request", "answer alone"):
         without, with_evidence, ratios = found[name]
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    subject: Subject, n_tokens: int, n_rounds: int
+    subject: Subject, n_tokens: int, n_rounds: int, guidance: Guidance
 ) -> dict[str, tuple[float, float, list[float]]]:
     """Medians without and with evidence, and the ratio of each round; of whole requests, picture
     and prompt included, and of what is behind the prompt. The first round does not count."""
@@ -55,7 +57,7 @@ def measure(
     with GuidedVLM(*subject.pair, n_ctx=2048, n_gpu_layers=0, n_threads=1) as vlm:
         for i in range(n_rounds + 1):
             for evidence in (False, True) if i % 2 else (True, False):
-                whole, prompt = timed(vlm, subject, picture, n_tokens, evidence=evidence)
+                whole, prompt = timed(vlm, subject, picture, n_tokens, guidance, evidence=evidence)
                 if i > 0:
                     times.setdefault(("request", evidence), []).append(whole)
                     times.setdefault(("answer alone", evidence), []).append(whole - prompt)
@@ -70,21 +72,30 @@ def measure(
 
 
 def timed(
-    vlm: GuidedVLM, subject: Subject, picture: object, n_tokens: int, *, evidence: bool
+    vlm: GuidedVLM,
+    subject: Subject,
+    picture: object,
+    n_tokens: int,
+    guidance: Guidance,
+    *,
+    evidence: bool,
 ) -> tuple[float, float]:
     """CPU seconds of a request, and of its part before the first token."""
     vlm.forget()
     started = time.process_time()
     stream = vlm.stream(
         subject.messages(pixels=picture),  # type: ignore[arg-type]
-        guidance=PLAIN,
+        guidance=guidance,
         max_tokens=n_tokens,
         evidence=evidence,
     )
     first = 0.0
-    for _ in stream:
+    is_told = False
+    for piece in stream:
         first = first or time.process_time()
+        is_told |= any(token.evidence is not None for token in piece.tokens)
     ended = time.process_time()
+    assert is_told == (evidence and guidance == BLIND)
     assert len(stream.reply.tokens) == n_tokens
     return ended - started, first - started
 

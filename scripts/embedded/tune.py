@@ -14,7 +14,8 @@ captions of counter scenes, among those that
 A setting that the rule can no longer choose is not measured to the end: once an allowed one is
 known, captions of counter scenes are asked for where the AUC is higher, and those of typical scenes
 where the former beat the best so far. That changes no choice. Yes and no are the first token of an
-answer, so strength, gate and cut of one mask are reckoned from one run's two rows of logits.
+answer, so strengths and gates of one mask are reckoned from one run's two rows of logits; they are
+told apart by scores before the cut.
 
 Prints every setting tried, - for what was not measured. What was is kept in a folder: a search that
 was stopped goes on, and several may fill it.
@@ -127,12 +128,12 @@ class Measures:
         original = self.logits(PLAIN)
         if not guidance.contrasts:
             return np.array([words.margin(row) for row in original])
-        # l_o + 1 * (l_o - l_d), without a cut, so that l_d is in it
+        # Scores are those before the cut: l_o + 1 * (l_o - l_d)
         once = self.logits(dataclasses.replace(guidance, alpha=1.0, beta=0.0, gate=None))
         found = []
         for l_o, l_d in zip(original, 2 * original - once, strict=True):
             alpha = gated(guidance.alpha, guidance.gate, l_o, l_d)
-            found.append(words.margin(combine(l_o, l_d, alpha=alpha, beta=guidance.beta)))
+            found.append(words.margin(combine(l_o, l_d, alpha=alpha, beta=0.0)))
         return np.array(found)
 
     def auc(self, guidance: Guidance) -> Figures:
