@@ -88,13 +88,14 @@ CHOSEN = (
         for case in ("step-pair", "prompt-contexts")
     ),
     *(
-        f"test_hybrid.py::test_both_branches_of_a_hybrid_are_the_judges[{layers}-contexts]"
+        f"test_hybrid.py::test_both_branches_of_a_hybrid_are_the_judges[{layers}-{pairing_tokens}]"
         for layers in (
             "LayerRange(start=0.3333333333333333, stop=1.0)",
             "LayerRange(start=0, stop=1)",
             "AttentionMass(share=0.5)",
             "LowestCosine(share=1.0)",
         )
+        for pairing_tokens in ("contexts-some", "contexts-all", "pair-all")
     ),
     f"{_REUSE}an_answer_takes_the_cells_of_kept_prompts_when_it_needs_them",
     f"{_REUSE}more_questions_about_an_image_are_the_judges[gemma-decode-prompt]",

@@ -25,7 +25,7 @@ from cmg_gguf.llama.model import Model
 from cmg_gguf.llama.placement import Placement
 
 CPU = Device("CPU", "a processor", "CPU", "cpu", 24 * 10**9, 20 * 10**9)
-GPUS = [Device(f"CUDA{i}", "a GPU", "CUDA", "gpu", 8 * 10**9, 10**9) for i in range(2)]
+GPUS = [Device(f"CUDA{i}", "a GPU", "CUDA", "gpu", 8 * 10**9, 10**9, True) for i in range(2)]
 INSIDE = Device("Vulkan0", "part of the processor", "Vulkan", "igpu", 0, 0)
 
 
@@ -105,6 +105,7 @@ def test_an_mtmd_that_cannot_be_told_the_encoders_device_is_not_asked_for_one() 
     ("placed", "says"),
     [
         ({"split_mode": "tensor"}, "'tensor' is unknown: one of none, layer, row"),
+        ({"split_mode": "row", "devices": ["CUDA0", "Vulkan0"]}, "'row': .* Vulkan0 cannot cut"),
         ({"n_gpu_layers": -2}, "n_gpu_layers=-2 is out of range"),
         ({"devices": ["CUDA7"]}, "no device 'CUDA7' .* 3 of them, CUDA0, CUDA1, Vulkan0"),
         ({"devices": ["CPU"]}, "no device 'CPU'"),

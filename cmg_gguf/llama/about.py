@@ -18,7 +18,8 @@ KINDS: tuple[Kind, ...] = ("cpu", "gpu", "igpu", "accel")
 
 @dataclass(frozen=True)
 class Device:
-    """A device that llama.cpp can compute on. memory, free: bytes, 0 if it does not say."""
+    """A device that llama.cpp can compute on. memory, free: bytes, 0 if it does not say.
+    splits_rows: whether rows of one product can lie on several of its backend's."""
 
     name: str
     description: str
@@ -26,6 +27,7 @@ class Device:
     kind: Kind
     memory: int
     free: int
+    splits_rows: bool = False
 
 
 def library() -> Path:
@@ -74,6 +76,9 @@ def _device(handle: int) -> Device:
     memory = _function("ggml_backend_dev_memory", None, ctypes.c_void_p, size_p, size_p)
     memory(handle, ctypes.byref(free), ctypes.byref(total))
     registry = _function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)(handle)
+    extra = _function(
+        "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
+    )
     return Device(
         name=text("ggml_backend_dev_name", handle),
         description=text("ggml_backend_dev_description", handle),
@@ -81,6 +86,7 @@ def _device(handle: int) -> Device:
         kind=KINDS[_function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)(handle)],
         memory=total.value,
         free=free.value,
+        splits_rows=bool(extra(registry, b"ggml_backend_split_buffer_type")),
     )
 
 

@@ -48,7 +48,14 @@ class Placement:
             raise UnsupportedError(
                 f"n_gpu_layers={self.n_gpu_layers} is out of range: -1 (all) and up"
             )
-        used = [device.name for device in self.used()]
+        found = self.used()
+        whole = [device.name for device in found if not device.splits_rows]
+        if self.split_mode == "row" and whole:
+            raise UnsupportedError(
+                f"split_mode='row': the backend of {', '.join(whole)} cannot cut products by rows; "
+                "use 'layer'"
+            )
+        used = [device.name for device in found]
         self._check_split(used)
         if self.main_gpu != 0 and self.split_mode != "none":
             raise UnsupportedError(
