@@ -248,6 +248,12 @@ def test_where_pairs_fork_is_told_and_why_not(
     assert (found.status, found.found) == ("ok", FORKS[config])
 
 
+def test_two_contexts_do_not_fork_and_say_so(pair: TinyPair) -> None:
+    found = of_pair(pair, chat_template="vicuna", pairing="contexts")["forks"]
+    told = "degraded rows are computed in all layers: each branch has a context of its own"
+    assert (found.status, found.found) == ("ok", told)
+
+
 def test_a_layer_that_guidance_does_not_reach_is_named(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

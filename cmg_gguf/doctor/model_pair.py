@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.doctor.branches import both
 from cmg_gguf.doctor.finding import Finding, Status, looked
+from cmg_gguf.engine.fork import obstacles
 from cmg_gguf.guidance import Guidance, LayerSet, TopRatio
 from cmg_gguf.llama.header import projector_facts
 from cmg_gguf.llama.model import Model
@@ -158,14 +159,16 @@ def _reach(vlm: GuidedVLM) -> Iterator[Finding]:
 def _forks(vlm: GuidedVLM) -> Iterator[Finding]:
     """Where degraded rows are not computed below the first masked layer. That they are costs time
     and changes nothing."""
-    obstacles = vlm.engine.fork_obstacles()
+    vlm.forget()  # the survey wants cells
+    lane = vlm.engine.lanes[0]
+    found = obstacles(lane.original.context, paired=lane.paired)
     refused: dict[str, list[int]] = {}
-    for layer, why in obstacles.items():
+    for layer, why in found.items():
         if why:
             refused.setdefault(why, []).append(layer)
     if not refused:
         yield Finding("forks", "ok", "degraded rows are not computed below the first masked layer")
-    elif sum(map(len, refused.values())) == len(obstacles):
+    elif sum(map(len, refused.values())) == len(found):
         told = f"degraded rows are computed in all layers: {'; '.join(refused)}"
         yield Finding("forks", "ok", told)
     else:

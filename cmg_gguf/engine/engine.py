@@ -27,7 +27,7 @@ from cmg_gguf.engine.checks import check_cells, check_prompt
 from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.contrast import ContrastSession, cells_of_both
 from cmg_gguf.engine.decoding import Decoder, Failure, together
-from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, obstacle, survey
+from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
 from cmg_gguf.engine.replay import first_blind
@@ -277,23 +277,6 @@ class Engine:
         """Groups of batches, by index, that may share a decode."""
         return together(batches)
 
-    def fork_obstacles(self) -> dict[int, str]:
-        """Why degraded rows cannot enter beside their originals at layer 1, 2, ... (see
-        `cmg_gguf.engine.fork`); "" where they can. Decodes rows of no use to see, the first time.
-        """
-        with self.lock:
-            why = ""
-            if self._context.has_state:
-                why = "some layers keep a state, which would miss them"
-            elif not self.lanes[0].paired:
-                why = "each branch has a context of its own"
-            else:
-                self._survey()
-                if not is_surveyed(self._context):
-                    why = "no KV cells were free to look into the graph"
-            layers = range(1, self._context.n_layer)
-            return {il: why or obstacle(self._context, il) for il in layers}
-
     def make_room(self, n_more: int = 0) -> bool:
         """Lets kept prefixes go until all that sessions count as their own fits, and n_more cells;
         whether it does."""
@@ -301,11 +284,6 @@ class Engine:
             unshared = self._n_unshared() + n_more
             fits = self.prefixes.make_room(self._n_own() + n_more)
             return fits and unshared <= self._context.n_ctx
-
-    def _survey(self) -> None:
-        """Learns where pairs fork, if that is not known and there is room."""
-        if not is_surveyed(self._context) and self.make_room(max(SURVEYED)):
-            survey(self._context)
 
     def _new_session(
         self,
@@ -319,7 +297,8 @@ class Engine:
         strategy = replace(self.strategy, waiting="never") if alone and by_clock else self.strategy
         rows = rows_of(prompt, guidance, self._context)
         if rows.guided and self.strategy.fork and branches.paired:
-            self._survey()
+            if not is_surveyed(self._context) and self.make_room(max(SURVEYED)):
+                survey(self._context)
             forking = Forking(self._context, rows.layers or ())
             if forking.pairs or strategy.may_wait(guidance):
                 rows.fork_at(forking.layer)

@@ -52,10 +52,19 @@ def is_surveyed(context: Context) -> bool:
     return context.patch.fork_obstacle(1, shrinks=True) is not None
 
 
-def obstacle(context: Context, layer: int) -> str:
-    """Why rows cannot enter there while others are computed below; "" = they can. Of a context that
-    was surveyed."""
-    return context.patch.fork_obstacle(layer, shrinks=True) or ""
+def obstacles(context: Context, *, paired: bool) -> dict[int, str]:
+    """Why degraded rows cannot enter at layer 1, 2, ... while their originals are computed below;
+    "" where they can. paired: both branches are in this context. Surveys it where it was not.
+    """
+    why = ""
+    if context.has_state:
+        why = "some layers keep a state, which would miss them"
+    elif not paired:
+        why = "each branch has a context of its own"
+    elif not is_surveyed(context):
+        survey(context)
+    layers = range(1, context.n_layer)
+    return {il: why or context.patch.fork_obstacle(il, shrinks=True) or "" for il in layers}
 
 
 def survey(context: Context) -> None:
