@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 from benchmark_model import benchmark_pair, cache_folder
 from rich.console import Console
@@ -129,12 +129,18 @@ def decoded(kind: str, threads: int, model: str) -> Iterator[object]:
     """Answers without end, each behind the prompt, which is decoded with the first token of all."""
     from benchmarks.decoding import HALF, Guided, Unhooked
     from benchmarks.plain_llama import open_llama
+    from benchmarks.quantized import BenchQuant
     from benchmarks.subjects import embedded_subject, random_subject
 
     from cmg_gguf import GuidedVLM
     from cmg_gguf.guidance import PLAIN as UNGUIDED
 
-    subject = embedded_subject() if model == EMBEDDED else random_subject(cache_folder(), model)
+    if model == EMBEDDED:
+        subject = embedded_subject()
+    else:
+        subject = random_subject(cache_folder(), cast(BenchQuant, model))
+    if subject is None:
+        raise SystemExit("the built-in model did not come along with this package")
     shape: dict[str, Any] = {"n_ctx": 2048, "n_threads": threads, "flash_attn": True}
     if kind == LLAMA:
         llama = open_llama(subject.pair.llm, n_threads_batch=threads, verbose=False, **shape)
@@ -225,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, returns 0."""
     args = _arguments(argv)
     if args.decode:
-        decode(args.decode, *args.threads, args.model)
+        decode(args.decode, args.threads[0], args.model)
         return 0
     if args.model != EMBEDDED:
         benchmark_pair(cache_folder(), args.model)
