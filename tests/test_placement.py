@@ -18,7 +18,7 @@ from tiny_llava import TinyPair
 from cmg_gguf import BackendError, ModelError, UnsupportedError
 from cmg_gguf.cli.model_flags import ModelFlags
 from cmg_gguf.llama import context, model, placement
-from cmg_gguf.llama.about import Device, device_handle, devices, free_memory
+from cmg_gguf.llama.about import Device, device_handle, devices, free_memory, takes
 from cmg_gguf.llama.context import LlamaContext
 from cmg_gguf.llama.layers import layer_places
 from cmg_gguf.llama.model import Model
@@ -176,6 +176,33 @@ def test_a_cache_without_room_is_an_error_and_nothing_is_lost(llama: Tiny, pair:
     LlamaContext(llama.model, EXACT, n_seq_max=2).close()
     with pytest.raises(BackendError, match="cannot make a context"):
         open_vlm(pair, n_ctx=2**31 - 1)
+
+
+def test_a_cache_that_no_device_computes_on_is_an_error(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Vulkan device has memory for more than it takes as one tensor, and llama.cpp aborts."""
+    monkeypatch.setattr(Placement, "used", lambda self: [replace(CPU, name="Vulkan0")])
+    monkeypatch.setattr(context, "device_handle", lambda name: 7)
+    monkeypatch.setattr(
+        context, "takes", lambda device, kind, width, length: width * length * 4 <= 64_000
+    )
+    monkeypatch.setattr(llama.model, "placement", Placement(n_gpu_layers=99))
+    width = 2 * llama.model.n_embd // 4  # two of four heads
+    most = 64_000 // (4 * width)
+    with pytest.raises(BackendError, match=rf"Vulkan0 .* layer's K of 999 .* n_ctx={most} is the"):
+        LlamaContext(llama.model, replace(EXACT, n_ctx=999), n_seq_max=2)
+    LlamaContext(llama.model, replace(EXACT, n_ctx=most), n_seq_max=2).close()
+    LlamaContext(llama.model, replace(EXACT, n_ctx=999, offload_kqv=False), n_seq_max=2).close()
+    monkeypatch.setattr(llama.model, "placement", Placement(n_gpu_layers=1))
+    LlamaContext(llama.model, replace(EXACT, n_ctx=999), n_seq_max=2).close()
+
+
+def test_whether_a_device_takes_a_tensor_is_its_own_answer() -> None:
+    for device in devices():
+        handle = device_handle(device.name)
+        assert takes(handle, 1, 64, 256)
+        assert device.kind != "cpu" or takes(handle, 1, 64, 2**31 - 1)
 
 
 def test_how_much_room_there_is_is_told_where_a_device_may_have_too_little(

@@ -51,6 +51,24 @@ def device_handle(name: str) -> int:
     return handle
 
 
+class _InitParams(ctypes.Structure):
+    _fields_ = (("size", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def takes(device: int, ggml_type: int, width: int, length: int) -> bool:
+    """Whether the device, a ggml_backend_dev_t, computes on a (length, width) tensor. Some do not
+    beyond a size of one tensor, however much memory they have."""
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    overhead = _function("ggml_tensor_overhead", ctypes.c_size_t)()
+    memory = _function("ggml_init", pointer, _InitParams)(_InitParams(2 * overhead, None, True))
+    new = _function("ggml_new_tensor_2d", pointer, pointer, ctypes.c_int, count, count)
+    supports = _function("ggml_backend_dev_supports_op", ctypes.c_bool, pointer, pointer)
+    try:
+        return bool(supports(device, new(memory, ggml_type, width, length)))
+    finally:
+        _function("ggml_free", None, pointer)(memory)
+
+
 def free_memory() -> str:
     """What devices other than the CPU have left: "Vulkan0 has 1.2 of 8.0 GB free"; "" without."""
     return ", ".join(
