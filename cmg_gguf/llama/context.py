@@ -6,11 +6,9 @@ import ctypes
 import os
 import warnings
 import weakref
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import llama_cpp
@@ -20,7 +18,8 @@ import numpy.typing as npt
 from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray, IntArray
 from cmg_gguf.errors import BackendError, ContextLengthError, UnsupportedError
-from cmg_gguf.llama.about import device_handle, free_memory, takes
+from cmg_gguf.llama.about import free_memory
+from cmg_gguf.llama.cache_size import too_large
 from cmg_gguf.llama.chunks import image_positions
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
@@ -127,11 +126,11 @@ class LlamaContext:
             self.patch.callback, llama_cpp.ggml_backend_sched_eval_callback
         )
         params.cb_eval_user_data = self.patch.user_data
-        too_large = _too_large(model, params)
+        obstacle = too_large(model, params)
         with captured_errors() as errors:
-            handle = not too_large and llama_cpp.llama_init_from_model(model.handle, params)
+            handle = not obstacle and llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
-            reason = too_large or (errors[0] if errors else "no reason given")
+            reason = obstacle or (errors[0] if errors else "no reason given")
             if free := free_memory():
                 reason += f"; {free}; if it does not fit, lower n_ctx, n_ubatch or n_gpu_layers"
             raise BackendError(f"llama.cpp cannot make a context with {options}: {reason}")
@@ -337,33 +336,6 @@ class _Batch:
         self._logits[:n] = False
         for pointer in self._seq[:n]:
             pointer[0] = seq
-
-
-def _too_large(model: Model, params: Any) -> str:
-    """What is wrong where a layer's K or V is larger than what a device that may hold it computes
-    on in one piece, whatever its memory: llama.cpp ends the process there. "" = nothing. By the
-    sizes of the first layer."""
-    placement = model.placement
-    # The first that goes to a device is the output.
-    if placement is None or placement.n_gpu_layers in (0, 1) or not params.offload_kqv:
-        return ""
-    n_ctx = params.n_ctx or llama_cpp.llama_model_n_ctx_train(model.handle)
-    n_head = llama_cpp.llama_model_n_head(model.handle)
-    n_head_kv = llama_cpp.llama_model_n_head_kv(model.handle)
-    arch = model.metadata("general.architecture")
-    for part, name, cache_type in (("K", "key", params.type_k), ("V", "value", params.type_v)):
-        told = model.metadata(f"{arch}.attention.{name}_length")
-        head = int(told) if told else llama_cpp.llama_model_n_embd(model.handle) // max(1, n_head)
-        for device in placement.used():
-            fits = partial(takes, device_handle(device.name), cache_type, n_head_kv * head)
-            if not fits(n_ctx):
-                most = bisect_left(range(1, n_ctx), True, key=lambda n: not fits(n))
-                return (
-                    f"{device.name} computes on no tensor as large as a layer's {part} of {n_ctx} "
-                    f"cells; n_ctx={most} is the most, or keep the cache on the host "
-                    "(offload_kqv=False, --no-kv-offload)"
-                )
-    return ""
 
 
 def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
