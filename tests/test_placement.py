@@ -17,7 +17,7 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import BackendError, ModelError, UnsupportedError
 from cmg_gguf.cli.model_flags import ModelFlags
-from cmg_gguf.llama import context, model, placement
+from cmg_gguf.llama import cache_size, context, model, placement
 from cmg_gguf.llama.about import Device, device_handle, devices, free_memory, takes
 from cmg_gguf.llama.context import LlamaContext
 from cmg_gguf.llama.layers import layer_places
@@ -183,9 +183,9 @@ def test_a_cache_that_no_device_computes_on_is_an_error(
 ) -> None:
     """A Vulkan device has memory for more than it takes as one tensor, and llama.cpp aborts."""
     monkeypatch.setattr(Placement, "used", lambda self: [replace(CPU, name="Vulkan0")])
-    monkeypatch.setattr(context, "device_handle", lambda name: 7)
+    monkeypatch.setattr(cache_size, "device_handle", lambda name: 7)
     monkeypatch.setattr(
-        context, "takes", lambda device, kind, width, length: width * length * 4 <= 64_000
+        cache_size, "takes", lambda device, kind, width, length: width * length * 4 <= 64_000
     )
     monkeypatch.setattr(llama.model, "placement", Placement(n_gpu_layers=99))
     width = 2 * llama.model.n_embd // 4  # two of four heads

@@ -1,4 +1,4 @@
-"""Whether devices compute on a KV cache of that size, which llama.cpp does not ask before it does."""
+"""Whether devices compute on a KV cache of that size: llama.cpp does not ask before it does."""
 
 from __future__ import annotations
 
