@@ -55,8 +55,8 @@ CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
     "tokens": tuple({"tokens": TopRatio(ratio)} for ratio in (0.25, 0.5, 0.75, 1.0)),
     # A gate takes strength away and earlier layers add some, so the three are tried together.
     "strength": tuple(
-        {"layers": LayerRange(start, 1), "gate": gate, "alpha": alpha}
-        for start in (0, 1 / 3, 0.5)
+        {"layers": LayerRange(start, 1.0), "gate": gate, "alpha": alpha}
+        for start in (0.0, 1 / 3, 0.5)
         for gate in (None, Disagreement(3.0))
         for alpha in (0.5, 1.0, 1.5, 2.0, 3.0)
     ),
