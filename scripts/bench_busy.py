@@ -83,11 +83,9 @@ class Decoding:
 
     def __init__(self, way: Way, model: str) -> None:
         environ = {name: value for name, value in os.environ.items() if name not in WAITING}
+        command = [sys.executable, __file__, "--decode", way.kind, "--model", model]
         self._process = subprocess.Popen(
-            [
-                *(sys.executable, __file__, "--decode", way.kind, "--threads", str(way.threads)),
-                *("--model", model),
-            ],
+            [*command, "--threads", str(way.threads)],
             env={**environ, **way.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -166,15 +166,13 @@ def _forks(vlm: GuidedVLM) -> Iterator[Finding]:
     for layer, why in found.items():
         if why:
             refused.setdefault(why, []).append(layer)
-    if not refused:
-        yield Finding("forks", "ok", "degraded rows are not computed below the first masked layer")
-    elif sum(map(len, refused.values())) == len(found):
+    told = "degraded rows are not computed below the first masked layer"
+    if refused and all(found.values()):
         told = f"degraded rows are computed in all layers: {'; '.join(refused)}"
-        yield Finding("forks", "ok", told)
-    else:
-        told = "; ".join(f"where that is {_listed(at)}: {why}" for why, at in refused.items())
-        told = f"degraded rows are not computed below the first masked layer, but {told}"
-        yield Finding("forks", "ok", told)
+    elif refused:
+        but = "; ".join(f"where that is {_listed(at)}: {why}" for why, at in refused.items())
+        told = f"{told}, but {but}"
+    yield Finding("forks", "ok", told)
 
 
 def _behind(vlm: GuidedVLM, prompt: Prompt, il: int, share: float) -> FloatArray:

@@ -29,8 +29,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ class Measures:
             answers = [reply.text for reply in replies]
             totals = task.figures(sums(table(task, [item for item, _ in asked], answers)))
             found = {f"{kind}_{key}": float(np.asarray(value)) for key, value in totals.items()}
-            path.write_text(json.dumps(found), "utf-8")
+            with _whole(path) as part:
+                part.write_text(json.dumps(found), "utf-8")
         kept: Figures = json.loads(path.read_text("utf-8"))
         return kept
 
@@ -115,10 +117,8 @@ class Measures:
         path = self._path(f"questions-{_name(guidance)}.npy")
         if not path.exists():
             replies = self._replies(_questions(self.n), guidance, max_tokens=1, n_scores=1)
-            rows = np.stack([reply.scores[0] for reply in replies])
-            whole = path.with_suffix(f".{os.getpid()}.npy")
-            np.save(whole, rows)
-            whole.rename(path)
+            with _whole(path) as part, part.open("wb") as file:
+                np.save(file, np.stack([reply.scores[0] for reply in replies]))
         kept: FloatArray = np.load(path)
         return kept
 
@@ -167,6 +167,14 @@ class Measures:
     def _path(self, name: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{self.n}-{name}"
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write it first, for who else fills the folder reads what is there."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    yield part
+    part.rename(path)
 
 
 def _name(guidance: Guidance) -> str:
@@ -221,9 +229,9 @@ def main() -> None:
             still = [g for g in new if best is None or tried[g]["auc_low"] > 0]
             captions(still, "counter")
             if best is not None:
-                least = tried[PLAIN]["counter_recall"], best["counter_chair_i"]
-                still = [g for g in still if tried[g]["counter_recall"] >= least[0]]
-                still = [g for g in still if tried[g]["counter_chair_i"] < least[1]]
+                least = tried[PLAIN]["counter_recall"]
+                still = [g for g in still if tried[g]["counter_recall"] >= least]
+                still = [g for g in still if tried[g]["counter_chair_i"] < best["counter_chair_i"]]
             captions(still, "typical")
             for guidance in new:
                 print(_line(guidance, tried[guidance]), flush=True)

@@ -142,7 +142,7 @@ class _TableGELU(torch.nn.Module):
 def _streams(out: Any) -> list[Any]:
     """What an encoder gives: the embeddings, and with deepstack what further layers of the decoder
     read, in their order."""
-    deep = list(getattr(out, "deepstack_features", None) or [])
+    deep = _deepstack(out)
     if _names_layers(deep):
         return [part for _, part in sorted(deep, key=lambda pair: int(pair[0]))]
     return [out.pooler_output if hasattr(out, "pooler_output") else out, *deep]
@@ -152,7 +152,7 @@ def _exchanged(out: Any, streams: list[Any]) -> Any:
     """`out` with others of them."""
     if not hasattr(out, "pooler_output"):
         return streams[0]
-    deep = list(getattr(out, "deepstack_features", None) or [])
+    deep = _deepstack(out)
     if _names_layers(deep):
         layers = sorted(layer for layer, _ in deep)
         out.deepstack_features = list(zip(layers, streams, strict=True))
@@ -161,6 +161,10 @@ def _exchanged(out: Any, streams: list[Any]) -> Any:
     if deep:
         out.deepstack_features = streams[1:]
     return out
+
+
+def _deepstack(out: Any) -> list[Any]:
+    return list(getattr(out, "deepstack_features", None) or [])
 
 
 def _names_layers(deep: list[Any]) -> bool:
