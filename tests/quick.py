@@ -1,4 +1,4 @@
-"""`--quick`: one to thirteen minutes, by the machine, in which every module of the package is at work.
+"""`--quick`: one to thirteen minutes, by the machine, in which every module is at work.
 
 Left out are tests marked `slow`, and all but the first and the last case of a test that has many.
 A run of all that is left then fails if it called no function of some module. That is seen by a
