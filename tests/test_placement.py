@@ -106,6 +106,8 @@ def test_an_mtmd_that_cannot_be_told_the_encoders_device_is_not_asked_for_one() 
     [
         ({"split_mode": "tensor"}, "'tensor' is unknown: one of none, layer, row"),
         ({"split_mode": "row", "devices": ["CUDA0", "Vulkan0"]}, "'row': .* Vulkan0 cannot cut"),
+        ({"split_mode": "row", "n_gpu_layers": 0}, "'row' with n_gpu_layers=0 has no device"),
+        ({"split_mode": "row", "devices": ()}, "'row' .* has no device .* 0 of them"),
         ({"n_gpu_layers": -2}, "n_gpu_layers=-2 is out of range"),
         ({"devices": ["CUDA7"]}, "no device 'CUDA7' .* 3 of them, CUDA0, CUDA1, Vulkan0"),
         ({"devices": ["CPU"]}, "no device 'CPU'"),
@@ -127,7 +129,7 @@ def test_what_cannot_be_or_would_be_ignored_is_refused(placed: dict[str, Any], s
 
 @pytest.mark.skipif(ON_DEVICE, reason="there is a device here")
 def test_a_build_for_the_cpu_says_so(pair: TinyPair) -> None:
-    for placed in ({"devices": ["CUDA0"]}, {"tensor_split": [1.0]}):
+    for placed in ({"devices": ["CUDA0"]}, {"tensor_split": [1.0]}, {"split_mode": "row"}):
         with pytest.raises(UnsupportedError, match="built for the CPU"):
             Model.load(pair.llm, **placed)
 

@@ -50,6 +50,21 @@ def test_settings_come_back_as_they_were(guidance: Guidance, tmp_path: Path) -> 
     assert guidance_from_json(json.loads(json.dumps(guidance_to_json(guidance)))) == guidance
 
 
+def test_equal_guidances_are_written_alike() -> None:
+    whole = Guidance(
+        alpha=2, beta=0, tokens=TopRatio(1), layers=LayerRange(0, 1), gate=Disagreement(3)
+    )
+    same = Guidance(
+        alpha=2.0,
+        beta=0.0,
+        tokens=TopRatio(1.0),
+        layers=LayerRange(0.0, 1.0),
+        gate=Disagreement(3.0),
+    )
+    assert json.dumps(guidance_to_json(whole)) == json.dumps(guidance_to_json(same))
+    assert guidance_to_json(Guidance(layers=[3, 1]))["layers"]["layers"] == [1, 3]
+
+
 def test_weights_of_evidence_are_kept_with_them(tmp_path: Path) -> None:
     weights = EvidenceModel(intercept=-0.5, divergence=3.25, fitted_on="scenes")
     save_settings(tmp_path / "s.json", Settings(Guidance(), {}, weights))

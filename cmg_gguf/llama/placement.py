@@ -49,13 +49,9 @@ class Placement:
                 f"n_gpu_layers={self.n_gpu_layers} is out of range: -1 (all) and up"
             )
         found = self.used()
-        whole = [device.name for device in found if not device.splits_rows]
-        if self.split_mode == "row" and whole:
-            raise UnsupportedError(
-                f"split_mode='row': the backend of {', '.join(whole)} cannot cut products by rows; "
-                "use 'layer'"
-            )
         used = [device.name for device in found]
+        if self.split_mode == "row":
+            self._check_rows(found)
         self._check_split(used)
         if self.main_gpu != 0 and self.split_mode != "none":
             raise UnsupportedError(
@@ -116,6 +112,18 @@ class Placement:
                 "be chosen since llama-cpp-python 0.3.36; update it, or leave both out"
             )
         params.device = device_handle(used[self.main_gpu].name)
+
+    def _check_rows(self, found: Sequence[Device]) -> None:
+        if not found or not self.on_device:
+            raise UnsupportedError(
+                f"split_mode='row' with n_gpu_layers={self.n_gpu_layers} has no device to cut "
+                f"products for: {_counted([device.name for device in found])}; use 'layer'"
+            )
+        if whole := [device.name for device in found if not device.splits_rows]:
+            raise UnsupportedError(
+                f"split_mode='row': the backend of {', '.join(whole)} cannot cut products by rows; "
+                "use 'layer'"
+            )
 
     def _check_split(self, used: Sequence[str]) -> None:
         split = self.tensor_split
