@@ -1,6 +1,6 @@
 """The package on 64-bit Arm, emulated by qemu-user: tests, and captions beside this machine's.
 
-    scripts/check_aarch64 [FOLDER] [--board pi5|pi4] [--scenes N] [TEST ...]
+    scripts/check_aarch64 [FOLDER] [--board pi5|pi4] [--scenes N] [--tests TEST ...]
 
 Installs Debian's cross compiler and emulator (as root; else says which are missing), builds as
 scripts/aarch64_build.py says, into FOLDER (default: ~/.cache/cmg-gguf/aarch64), and runs the quick
