@@ -95,7 +95,7 @@ CHOSEN = (
             "AttentionMass(share=0.5)",
             "LowestCosine(share=1.0)",
         )
-        for pairing_tokens in ("contexts-some", "contexts-all", "pair-some", "pair-all")
+        for pairing_tokens in ("contexts-some", "contexts-all", "pair-all")
     ),
     f"{_REUSE}an_answer_takes_the_cells_of_kept_prompts_when_it_needs_them",
     f"{_REUSE}more_questions_about_an_image_are_the_judges[gemma-decode-prompt]",
@@ -123,7 +123,15 @@ LEFT_OUT = {
     "many answers with many policies (test_batching, most of test_reuse)": "where a choice of "
     "tokens hangs by a hair, a device's rounding turns it: of three questions about one picture "
     "lavapipe takes one token for another once, and that step's logits are .12 off the judge's",
+    "a hybrid's pair with half of its tokens hidden": "two influences are 1.2e-5 apart there, and "
+    "lavapipe's 4.6e-5 off: on one processor it takes one token for the other at one step, on "
+    "another not",
 }
+ON_MESA_22 = {
+    "test_plan_parts.py::test_each_part_reads_the_stream_of_its_own_last_row": "on one processor of two the process ends in lavapipe of Mesa 22.3.6, whose "
+    "heap is broken; with Mesa 25.0.7 (Debian 13) it passes on the same one",
+}
+"""Of CHOSEN, what is not run with lavapipe of Mesa 22."""
 ON_LAVAPIPE = {
     "flash attention": "lavapipe of Mesa 22.3.6 crashes where a shape of one row is compiled "
     "before one of several; llama_cpp alone does too, not each time. GPUs run it",

@@ -23,8 +23,8 @@ from device_suite import (
     run_tests,
     tell,
 )
-from device_tests import ALSO_ON_TWO, CHOSEN, LEFT_OUT, ON_LAVAPIPE
-from vulkan_check import PACKAGES, headers, lavapipe
+from device_tests import ALSO_ON_TWO, CHOSEN, LEFT_OUT, ON_LAVAPIPE, ON_MESA_22
+from vulkan_check import PACKAGES, headers, lavapipe, mesa_major
 
 from cmg_gguf.llama.versions import REQUIREMENT
 
@@ -181,6 +181,15 @@ def test_lavapipe_is_the_only_driver_that_is_looked_at(
     found = lavapipe()
     assert found["VK_DRIVER_FILES"] == str(tmp_path / "lvp_icd.x86_64.json")
     assert found["CMG_TEST_FLASH"] == "0"
+
+
+@pytest.mark.parametrize(("version", "major"), [("22.3.6-1+deb12u1", 22), ("25.0.7-2", 25)])
+def test_what_mesa_22_cannot_run_is_one_of_the_chosen_tests(
+    version: str, major: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs(tmp_path, monkeypatch, dpkg_query=f"printf {version}")
+    assert mesa_major() == major
+    assert set(ON_MESA_22) < set(CHOSEN)
 
 
 def test_the_header_that_fills_debians_up_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

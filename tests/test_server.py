@@ -365,13 +365,14 @@ def test_errors_of_http_have_the_same_shape(
 
 
 def test_what_is_nested_too_deeply_is_refused(served: Served) -> None:
-    deep: Any = 1
-    for _ in range(900):
-        deep = {"a": deep}
-    for fields in ({"x": deep}, {"cmg": deep}, {"chat_template_kwargs": {"x": deep}}):
-        body = asking(None, **fields)
-        body["messages"][0]["x"] = deep
-        assert served.post(body).status_code == 400
+    """Deeper than any Python's JSON reader goes: 1,000 until 3.11, 10,000 in 3.13."""
+    deep = '{"a":' * 50_000 + "1" + "}" * 50_000
+    for fields in ({"x": "DEEP"}, {"cmg": "DEEP"}, {"chat_template_kwargs": {"x": "DEEP"}}):
+        content = json.dumps(asking(None, **fields)).replace('"DEEP"', deep)
+        with served.client(headers={"Content-Type": "application/json"}) as client:
+            response = client.post("/v1/chat/completions", content=content)
+        assert response.status_code == 400
+        assert "nests too many" in response.json()["error"]["message"]
     assert served.is_idle
 
 

@@ -122,6 +122,8 @@ def _wrong_field(exc: RequestValidationError) -> Refused:
 
 
 def _of_http(exc: HTTPException, request: Request) -> Refused:
+    if isinstance(exc.__cause__, RecursionError):  # of the JSON reader
+        return refused(exc.__cause__)
     reasons = {
         404: f"there is no {request.url.path}; GET /openapi.json names what there is",
         405: f"{request.method} {request.url.path} is not there; it takes "
