@@ -128,8 +128,9 @@ LEFT_OUT = {
     "another not",
 }
 ON_MESA_22 = {
-    "test_plan_parts.py::test_each_part_reads_the_stream_of_its_own_last_row": "on one processor of two the process ends in lavapipe of Mesa 22.3.6, whose "
-    "heap is broken; with Mesa 25.0.7 (Debian 13) it passes on the same one",
+    "test_plan_parts.py::test_each_part_reads_the_stream_of_its_own_last_row": "on one processor "
+    "of two the process ends in lavapipe of Mesa 22.3.6, whose heap is broken; with Mesa 25.0.7 "
+    "(Debian 13) it passes on the same one",
 }
 """Of CHOSEN, what is not run with lavapipe of Mesa 22."""
 ON_LAVAPIPE = {
