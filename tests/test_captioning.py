@@ -46,8 +46,9 @@ def put_pictures(folder: Path, *names: str) -> Path:
 def test_every_picture_gets_its_caption_and_nothing_else_is_written(tmp_path: Path) -> None:
     draw_odd(tmp_path)
     before = files_in(tmp_path)
-    # One at a time and in one fixed way, so that answers repeat to the bit.
-    with GuidedVLM(MODEL.model, MODEL.mmproj, n_parallel=1, strategy="exact") as vlm:
+    # One at a time, in one fixed way and from no kept prompt, so that answers repeat to the bit.
+    fixed: dict[str, Any] = {"n_parallel": 1, "strategy": "exact", "prefix_cells": 0}
+    with GuidedVLM(MODEL.model, MODEL.mmproj, **fixed) as vlm:
         made = cmg_gguf.caption(tmp_path, vlm, recursive=True, guidance=embedded_guidance())
         said = [
             vlm.generate(

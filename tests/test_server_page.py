@@ -19,6 +19,7 @@ from cmg_gguf.heat.geometry import Picture, Tile
 from cmg_gguf.heat.maps import Heat
 from cmg_gguf.server.service import Service
 from cmg_gguf.server.web import ASSETS, HEADERS, SCENE, SCENES
+from cmg_gguf.tiny.pair import embedded_guidance
 from cmg_gguf.tiny.scenes import draw, make_scene
 
 KEY = "a-key-of-the-tests"
@@ -136,7 +137,7 @@ def test_asks_for_the_key_and_marks_what_guidance_changed(browser: Any, tmp_path
         (mark, *_) = browser.find_elements("css selector", "#guided mark")
         assert plain != guided
         assert guided.partition(mark.text)[0] == plain[: guided.index(mark.text)]
-        assert by_id(browser, "alpha").get_attribute("value") == "0.5"
+        assert by_id(browser, "alpha").get_attribute("value") == f"{embedded_guidance().alpha:g}"
         browser.execute_script("arguments[0].focus()", mark)
         shown = "return getComputedStyle(arguments[0], '::after').content"
         assert "Likeliest" in browser.execute_script(shown, mark)
