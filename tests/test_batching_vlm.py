@@ -424,7 +424,7 @@ def test_a_salted_prompt_that_begins_with_a_picture_too_long_to_keep_is_not_kept
 # --- who closes, forgets and fails ----------------------------------------------------------------
 
 
-PATIENCE = 8.0
+PATIENCE = 120.0
 """Seconds until something counts as hanging."""
 
 
@@ -624,7 +624,7 @@ next(streams[0])
 def test_a_program_may_end_while_answers_are_made(pair: TinyPair, end: str) -> None:
     command = [sys.executable, "-c", EXITING + end, str(pair.llm), str(pair.mmproj)]
     folder = pair.llm.parent  # of no package
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, cwd=folder)
+    done = subprocess.run(command, capture_output=True, timeout=300, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr[-500:]
 
 
