@@ -57,6 +57,13 @@ def mesa_major() -> int:
     return int(subprocess.check_output(query, text=True).split(".")[0])
 
 
+def on_lavapipe(mesa: int) -> tuple[Sequence[str], dict[str, str]]:
+    """The tests that are run on lavapipe of that Mesa; what is left out, and why."""
+    crashing = ON_MESA_22 if mesa == 22 else {}
+    chosen = [name for name in CHOSEN if name not in crashing]
+    return chosen, {**LEFT_OUT, **ON_LAVAPIPE, **crashing}
+
+
 def headers() -> dict[str, str]:
     """What the build needs where Debian's Vulkan headers lack a type that ggml names."""
     places = [str(ROOT / "scripts" / "vulkan"), os.environ.get("CPLUS_INCLUDE_PATH", "")]
@@ -67,11 +74,7 @@ def run(folder: Path, *, gpu: bool, bench_options: Sequence[str]) -> int:
     """Builds, tests, measures; prints the summary."""
     install_packages(PACKAGES)
     device = {} if gpu else lavapipe()
-    left_out = LEFT_OUT if gpu else {**LEFT_OUT, **ON_LAVAPIPE}
-    chosen: Sequence[str] = CHOSEN
-    if not gpu and mesa_major() == 22:
-        chosen = [name for name in CHOSEN if name not in ON_MESA_22]
-        left_out = {**left_out, **ON_MESA_22}
+    chosen, left_out = (CHOSEN, LEFT_OUT) if gpu else on_lavapipe(mesa_major())
     python = environment(folder, "-DGGML_VULKAN=on", **headers())
     tests = run_tests(python, chosen, device=device)
     twice = run_tests(python, ALSO_ON_TWO, device={**device, **TWICE})

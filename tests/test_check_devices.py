@@ -24,7 +24,7 @@ from device_suite import (
     tell,
 )
 from device_tests import ALSO_ON_TWO, CHOSEN, LEFT_OUT, ON_LAVAPIPE, ON_MESA_22
-from vulkan_check import PACKAGES, headers, lavapipe, mesa_major
+from vulkan_check import PACKAGES, headers, lavapipe, mesa_major, on_lavapipe
 
 from cmg_gguf.llama.versions import REQUIREMENT
 
@@ -190,6 +190,10 @@ def test_what_mesa_22_cannot_run_is_one_of_the_chosen_tests(
     programs(tmp_path, monkeypatch, dpkg_query=f"printf {version}")
     assert mesa_major() == major
     assert set(ON_MESA_22) < set(CHOSEN)
+    chosen, left_out = on_lavapipe(major)
+    assert set(CHOSEN) - set(chosen) == (set(ON_MESA_22) if major == 22 else set())
+    assert ON_LAVAPIPE.keys() <= left_out.keys()
+    assert (ON_MESA_22.keys() <= left_out.keys()) == (major == 22)
 
 
 def test_the_header_that_fills_debians_up_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from served import data_url, serving
 from cmg_gguf.chat.heat import heat_block
 from cmg_gguf.heat.geometry import Picture, Tile
 from cmg_gguf.heat.maps import Heat
-from cmg_gguf.server.service import Service
+from cmg_gguf.server.service import Defaults, Service
 from cmg_gguf.server.web import ASSETS, HEADERS, SCENE, SCENES
 from cmg_gguf.tiny.pair import embedded_guidance
 from cmg_gguf.tiny.scenes import draw, make_scene
@@ -121,7 +122,8 @@ def test_asks_for_the_key_and_marks_what_guidance_changed(browser: Any, tmp_path
 
     picture = tmp_path / "<img src=x onerror=alert(1)>.png"
     picture.write_bytes(base64.b64decode(data_url().partition(",")[2]))
-    with serving(keys=[KEY]) as served:
+    defaults = Defaults(guidance=replace(embedded_guidance(), alpha=0.5))  # the page alone has 1
+    with serving(keys=[KEY], defaults=defaults) as served:
         browser.get(served.url)
         wait = WebDriverWait(browser, 60)
         by_id(browser, "file").send_keys(str(picture))
@@ -137,7 +139,7 @@ def test_asks_for_the_key_and_marks_what_guidance_changed(browser: Any, tmp_path
         (mark, *_) = browser.find_elements("css selector", "#guided mark")
         assert plain != guided
         assert guided.partition(mark.text)[0] == plain[: guided.index(mark.text)]
-        assert by_id(browser, "alpha").get_attribute("value") == f"{embedded_guidance().alpha:g}"
+        assert by_id(browser, "alpha").get_attribute("value") == "0.5"
         browser.execute_script("arguments[0].focus()", mark)
         shown = "return getComputedStyle(arguments[0], '::after').content"
         assert "Likeliest" in browser.execute_script(shown, mark)
