@@ -639,6 +639,8 @@ def test_pillows_own_limit_holds_where_none_is_asked_for(
     assert "12 pixels and the limit is 11" in line
     assert "raise PIL.Image.MAX_IMAGE_PIXELS" in line
     load_image(encoded(rgb), max_pixels=12)  # and what was asked for holds by itself
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 4)
+    load_image(encoded(rgb), max_pixels=12)  # and wherever Pillow looks at its own once more
 
 
 @pytest.mark.parametrize("limit", ["12", 12.0, True, -5])

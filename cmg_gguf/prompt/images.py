@@ -203,7 +203,8 @@ def _joined(
 def _bands(size: tuple[int, int], factor: int = 1) -> Iterator[tuple[int, int]]:
     """Yield the first row of each band and the row after its last."""
     width, height = size
-    step = max(1, _BAND_PIXELS // (width * factor)) * factor
+    pixels = min(_BAND_PIXELS, Image.MAX_IMAGE_PIXELS or _BAND_PIXELS)  # crops are held to it too
+    step = max(1, pixels // (width * factor)) * factor
     for top in range(0, height, step):
         yield top, min(top + step, height)
 
