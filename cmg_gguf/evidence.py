@@ -60,6 +60,8 @@ class EvidenceModel:
                     raise GuidanceError(f"fitted_on={value!r} is no text; say what it was")
             elif not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
                 raise GuidanceError(f"evidence: {name}={value!r} is no finite number")
+            else:
+                object.__setattr__(self, name, float(value))
 
     @property
     def is_fitted(self) -> bool:

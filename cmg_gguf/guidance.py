@@ -31,9 +31,12 @@ States = Literal["read", "unread"]
 MAX_ALPHA = 100.0
 
 
-def _check_range(name: str, value: float, low: float, high: float, meaning: str) -> None:
+def _take_number(settings: object, name: str, low: float, high: float, meaning: str) -> None:
+    """Checks the number of that name, and makes it a float: 1, or a NumPy number, is one too."""
+    value: float = getattr(settings, name)
     if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
         raise GuidanceError(f"{name}={value!r} is out of range: {meaning} from {low:g} to {high:g}")
+    object.__setattr__(settings, name, float(value))
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class TopRatio:
     ratio: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_range("ratio", self.ratio, 0.0, 1.0, "a share of the image tokens")
+        _take_number(self, "ratio", 0.0, 1.0, "a share of the image tokens")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class MeanStd:
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_range("factor", self.factor, -10.0, 10.0, "a number of standard deviations")
+        _take_number(self, "factor", -10.0, 10.0, "a number of standard deviations")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class CumulativeMass:
     mass: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_range("mass", self.mass, 0.0, 1.0, "a share of the attention on image tokens")
+        _take_number(self, "mass", 0.0, 1.0, "a share of the attention on image tokens")
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,8 @@ class LayerRange:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_range("start", self.start, 0.0, 1.0, "a fraction of the depth")
-        _check_range("stop", self.stop, 0.0, 1.0, "a fraction of the depth")
+        _take_number(self, "start", 0.0, 1.0, "a fraction of the depth")
+        _take_number(self, "stop", 0.0, 1.0, "a fraction of the depth")
         if self.start >= self.stop:
             raise GuidanceError(f"start={self.start:g} must be below stop={self.stop:g}")
 
@@ -122,7 +125,7 @@ class AttentionMass:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_range("share", self.share, 1e-9, 1.0, "a share of all layers' image attention")
+        _take_number(self, "share", 1e-9, 1.0, "a share of all layers' image attention")
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class LowestCosine:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_range("share", self.share, 1e-9, 1.0, "a share of the layers")
+        _take_number(self, "share", 1e-9, 1.0, "a share of the layers")
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class Disagreement:
     factor: float = 3.0
 
     def __post_init__(self) -> None:
-        _check_range("factor", self.factor, 1e-9, 1000.0, "a slope")
+        _take_number(self, "factor", 1e-9, 1000.0, "a slope")
 
 
 TokenPolicy = TopRatio | MeanStd | CumulativeMass
@@ -203,8 +206,8 @@ class Guidance:
     states: States = "read"
 
     def __post_init__(self) -> None:
-        _check_range("alpha", self.alpha, 0.0, MAX_ALPHA, "a strength")
-        _check_range("beta", self.beta, 0.0, 1.0, "a share of the top token's probability")
+        _take_number(self, "alpha", 0.0, MAX_ALPHA, "a strength")
+        _take_number(self, "beta", 0.0, 1.0, "a share of the top token's probability")
         if not isinstance(self.tokens, TokenPolicy):
             raise GuidanceError(
                 f"tokens={self.tokens!r} is no token policy: use TopRatio, MeanStd or "

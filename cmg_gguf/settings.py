@@ -65,7 +65,7 @@ def guidance_to_json(guidance: Guidance) -> dict[str, Any]:
     """JSON-ready, the same for equal ones; `guidance_from_json` gives an equal `Guidance` back."""
     assert isinstance(guidance.layers, LayerPolicy)
     content = {
-        **{f.name: _to_json(getattr(guidance, f.name)) for f in fields(guidance)},
+        **{f.name: getattr(guidance, f.name) for f in fields(guidance)},
         "tokens": _rule_to_json("tokens", guidance.tokens),
         "layers": _rule_to_json("layers", guidance.layers),
     }
@@ -135,14 +135,8 @@ def _evidence_from_json(value: object) -> EvidenceModel:
 
 def _rule_to_json(kind: str, value: TokenPolicy | LayerPolicy | Disagreement) -> dict[str, Any]:
     rule = next(name for name, cls in _RULES[kind].items() if type(value) is cls)
-    return {"rule": rule, **{name: _to_json(v) for name, v in asdict(value).items()}}
-
-
-def _to_json(value: Any) -> Any:
-    """Of a setting's value. A number that stands alone is a float, whoever wrote 1 for 1.0."""
-    if isinstance(value, tuple):
-        return list(value)
-    return float(value) if isinstance(value, int) else value
+    numbers = asdict(value).items()
+    return {"rule": rule, **{k: list(v) if isinstance(v, tuple) else v for k, v in numbers}}
 
 
 def _rule_from_json(kind: str, value: object) -> TokenPolicy | LayerPolicy | Disagreement:

@@ -91,7 +91,7 @@ CHOSEN = (
         f"test_hybrid.py::test_both_branches_of_a_hybrid_are_the_judges[{layers}-{pairing_tokens}]"
         for layers in (
             "LayerRange(start=0.3333333333333333, stop=1.0)",
-            "LayerRange(start=0, stop=1)",
+            "LayerRange(start=0.0, stop=1.0)",
             "AttentionMass(share=0.5)",
             "LowestCosine(share=1.0)",
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cmg_gguf.errors import GuidanceError
@@ -50,9 +52,14 @@ def test_settings_come_back_as_they_were(guidance: Guidance, tmp_path: Path) -> 
     assert guidance_from_json(json.loads(json.dumps(guidance_to_json(guidance)))) == guidance
 
 
-def test_equal_guidances_are_written_alike() -> None:
-    whole = Guidance(
-        alpha=2, beta=0, tokens=TopRatio(1), layers=LayerRange(0, 1), gate=Disagreement(3)
+@pytest.mark.parametrize("number", [int, Fraction, np.float32, np.int64])
+def test_a_number_is_a_float_whatever_type_it_came_in(number: Any) -> None:
+    given = Guidance(
+        alpha=number(2),
+        beta=number(0),
+        tokens=TopRatio(number(1)),
+        layers=LayerRange(number(0), number(1)),
+        gate=Disagreement(number(3)),
     )
     same = Guidance(
         alpha=2.0,
@@ -61,7 +68,12 @@ def test_equal_guidances_are_written_alike() -> None:
         layers=LayerRange(0.0, 1.0),
         gate=Disagreement(3.0),
     )
-    assert json.dumps(guidance_to_json(whole)) == json.dumps(guidance_to_json(same))
+    assert repr(given) == repr(same)
+    assert json.dumps(guidance_to_json(given)) == json.dumps(guidance_to_json(same))
+    assert repr(EvidenceModel(divergence=number(3))) == repr(EvidenceModel(divergence=3.0))
+
+
+def test_layers_are_written_as_a_list_in_order() -> None:
     assert guidance_to_json(Guidance(layers=[3, 1]))["layers"]["layers"] == [1, 3]
 
 
