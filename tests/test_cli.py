@@ -609,6 +609,20 @@ def test_a_piped_chat_in_which_a_line_failed_ends_with_1(
     assert bool(result.stdout) == (QUESTION in lines)  # the others were done
 
 
+def test_a_warning_is_one_line_on_standard_error(bench: Bench) -> None:
+    done = subprocess.run(
+        [*PROGRAM, "info", *bench.model[:4], "-ngl", "9", "--device", "none"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd="/",
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stderr == "warning: n_gpu_layers=9 puts no layer on a device: devices names none\n"
+
+
 def test_who_types_sees_what_failed_and_leaves_with_0(bench: Bench) -> None:
     typed, keyboard = pty.openpty()
     os.write(typed, b"/image missing.png\n/nonsense\n/quit\n")

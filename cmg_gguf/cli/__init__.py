@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = ["main"]
@@ -18,8 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _prepare_streams()
     try:
         from cmg_gguf.cli.app import NAME, app
+        from cmg_gguf.cli.screen import print_warning
     except KeyboardInterrupt:
         sys.exit(130)
+    warnings.showwarning = lambda message, *_: print_warning(message)
     app(args=arguments, prog_name=NAME)
 
 

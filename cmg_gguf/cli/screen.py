@@ -49,6 +49,12 @@ def print_error(exc: Exception) -> None:
     _line(Console(stderr=True), Text.assemble(("error:", "bold red"), message))
 
 
+def print_warning(message: Warning | str) -> None:
+    """Writes "warning: ..." in one line."""
+    told = f" {_flat(str(message))}"
+    _line(Console(stderr=True), Text.assemble(("warning:", "bold yellow"), told))
+
+
 class Screen:
     """Standard error during a command. quiet: nothing but errors. progress: whether to show it."""
 

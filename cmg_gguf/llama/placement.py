@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +31,8 @@ class Placement:
     each device has some of the layers, with their KV cells; "row" = rows of each product lie on
     several, where the backend can; "none" = all on one, the main_gpu-th of them, counted from 0.
     tensor_split: how much each device takes, of any sum; None = by its free memory. Raises
-    UnsupportedError for what cannot be on this machine, or would be ignored.
+    UnsupportedError for what cannot be on this machine, or would be ignored; a number of layers
+    that finds no device is warned of alone, for one command line is used on many machines.
     """
 
     n_gpu_layers: int = -1
@@ -61,6 +63,11 @@ class Placement:
         if self.main_gpu != 0 and not 0 <= self.main_gpu < len(used):
             raise UnsupportedError(
                 f"main_gpu={self.main_gpu} is out of range: {_counted(used)}, counted from 0"
+            )
+        if self.n_gpu_layers > 0 and not used:
+            why = _counted(used) if self.devices is None else "devices names none"
+            warnings.warn(
+                f"n_gpu_layers={self.n_gpu_layers} puts no layer on a device: {why}", stacklevel=3
             )
 
     @property
