@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from guided import QUESTION, ids, is_empty, open_vlm
+from patience import PATIENCE, in_time
 from prompts import picture
 from tiny_llava import TinyConfig, TinyPair
 
@@ -422,27 +423,6 @@ def test_a_salted_prompt_that_begins_with_a_picture_too_long_to_keep_is_not_kept
 
 
 # --- who closes, forgets and fails ----------------------------------------------------------------
-
-
-PATIENCE = 120.0
-"""Seconds until something counts as hanging."""
-
-
-def in_time(call: Callable[[], object]) -> object:
-    """What a call gives or raises. Fails where it does not come back."""
-    came: list[object] = []
-
-    def run() -> None:
-        try:
-            came.append(call())
-        except BaseException as exc:
-            came.append(exc)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    assert came, "still waiting"
-    return came[0]
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from works import ENCODE, PATIENCE, Stage, Want, Work, driving, in_time
+from patience import PATIENCE, in_time
+from works import ENCODE, Stage, Want, Work, driving
 
 from cmg_gguf.answer.outbox import End, Outbox
 from cmg_gguf.answer.work import Admission
@@ -336,13 +337,13 @@ def test_closing_ends_all_with_an_error_that_says_so(stage: Stage) -> None:
     stage.submit(*works)
     while len(stage.decodes) < 20:
         time.sleep(0.001)
-    assert in_time(stage.scheduler.close)
+    assert in_time(stage.scheduler.close) is None
     stage.wait(*works)
     assert {type(work.outcome) for work in works} == {ModelError}
     n_decodes = len(stage.decodes)
     with pytest.raises(ModelError, match="closed; make a new one"):
         stage.scheduler.submit(Work(stage, "late", [1]))
-    assert in_time(stage.scheduler.close)
+    assert in_time(stage.scheduler.close) is None
     assert len(stage.decodes) == n_decodes
 
 
@@ -423,7 +424,7 @@ def test_closing_between_asking_and_the_first_round_hangs_nobody(n_times: int) -
             works = [endless(stage, name) for name in "ab"]
             for work in works:
                 stage.scheduler.submit(work)
-            assert in_time(stage.scheduler.close)
+            assert in_time(stage.scheduler.close) is None
             stage.wait(*works)
 
 
@@ -486,7 +487,7 @@ def test_closing_does_not_wait_for_what_an_answer_asks_for_to_end_by_itself(stag
     stage.submit(outer)
     while len(stage.decodes) < 20:
         time.sleep(0.001)
-    assert in_time(stage.scheduler.close)
+    assert in_time(stage.scheduler.close) is None
     stage.wait(outer, inner)
     assert isinstance(outer.outcome, ModelError)
 

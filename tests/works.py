@@ -12,14 +12,15 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from unittest.mock import patch
+
+from patience import PATIENCE, in_time
 
 from cmg_gguf.answer.scheduler import Scheduler
 from cmg_gguf.answer.work import Admission, Encoding
 
 ENCODE = "encode"
 """Stands for an image to encode among what a work wants."""
-PATIENCE = 3.0
-"""Seconds until something counts as hanging."""
 
 Want: TypeAlias = "int | str | Callable[[], object]"
 """Rows to decode; negative: of an image. Or `ENCODE`. Or what is called on the way."""
@@ -185,20 +186,11 @@ class Stage:
 @contextmanager
 def driving(n_parallel: int = 4, n_ubatch: int = 8) -> Iterator[Stage]:
     """A stage that is closed behind the test, and does not hang where that does."""
-    stage, hook = Stage(n_parallel, n_ubatch), threading.excepthook
-    threading.excepthook = lambda crash: stage.crashes.append(crash.exc_value)
-    try:
-        yield stage
-    finally:
-        stage.is_over = True
-        in_time(stage.scheduler.close)
-        threading.excepthook = hook
+    stage = Stage(n_parallel, n_ubatch)
+    with patch.object(threading, "excepthook", lambda crash: stage.crashes.append(crash.exc_value)):
+        try:
+            yield stage
+        finally:
+            stage.is_over = True
+            in_time(stage.scheduler.close)
     assert stage.crashes == []
-
-
-def in_time(call: Callable[[], object]) -> bool:
-    """Whether a call comes back."""
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return not thread.is_alive()
