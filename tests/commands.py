@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from typing import Any
 
@@ -18,6 +19,19 @@ def invoke(*arguments: str, **settings: Any) -> Result:
     """In this process; standard input is no terminal."""
     clean: dict[str, str | None] = {"COLUMNS": "80", **dict.fromkeys(COLOURS)}
     return CliRunner().invoke(app, arguments, env=clean, **settings)
+
+
+def run(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """As a program of its own, to its end. settings: of `subprocess.run`."""
+    usual: dict[str, Any] = {
+        "capture_output": True,
+        "text": True,
+        "cwd": "/",
+        "env": environment(),
+        "timeout": 120,
+        "check": False,
+    }
+    return subprocess.run([*PROGRAM, *arguments], **{**usual, **settings})
 
 
 def environment() -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import pytest
 import typer.main
-from commands import PROGRAM, environment, flat, invoke
+from commands import PROGRAM, environment, flat, invoke, run
 from PIL import Image
 from prompts import picture
 from tiny_llava import TinyPair
@@ -312,15 +312,7 @@ def test_compare_writes_both_answers_with_marks(bench: Bench) -> None:
 
 
 def test_the_answer_alone_is_on_stdout(bench: Bench) -> None:
-    done = subprocess.run(
-        [*PROGRAM, "run", *bench.asking, "-p", QUESTION],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=bench.image.parent,
-        timeout=60,
-        check=True,
-    )
+    done = run("run", *bench.asking, "-p", QUESTION, check=True)
     reply = bench.answer()
     assert done.stdout == reply.text + "\n"
     assert done.stderr.startswith(f"{N} tokens, {reply.n_changed} changed · cut off by -n")
@@ -610,32 +602,17 @@ def test_a_piped_chat_in_which_a_line_failed_ends_with_1(
 
 
 def test_a_warning_is_one_line_on_standard_error(bench: Bench) -> None:
-    done = subprocess.run(
-        [*PROGRAM, "info", *bench.model[:4], "-ngl", "9", "--device", "none"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd="/",
-        timeout=60,
-        check=False,
-    )
+    flags = ["-q", "-ngl", "9", "--device", "none"]
+    done = run("run", *bench.asking, "-p", QUESTION, *flags)
     assert done.returncode == 0
+    assert done.stdout == bench.answer().text + "\n"
     assert done.stderr == "warning: n_gpu_layers=9 puts no layer on a device: devices names none\n"
 
 
 def test_who_types_sees_what_failed_and_leaves_with_0(bench: Bench) -> None:
     typed, keyboard = pty.openpty()
     os.write(typed, b"/image missing.png\n/nonsense\n/quit\n")
-    done = subprocess.run(
-        [*PROGRAM, "chat", *bench.model],
-        stdin=keyboard,
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd="/",
-        timeout=60,
-        check=False,
-    )
+    done = run("chat", *bench.model, stdin=keyboard)
     os.close(keyboard)
     os.close(typed)
     assert done.returncode == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PROGRAM, environment, flat, invoke
+from commands import PROGRAM, environment, flat, invoke, run
 from hubs import Hub
 from PIL import Image
 
@@ -159,16 +159,7 @@ def surroundings(hub: Hub, cache: Path, **more: str) -> dict[str, str]:
 def called(
     hub: Hub, cache: Path, *arguments: str, stdin: str = "", **more: str
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *arguments],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        env=surroundings(hub, cache, **more),
-        cwd=cache,
-        timeout=120,
-        check=False,
-    )
+    return run(*arguments, input=stdin, env=surroundings(hub, cache, **more), cwd=cache)
 
 
 def contents(cache: Path) -> set[bytes]:

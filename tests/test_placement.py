@@ -139,12 +139,12 @@ def test_layers_that_find_no_device_are_told_of_and_lie_on_the_cpu(
 ) -> None:
     monkeypatch.setattr(placement, "devices", lambda: [CPU])
     with pytest.warns(UserWarning, match="n_gpu_layers=99 puts no layer .* built for the CPU"):
-        Placement(n_gpu_layers=99)
+        filled(n_gpu_layers=99)
     monkeypatch.setattr(placement, "devices", lambda: [*GPUS, CPU])
     with pytest.warns(UserWarning, match="n_gpu_layers=1 .*: devices names none"):
-        Placement(n_gpu_layers=1, devices=())
+        filled(n_gpu_layers=1, devices=())
     for unsaid in ({}, {"n_gpu_layers": 99}, {"n_gpu_layers": 0, "devices": ()}, {"devices": ()}):
-        Placement(**unsaid)  # a warning is an error here
+        filled(**unsaid)  # a warning is an error here
 
 
 def test_without_devices_everything_is_on_the_cpu(pair: TinyPair) -> None:

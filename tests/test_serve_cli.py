@@ -7,30 +7,21 @@ import re
 import shlex
 import socket
 import ssl
-import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
 import trustme
-from commands import PROGRAM, environment, flat, invoke
+from commands import environment, flat, invoke, run
 from served import program
 
 
 def failing(*arguments: str) -> tuple[int, str]:
     """Exit code of a command that ends by itself, and what it says on standard error."""
-    run = subprocess.run(
-        [*PROGRAM, "serve", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd="/",
-        env={**environment(), "COLUMNS": "300"},
-    )
-    assert run.stdout == ""
-    return run.returncode, flat(run.stderr)
+    ended = run("serve", *arguments, env={**environment(), "COLUMNS": "300"})
+    assert ended.stdout == ""
+    return ended.returncode, flat(ended.stderr)
 
 
 def test_the_curl_line_that_it_prints_asks_it() -> None:

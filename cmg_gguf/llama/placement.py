@@ -31,8 +31,8 @@ class Placement:
     each device has some of the layers, with their KV cells; "row" = rows of each product lie on
     several, where the backend can; "none" = all on one, the main_gpu-th of them, counted from 0.
     tensor_split: how much each device takes, of any sum; None = by its free memory. Raises
-    UnsupportedError for what cannot be on this machine, or would be ignored; a number of layers
-    that finds no device is warned of alone, for one command line is used on many machines.
+    UnsupportedError for what cannot be on this machine, or would be ignored. Of a number of layers
+    that finds no device `fill` warns alone, for one command line is used on many machines.
     """
 
     n_gpu_layers: int = -1
@@ -64,11 +64,6 @@ class Placement:
             raise UnsupportedError(
                 f"main_gpu={self.main_gpu} is out of range: {_counted(used)}, counted from 0"
             )
-        if self.n_gpu_layers > 0 and not used:
-            why = _counted(used) if self.devices is None else "devices names none"
-            warnings.warn(
-                f"n_gpu_layers={self.n_gpu_layers} puts no layer on a device: {why}", stacklevel=3
-            )
 
     @property
     def on_device(self) -> bool:
@@ -92,7 +87,13 @@ class Placement:
         return [found[name] for name in self.devices]
 
     def fill(self, params: Any) -> tuple[Any, ...]:
-        """Writes it into a llama_model_params; what must live until the model is loaded."""
+        """Writes it into a llama_model_params; what must live until the model is loaded. Warns of
+        layers that find no device."""
+        if self.n_gpu_layers > 0 and not self.used():
+            why = _counted([]) if self.devices is None else "devices names none"
+            warnings.warn(
+                f"n_gpu_layers={self.n_gpu_layers} puts no layer on a device: {why}", stacklevel=2
+            )
         params.n_gpu_layers = self.n_gpu_layers
         params.split_mode = SPLIT_MODES[self.split_mode]
         params.main_gpu = self.main_gpu
