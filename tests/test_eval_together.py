@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 from evals import Squares, check_alike, files, methods, ran, squares
+from patience import PATIENCE
 from tiny_llava import TinyPair
 
+from cmg_gguf.answer.scheduler import Scheduler
 from cmg_gguf.engine.engine import Engine
 from cmg_gguf.evaluation.answering import Answerer, Job, Work
 from cmg_gguf.evaluation.items import groups, read_items
@@ -77,14 +80,23 @@ def test_the_built_in_model_says_together_what_it_says_alone(asked: Any, tmp_pat
 
 @pytest.fixture
 def company(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many answers shared each decode."""
+    """How many answers shared each decode. The first one waits until four are asked for: a thread
+    that asks late would find that the others have ended."""
     found: list[int] = []
-    decode = Engine.decode
+    decode, submit = Engine.decode, Scheduler.submit
+    to_come, all_asked = iter(range(4)), threading.Event()
+
+    def asked(self: Scheduler, work: Any) -> None:
+        submit(self, work)
+        if next(to_come, 3) == 3:
+            all_asked.set()
 
     def counted(self: Engine, batches: Sequence[Any]) -> Any:
+        assert all_asked.wait(PATIENCE)
         found.append(len(batches))
         return decode(self, batches)
 
+    monkeypatch.setattr(Scheduler, "submit", asked)
     monkeypatch.setattr(Engine, "decode", counted)
     return found
 
