@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import environment, flat, run
 from guided import open_vlm
 from llama_cpp import mtmd_cpp
 from prompts import picture
@@ -22,6 +23,7 @@ from cmg_gguf.llama.versions import (
     REQUIREMENT,
     check_version,
     untested,
+    unusable,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,10 +89,24 @@ def test_an_old_version_ends_the_import_and_a_newer_one_does_not() -> None:
 
 
 def test_a_newer_version_without_an_operation_is_refused_by_its_name() -> None:
-    run = imported("0.9.0", WITHOUT_ROPE)
-    assert run.returncode == 1
-    assert "the loaded ggml has no operation ROPE. llama-cpp-python 0.9.0 is" in run.stderr
-    assert REMEDY in run.stderr
+    ended = imported("0.9.0", WITHOUT_ROPE)
+    assert ended.returncode == 1
+    assert "the loaded ggml has no operation ROPE. llama-cpp-python 0.9.0 is" in ended.stderr
+    assert REMEDY in ended.stderr
+
+
+@pytest.mark.parametrize("command", [["run", "-p", "What is it?"], ["doctor"]])
+def test_a_build_whose_libraries_are_not_found_is_told_with_what_to_do(
+    command: list[str], tmp_path: Path
+) -> None:
+    lost = "libcublas.so.13: cannot open shared object file: No such file or directory"
+    (tmp_path / "llama_cpp.py").write_text(f"raise RuntimeError('Failed to load x.so: {lost}')")
+    ended = run(*command, env={**environment(), "PYTHONPATH": str(tmp_path)})
+    told = flat(ended.stdout + ended.stderr)
+    assert ended.returncode == 1
+    assert f"x.so: {lost}; add the folder of libcublas.so.13 to LD_LIBRARY_PATH, or" in told
+    assert f"{REMEDY} --no-cache-dir" in told
+    assert unusable(RuntimeError("something\n else")) == "something else"
 
 
 def test_the_metadata_and_the_readme_name_these_versions() -> None:

@@ -19,6 +19,7 @@ import typer
 
 from cmg_gguf.cli.screen import print_error
 from cmg_gguf.errors import CMGError, UnsupportedError
+from cmg_gguf.llama.versions import unusable
 
 INTERRUPTED = 130
 UNREAD = 141
@@ -46,4 +47,4 @@ def load_library() -> None:
     try:
         import cmg_gguf.vlm  # noqa: F401
     except (ImportError, OSError, RuntimeError) as exc:
-        raise UnsupportedError(str(exc)) from exc
+        raise UnsupportedError(unusable(exc)) from exc

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cmg_gguf.doctor.finding import Finding, looked
+from cmg_gguf.llama.versions import unusable
 
 
 def examine(
@@ -19,7 +20,7 @@ def examine(
     try:
         from cmg_gguf.doctor import installation, model_pair, selftest
     except (ImportError, OSError, RuntimeError) as exc:
-        found, colon, command = str(exc).partition(": pip ")
+        found, colon, command = unusable(exc).partition(": pip ")
         return (Finding("llama.cpp", "failed", found, f"pip {command}" if colon else ""),)
     findings = looked("installation", installation.look)
     device = {k: v for k, v in settings.items() if k in ("n_gpu_layers", "main_gpu", "n_threads")}
