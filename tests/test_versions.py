@@ -15,6 +15,7 @@ from prompts import picture
 from tiny_llava import TinyPair
 from versions_check import TESTS, VERSIONS, Outcome, table
 
+from cmg_gguf.doctor.finding import unusable
 from cmg_gguf.llama import chunks
 from cmg_gguf.llama.versions import (
     NEWEST_TESTED,
@@ -23,7 +24,6 @@ from cmg_gguf.llama.versions import (
     REQUIREMENT,
     check_version,
     untested,
-    unusable,
 )
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 import typer
 
 from cmg_gguf.cli.screen import print_error
+from cmg_gguf.doctor.finding import unusable
 from cmg_gguf.errors import CMGError, UnsupportedError
-from cmg_gguf.llama.versions import unusable
 
 INTERRUPTED = 130
 UNREAD = 141

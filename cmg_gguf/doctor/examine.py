@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cmg_gguf.doctor.finding import Finding, looked
-from cmg_gguf.llama.versions import unusable
+from cmg_gguf.doctor.finding import Finding, looked, unusable
 
 
 def examine(

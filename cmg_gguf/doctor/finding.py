@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from cmg_gguf.errors import CMGError
+from cmg_gguf.llama.versions import REMEDY
 
 Status = Literal["ok", "warning", "failed"]
 
@@ -33,6 +35,18 @@ def failed(name: str, error: Exception) -> Finding:
         return Finding(name, "failed", f"{kind}: {_flat(str(error))}", remedy)
     found, _, remedy = _flat(str(error)).rpartition("; ")
     return Finding(name, "failed", found or remedy, remedy if found else "")
+
+
+def unusable(error: Exception) -> str:
+    """Why llama-cpp-python cannot be used and what to do about it, of what importing it raised."""
+    told = _flat(str(error))
+    missing = re.search(r"([^\s/]+): cannot open shared object file", told)
+    if missing is None:
+        return told
+    return (
+        f"{told}; add the folder of {missing[1]} to LD_LIBRARY_PATH, or install what does without "
+        f"it: {REMEDY} --no-cache-dir"
+    )
 
 
 def looked(name: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:

@@ -30,17 +30,5 @@ def untested(version: str) -> str | None:
     )
 
 
-def unusable(error: Exception) -> str:
-    """Why llama-cpp-python cannot be used and what to do about it, of what importing it raised."""
-    told = " ".join(str(error).split())
-    missing = re.search(r"([^\s/]+): cannot open shared object file", told)
-    if missing is None:
-        return told
-    return (
-        f"{told}; add the folder of {missing[1]} to LD_LIBRARY_PATH, or install what does without "
-        f"it: {REMEDY} --no-cache-dir"
-    )
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
