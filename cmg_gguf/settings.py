@@ -135,8 +135,8 @@ def _evidence_from_json(value: object) -> EvidenceModel:
 
 def _rule_to_json(kind: str, value: TokenPolicy | LayerPolicy | Disagreement) -> dict[str, Any]:
     rule = next(name for name, cls in _RULES[kind].items() if type(value) is cls)
-    numbers = asdict(value).items()
-    return {"rule": rule, **{k: list(v) if isinstance(v, tuple) else v for k, v in numbers}}
+    values = asdict(value).items()
+    return {"rule": rule, **{k: list(v) if isinstance(v, tuple) else v for k, v in values}}
 
 
 def _rule_from_json(kind: str, value: object) -> TokenPolicy | LayerPolicy | Disagreement:
