@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -84,11 +85,11 @@ def company(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     that asks late would find that the others have ended."""
     found: list[int] = []
     decode, submit = Engine.decode, Scheduler.submit
-    to_come, all_asked = iter(range(4)), threading.Event()
+    n_asked, all_asked = itertools.count(1), threading.Event()
 
     def asked(self: Scheduler, work: Any) -> None:
         submit(self, work)
-        if next(to_come, 3) == 3:
+        if next(n_asked) == 4:
             all_asked.set()
 
     def counted(self: Engine, batches: Sequence[Any]) -> Any:
