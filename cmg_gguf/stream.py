@@ -55,16 +55,15 @@ class Stream(Iterator[Piece]):
     def __init__(self, run: Run) -> None:
         self._run = run
         self._text = ""
-        # The scheduler holds the run and not this object: dropping this object ends it.
-        self._finalizer = weakref.finalize(self, run.cancel)
+        run.read_by(self)
 
     def __next__(self) -> Piece:
         piece = None
-        if self._finalizer.alive:
+        if not self._run.cancelled:
             try:
                 piece = self._run.next_piece()
             except BaseException:
-                self._finalizer()
+                self._run.cancel()
                 raise
         if piece is None:
             raise StopIteration
@@ -74,7 +73,7 @@ class Stream(Iterator[Piece]):
 
     def close(self) -> None:
         """Ends the answer here: its KV cells are free. Does nothing if it has ended."""
-        self._finalizer()
+        self._run.cancel()
         self._run.settle()
 
     def ready(self) -> list[Piece] | None:
@@ -86,7 +85,7 @@ class Stream(Iterator[Piece]):
 
     def cancel(self) -> None:
         """Ends the answer before its next token, without waiting for that."""
-        self._finalizer()
+        self._run.cancel()
 
     @property
     def text(self) -> str:
@@ -134,7 +133,8 @@ class Run:
         Raises what is wrong with the request: PromptError, ImageError, ContextLengthError,
         GuidanceError, SamplingError; ModelError if the model is closed.
         """
-        self.cancelled = False
+        self._is_cancelled = False
+        self._reader: weakref.ref[object] | None = None
         self.alone = request.repeatable
         self.reply: Reply | None = None
         self.heat_shape = (0, 0, 0)
@@ -212,9 +212,19 @@ class Run:
         while not (self._scheduler.is_mine or isinstance(self._outbox.get(), End)):
             pass
 
+    def read_by(self, reader: object) -> None:
+        """Ends it, as `cancel` does, where `reader` is dropped: without a finalizer, in which a
+        Ctrl-C would be lost."""
+        self._reader = weakref.ref(reader)
+
     def cancel(self) -> None:
-        """Nobody wants it any more: it ends before its next token. Never waits: for finalizers."""
-        self.cancelled = True
+        """Nobody wants it any more: it ends before its next token. Never waits."""
+        self._is_cancelled = True
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants it any more."""
+        return self._is_cancelled or (self._reader is not None and self._reader() is None)
 
     def admission(self) -> Admission:
         """Whether it may begin beside the answers under way."""

@@ -10,6 +10,7 @@ namespace cmg {
 namespace py = pybind11;
 
 void bind_functions(py::module_ & m);   // addresses of llama.cpp's functions
+void bind_owned(py::module_ & m);       // what llama.cpp allocated, and its end
 void bind_callbacks(py::module_ & m);   // log and load progress
 void bind_policies(py::module_ & m);    // influence and token policies on arrays
 void bind_encoder(py::module_ & m);     // mends in the image encoder's graph

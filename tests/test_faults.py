@@ -145,10 +145,6 @@ class Alarm(BaseException):
     """Raised by a timer of our own CPU time, wherever the program happens to be."""
 
 
-# Python drops what is raised in a finalizer; nowhere else may an interrupt get lost.
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <finalize:pytest.PytestUnraisableExceptionWarning"
-)
 def test_an_interrupt_at_any_moment_leaves_the_model_usable(
     vlm: GuidedVLM, expected: list[int]
 ) -> None:

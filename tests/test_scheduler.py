@@ -222,6 +222,29 @@ def test_an_answer_that_nobody_wants_never_begins(stage: Stage) -> None:
     assert stage.of("ended") == ["b", "a", "c"]
 
 
+def test_an_answer_that_is_dropped_at_any_moment_ends() -> None:
+    class Dropped(Work):
+        """Given up by another thread once it was looked at `n_looks` times."""
+
+        n_looks = 0
+
+        @property
+        def cancelled(self) -> bool:
+            self.n_looks -= 1
+            return self.n_looks < 0
+
+        @cancelled.setter
+        def cancelled(self, cancelled: bool) -> None:
+            assert not cancelled
+
+    for n_looks in range(8):
+        with driving(n_parallel=1) as stage:
+            waiting = Dropped(stage, "b", [1])
+            waiting.n_looks = n_looks
+            stage.play(Work(stage, "a", [1] * 10), waiting)
+        assert sorted(stage.of("ended")) == ["a", "b"]
+
+
 def test_an_answer_that_nobody_wants_any_more_ends_before_its_next_step(stage: Stage) -> None:
     dropped = Work(stage, "b", [1] * 100)
 

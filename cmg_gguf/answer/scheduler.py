@@ -202,7 +202,7 @@ class Scheduler:
                 self._end(active, None)
         with self._lock:
             dropped = [work for work in self._waiting if work.cancelled]
-            self._waiting = deque(work for work in self._waiting if not work.cancelled)
+            self._waiting = deque(work for work in self._waiting if work not in dropped)
         for work in dropped:
             work.ended(None)
 

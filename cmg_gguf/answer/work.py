@@ -35,8 +35,10 @@ Steps: TypeAlias = Generator[Any, Any, None]
 class Work(Protocol):
     """An answer to make. cancelled: nobody wants it any more. alone: it is made beside no other."""
 
-    cancelled: bool
     alone: bool
+
+    @property
+    def cancelled(self) -> bool: ...
 
     def admission(self) -> Admission: ...
 

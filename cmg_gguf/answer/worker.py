@@ -41,7 +41,7 @@ def start(worked: Worked, changed: threading.Condition) -> None:
 
 def close_at_exit(worked: Worked) -> None:
     """Closes it before anything of it is freed, if it is at work then: what is registered last is
-    called first, and finalizers of the contexts were registered when those were made."""
+    called first, and what frees the contexts was registered before any was made."""
     if not _worked:
         atexit.unregister(_end_all)
         atexit.register(_end_all)

@@ -11,7 +11,6 @@ megapixels that is half a second.
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -25,6 +24,7 @@ from cmg_gguf.arrays import IntArray
 from cmg_gguf.errors import ImageError, UnsupportedError
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.owned import owned
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -65,7 +65,7 @@ class Chunk:
 
     def __init__(self, borrowed: Any) -> None:
         self.handle = mtmd_cpp.mtmd_input_chunk_copy(borrowed)
-        self._finalizer = weakref.finalize(self, mtmd_cpp.mtmd_input_chunk_free, self.handle)
+        self._owned = owned(self.handle, mtmd_cpp.mtmd_input_chunk_free)
         self.image = int(mtmd_cpp.mtmd_input_chunk_get_id(borrowed) or b"0")
         self.n_tokens: int = mtmd_cpp.mtmd_input_chunk_get_n_tokens(borrowed)
         self.n_pos: int = mtmd_cpp.mtmd_input_chunk_get_n_pos(borrowed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from cmg_gguf.llama.cache_size import too_large
 from cmg_gguf.llama.chunks import image_positions
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.owned import owned
 from cmg_gguf.prompt.segments import ImageSegment
 
 CACHE_TYPES = {
@@ -135,8 +135,8 @@ class LlamaContext:
                 reason += f"; {free}; if it does not fit, lower n_ctx, n_ubatch or n_gpu_layers"
             raise BackendError(f"llama.cpp cannot make a context with {options}: {reason}")
         self.handle = handle
-        # The patch and the model must outlive the context: the finalizer holds them.
-        self._finalizer = weakref.finalize(self, _free, handle, self.patch, model.keepalive)
+        # The patch and the model must outlive the context.
+        self._owned = owned(handle, llama_cpp.llama_free, self.patch, model.keepalive)
         self.n_ctx: int = llama_cpp.llama_n_ctx(handle)
         self.n_ubatch: int = llama_cpp.llama_n_ubatch(handle)
         self._memory = llama_cpp.llama_get_memory(handle)
@@ -144,7 +144,7 @@ class LlamaContext:
 
     def close(self) -> None:
         """Frees the KV cache and the compute buffers."""
-        self._finalizer()
+        self._owned.close()
 
     def decode(
         self,
@@ -235,7 +235,7 @@ class LlamaContext:
 
     def truncate(self, seq: int, n_pos: int) -> None:
         """See `Context.truncate`. Nothing is left to drop after `close`."""
-        if not self._finalizer.alive:
+        if not self._owned.is_open:
             return
         if not llama_cpp.llama_memory_seq_rm(self._memory, seq, n_pos if n_pos else -1, -1):
             raise BackendError(f"sequence {seq} cannot be cut back to {n_pos} positions")
@@ -248,7 +248,7 @@ class LlamaContext:
         return first >= 0 if self.has_state else first == 0
 
     def _check_open(self) -> None:
-        if not self._finalizer.alive:
+        if not self._owned.is_open:
             raise BackendError("this context is closed; make a new one")
 
     @contextmanager
@@ -292,18 +292,23 @@ def _patch_errors() -> Iterator[None]:
 
 
 class _Batch:
-    """llama_batches, allocated once and filled through NumPy views. struct: of tokens. image: of
-    embeddings."""
+    """llama_batches of one sequence a row, over arrays that are allocated once. struct: of tokens.
+    image: of embeddings."""
 
     def __init__(self, capacity: int) -> None:
-        self.struct = llama_cpp.llama_batch_init(capacity, 0, 1)
-        self._finalizer = weakref.finalize(self, llama_cpp.llama_batch_free, self.struct)
         self._capacity = capacity
-        self._token = np.ctypeslib.as_array(self.struct.token, (capacity,))
-        self._pos = np.ctypeslib.as_array(self.struct.pos, (capacity,))
-        self._logits = np.ctypeslib.as_array(self.struct.logits, (capacity,))
-        np.ctypeslib.as_array(self.struct.n_seq_id, (capacity,))[:] = 1
-        self._seq = [self.struct.seq_id[i] for i in range(capacity)]
+        self._token, self._pos, self._seq = np.zeros((3, capacity), np.int32)
+        self._n_seq = np.ones(capacity, np.int32)
+        self._logits = np.zeros(capacity, np.int8)
+        addresses = self._seq.ctypes.data + self._seq.itemsize * np.arange(capacity, dtype=np.int64)
+        self._seq_of_row = addresses.astype(np.uintp)
+        self.struct = llama_cpp.llama_batch(
+            token=_pointer(self._token, llama_cpp.llama_token),
+            pos=_pointer(self._pos, llama_cpp.llama_pos),
+            n_seq_id=_pointer(self._n_seq, ctypes.c_int32),
+            seq_id=_pointer(self._seq_of_row, ctypes.POINTER(llama_cpp.llama_seq_id)),
+            logits=_pointer(self._logits, ctypes.c_int8),
+        )
         self.image = llama_cpp.llama_batch.from_buffer_copy(self.struct)
         self.image.token = None
 
@@ -323,19 +328,21 @@ class _Batch:
         self._token[:n] = tokens
         self._pos[:n] = positions
         self._logits[:n] = outputs
-        for pointer, seq in zip(self._seq, seqs.tolist(), strict=False):
-            pointer[0] = seq
+        self._seq[:n] = seqs
 
     def fill_image(self, rows: FloatArray, positions: IntArray, seq: int) -> None:
         """rows: (n, n_embd) of an image. positions: (1 or 4, n), as RoPE takes them."""
         self._rows = np.ascontiguousarray(rows, np.float32)
         self._positions = np.ascontiguousarray(positions, np.int32)
         self.image.n_tokens = n = len(rows)
-        self.image.embd = self._rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        self.image.pos = self._positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
+        self.image.embd = _pointer(self._rows, ctypes.c_float)
+        self.image.pos = _pointer(self._positions, llama_cpp.llama_pos)
         self._logits[:n] = False
-        for pointer in self._seq[:n]:
-            pointer[0] = seq
+        self._seq[:n] = seq
+
+
+def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
 def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
@@ -363,10 +370,6 @@ def _context_params(options: ContextOptions, n_seq_max: int) -> Any:
     params.offload_kqv = options.offload_kqv
     params.no_perf = True
     return params
-
-
-def _free(handle: Any, patch: _core.GraphPatch, model: Model | None) -> None:
-    llama_cpp.llama_free(handle)
 
 
 def _check(code: int, what: str, n_ctx: int) -> None:

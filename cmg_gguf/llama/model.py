@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from cmg_gguf.llama.about import free_memory
 from cmg_gguf.llama.header import read_architecture
 from cmg_gguf.llama.layers import Shown, shown_layers
 from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.llama.owned import owned
 from cmg_gguf.llama.placement import Placement
 from cmg_gguf.llama.repacking import is_safe
 from cmg_gguf.prompt.reasoning import MARKS
@@ -48,7 +48,7 @@ class Model:
         self.placement = placement
         self._owner = owner
         if owner is None:
-            self._finalizer = weakref.finalize(self, llama_cpp.llama_model_free, handle)
+            self._owned = owned(handle, llama_cpp.llama_model_free)
         self.vocab = llama_cpp.llama_model_get_vocab(handle)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_layer: int = llama_cpp.llama_model_n_layer(handle)
@@ -109,7 +109,7 @@ class Model:
 
     @property
     def keepalive(self) -> Model | None:
-        """What a finalizer must hold so that it is run before the weights are freed.
+        """What must be kept by what is freed before the weights are.
 
         None with an owner, which may hold what is made from its model and would never be freed.
         """
@@ -136,7 +136,7 @@ class Model:
     def close(self) -> None:
         """Frees the weights. Nothing made from this model may be used afterwards."""
         if self._owner is None:
-            self._finalizer()
+            self._owned.close()
 
     def describe(self) -> str:
         """llama.cpp's one-line description, e.g. "llama 7B Q4_K - Medium"."""

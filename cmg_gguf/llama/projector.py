@@ -7,7 +7,6 @@ import dataclasses
 import os
 import secrets
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from cmg_gguf.llama.header import projector_facts, read_architecture
 from cmg_gguf.llama.legacy import lacks_layer, repaired
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.owned import owned
 from cmg_gguf.llama.placement import Placement
 from cmg_gguf.llama.views import View, ViewError, coordinates, levels, view_of
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
@@ -107,7 +107,7 @@ class Projector:
         self._mtmd = Mtmd(handle, self.marker, self.kind, model)
         self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(handle)
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _free, handle, (model.keepalive, self._probe))
+        self._owned = owned(handle, mtmd_cpp.mtmd_free, model.keepalive, self._probe)
         if not mtmd_cpp.mtmd_support_vision(handle):
             self.close()
             raise ProjectorError(f"{path} cannot see: it has no image encoder")
@@ -137,7 +137,7 @@ class Projector:
 
     def close(self) -> None:
         """Frees the image encoder."""
-        self._finalizer()
+        self._owned.close()
 
     def tokenize(
         self,
@@ -388,8 +388,3 @@ def _is_inside(chunks: Sequence[Any], i: int) -> bool:
     around = chunks[max(0, i - 1) : i + 2 : 2]
     images = {chunk.image for chunk in around if isinstance(chunk, Chunk)}
     return len(around) == 2 and len(images) == 1 and all(isinstance(c, Chunk) for c in around)
-
-
-def _free(handle: Any, needed: object) -> None:
-    """needed: what must outlive the encoder."""
-    mtmd_cpp.mtmd_free(handle)

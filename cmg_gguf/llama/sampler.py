@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from cmg_gguf.errors import BackendError, SamplingError
 from cmg_gguf.llama.grammar import grammar_for
 from cmg_gguf.llama.log import captured_errors, captured_stderr
 from cmg_gguf.llama.model import Model
+from cmg_gguf.llama.owned import owned
 from cmg_gguf.sampling import Sampling
 
 _MIROSTAT_M = 100  # as llama.cpp's own tools
@@ -37,7 +37,7 @@ class Sampler:
         """Raises SamplingError for a grammar that does not parse or a token that is none."""
         self._state = _core.GuidanceState(alpha, beta)
         self._beta = beta
-        self._chains: list[Any] = []
+        self._chains: list[_core.Owned] = []
         constraints = list(_constraints(model, sampling))
         self._sampler = _core.PairSampler(
             model.n_vocab,
@@ -89,8 +89,8 @@ class Sampler:
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         for sampler in samplers:
             llama_cpp.llama_sampler_chain_add(chain, sampler)
-        # The guidance sampler reads self._state: the finalizer keeps it until the chain is freed.
-        self._chains.append(weakref.finalize(self, _free, chain, self._state))
+        # The guidance sampler reads the state.
+        self._chains.append(owned(chain, llama_cpp.llama_sampler_free, self._state))
         return int(ctypes.cast(chain, ctypes.c_void_p).value or 0)
 
 
@@ -101,10 +101,6 @@ def _told() -> Iterator[None]:
         yield
     except RuntimeError as exc:
         raise BackendError(str(exc)) from exc
-
-
-def _free(chain: Any, state: _core.GuidanceState) -> None:
-    llama_cpp.llama_sampler_free(chain)
 
 
 def _constraints(model: Model, sampling: Sampling) -> Iterable[Any]:

@@ -1,0 +1,21 @@
+"""What llama.cpp allocated for us, and its end."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from cmg_gguf import _core
+
+
+def owned(pointer: Any, free: Any, *kept: object) -> _core.Owned:
+    """Frees `pointer` by `free`, a function of llama.cpp's, when it is dropped or closed, or before
+    Python ends, the newest first. kept: alive until then.
+
+    As `weakref.finalize`, but no Python code is run, in which a Ctrl-C would be lost.
+    """
+    return _core.Owned(_address(pointer), _address(free), *kept)
+
+
+def _address(pointer: Any) -> int:
+    return ctypes.cast(pointer, ctypes.c_void_p).value or 0
