@@ -26,10 +26,10 @@ class Owned {
     ~Owned() { close(); }
 
     void close() {
+        open().erase(number_);
         if (pointer_ == nullptr) {
             return;
         }
-        open().erase(number_);
         void * pointer = std::exchange(pointer_, nullptr);
         {
             const py::gil_scoped_release unlocked; // a thread that ends in there may want it

@@ -51,6 +51,7 @@ made = lambda character, *kept: owned(ord(character), putchar, *kept)
         ("kept = made('a'); b = made('b', kept); del kept; c = made('c'); del b", "bac"),
         ("kept = made('a'); b = made('b', kept); del kept; c = made('c'); b.close()", "bac"),
         ("a = made('a', made('b', made('c')))", "abc"),  # made from the inside out
+        ("a = made('a'); none = made('\\0'); none = made('\\0')", "a"),  # of null, nothing
     ],
 )
 def test_what_is_owned_is_freed_once_and_in_order(lines: str, printed: str) -> None:
