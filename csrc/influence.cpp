@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -34,19 +33,29 @@ constexpr size_t row_block = 32; // rows at once: bounds the scores of a long pr
 constexpr size_t tile = 16;      // cells at once: their keys stay in the cache for all rows
 constexpr size_t worth_threads = size_t{1} << 20; // multiplications
 
-// out[i] = q . k[i] for n keys of dim floats, `stride` apart.
-#ifdef CMG_SHUFFLED
+inline float dot(const float * q, const float * k, size_t dim) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t x = 0; x < dim; x++) {
+        sum += q[x] * k[x];
+    }
+    return sum;
+}
 
+#ifdef CMG_SHUFFLED
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t Places __attribute__((vector_size(16)));
+#endif
 
-// Eight products side by side, of four keys at a time, so that the sums do not wait for each other.
-// Left to the compiler, adding up the eight takes longer than the products.
+// out[i] = q . k[i] for n keys of dim floats, `stride` apart.
 CMG_CLONES void dots(const float * q, const float * k, size_t n, size_t dim, size_t stride,
                      float * out) {
-    const size_t whole = dim - dim % 8;
     size_t i = 0;
+#ifdef CMG_SHUFFLED
+    // Eight products side by side, of four keys at a time, so that the sums do not wait for each
+    // other. Left to the compiler, adding up the eight takes longer than the products.
+    const size_t whole = dim - dim % 8;
     for (; i + 4 <= n; i += 4, k += 4 * stride) {
         Eight products[4] = {};
         for (size_t x = 0; x < whole; x += 8) {
@@ -73,26 +82,11 @@ CMG_CLONES void dots(const float * q, const float * k, size_t n, size_t dim, siz
         }
         *reinterpret_cast<Four *>(out + i) = sums;
     }
-    for (; i < n; i++, k += stride) {
-        out[i] = std::inner_product(q, q + dim, k, 0.0f);
-    }
-}
-
-#else
-
-CMG_CLONES void dots(const float * q, const float * k, size_t n, size_t dim, size_t stride,
-                     float * out) {
-    for (size_t i = 0; i < n; i++, k += stride) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size_t x = 0; x < dim; x++) {
-            sum += q[x] * k[x];
-        }
-        out[i] = sum;
-    }
-}
-
 #endif
+    for (; i < n; i++, k += stride) {
+        out[i] = dot(q, k, dim);
+    }
+}
 
 CMG_CLONES void add(const float * values, size_t n, float * sums) {
     for (size_t i = 0; i < n; i++) {
