@@ -3,73 +3,104 @@
 // and be lost.
 #include "bindings.hpp"
 
+#include <atomic>
 #include <cstdint>
 #include <iterator>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <utility>
 
 namespace cmg {
 namespace {
 
-// Frees `pointer` when it is dropped or closed; keeps `kept` alive until then.
-class Owned {
+using Free = void (*)(void *);
+
+// Frees `pointer` once, with what it needs alive until then.
+class Ending : public std::enable_shared_from_this<Ending> {
   public:
-    Owned(std::uintptr_t pointer, std::uintptr_t free, py::args kept)
-        : pointer_(reinterpret_cast<void *>(pointer)), free_(reinterpret_cast<Free>(free)),
-          kept_(std::move(kept)), number_(n_made_++) {
-        open().emplace(number_, this);
+    Ending(void * pointer, Free free, py::object kept)
+        : pointer_(pointer), free_(free), kept_(std::move(kept)) {}
+
+    // All that are not freed yet, by number: the newest last. Never destroyed: Python drops objects
+    // until the process ends.
+    static std::map<std::uint64_t, std::shared_ptr<Ending>> & all() {
+        static auto & endings = *new std::map<std::uint64_t, std::shared_ptr<Ending>>;
+        return endings;
     }
 
-    Owned(const Owned &) = delete;
-    Owned & operator=(const Owned &) = delete;
+    // Freed where `holder` is dropped: before anything that it holds is, and also before finalizers
+    // are called of what is dropped with it.
+    void enter(const py::object & holder) {
+        static std::uint64_t n_made = 0;
+        number_ = n_made++;
+        all().emplace(number_, shared_from_this());
+        dropped_ = py::weakref(holder, py::cpp_function([this](py::handle) { free(); }));
+    }
 
-    ~Owned() { close(); }
-
-    void close() {
-        open().erase(number_);
-        if (pointer_ == nullptr) {
+    // Whoever calls it while another thread does waits for that.
+    void free() {
+        if (is_over_) {
             return;
         }
-        void * pointer = std::exchange(pointer_, nullptr);
+        const auto self = shared_from_this();
         {
-            const py::gil_scoped_release unlocked; // a thread that ends in there may want it
-            free_(pointer);
+            const py::gil_scoped_release unlocked; // a thread that ends in `free_` may want it
+            const std::lock_guard<std::recursive_mutex> lock(freeing_);
+            if (void * pointer = pointer_.exchange(nullptr); pointer != nullptr) {
+                free_(pointer);
+            }
         }
-        kept_ = py::object();
+        is_over_ = true;
+        all().erase(number_);
+        const py::object kept = std::exchange(kept_, py::object());
     }
 
     bool is_open() const { return pointer_ != nullptr; }
 
+  private:
+    std::atomic<void *> pointer_;
+    Free free_;
+    py::object kept_;
+    py::object dropped_;
+    std::uint64_t number_ = 0;
+    std::recursive_mutex freeing_;
+    bool is_over_ = false;
+};
+
+// For Python: see cmg_gguf/llama/owned.py.
+class Owned {
+  public:
+    Owned(const py::object & holder, std::uintptr_t pointer, std::uintptr_t free, py::args kept)
+        : ending_(std::make_shared<Ending>(reinterpret_cast<void *>(pointer),
+                                           reinterpret_cast<Free>(free), std::move(kept))) {
+        ending_->enter(holder);
+    }
+    Owned(const Owned &) = delete;
+    Owned & operator=(const Owned &) = delete;
+    ~Owned() { ending_->free(); }
+
+    void close() { ending_->free(); }
+    bool is_open() const { return ending_->is_open(); }
+
     // The newest first: what is made from a model is freed before it.
     static void close_all() {
-        while (!open().empty()) {
-            std::prev(open().end())->second->close();
+        while (!Ending::all().empty()) {
+            const std::shared_ptr<Ending> newest = std::prev(Ending::all().end())->second;
+            newest->free();
         }
     }
 
   private:
-    using Free = void (*)(void *);
-
-    // By number, in order. Never destroyed: Python drops objects until the process ends.
-    static std::map<std::uint64_t, Owned *> & open() {
-        static auto & all = *new std::map<std::uint64_t, Owned *>;
-        return all;
-    }
-
-    inline static std::uint64_t n_made_ = 0;
-
-    void * pointer_;
-    Free free_;
-    py::object kept_;
-    std::uint64_t number_;
+    std::shared_ptr<Ending> ending_;
 };
 
 } // namespace
 
 void bind_owned(py::module_ & m) {
     py::class_<Owned>(m, "Owned")
-        .def(py::init<std::uintptr_t, std::uintptr_t, py::args>(), py::arg("pointer"),
-             py::arg("free"))
+        .def(py::init<const py::object &, std::uintptr_t, std::uintptr_t, py::args>(),
+             py::arg("holder"), py::arg("pointer"), py::arg("free"))
         .def("close", &Owned::close)
         .def_property_readonly("is_open", &Owned::is_open);
     py::module_::import("atexit").attr("register")(py::cpp_function(&Owned::close_all));

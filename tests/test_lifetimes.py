@@ -407,6 +407,28 @@ def test_a_llama_with_a_handler_can_be_forgotten(pair: TinyPair) -> None:
     assert all_gone(watched, collecting=True)
 
 
+@pytest.mark.parametrize("has_handler", [False, True])
+def test_what_is_made_from_the_weights_of_a_llama_is_freed_before_them(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, has_handler: bool
+) -> None:
+    handler = CMGChatHandler(pair.mmproj, use_gpu=False) if has_handler else None
+    llm = open_on(pair, chat_handler=handler)
+    vlm = handler.vlm(llm) if handler else GuidedVLM.from_llama(llm, pair.mmproj, use_gpu=False)
+    contexts: Any = [lane.original.context for lane in vlm.engine.lanes]
+    made = [part._owned for part in (vlm.projector, *contexts)]
+    freed = []
+    free = llama_cpp.llama_cpp.llama_model_free
+
+    def freeing(model: Any) -> None:
+        freed.append([one.is_open for one in made])
+        free(model)
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_free", freeing)
+    del llm, vlm, handler, contexts
+    gc.collect()
+    assert freed == [[False] * len(made)]
+
+
 def test_a_handler_serves_several_llamas_and_forgets_those_that_are_gone(pair: TinyPair) -> None:
     handler = CMGChatHandler(pair.mmproj, use_gpu=False)
     first, second = (open_on(pair, chat_handler=handler) for _ in range(2))

@@ -65,7 +65,7 @@ class Chunk:
 
     def __init__(self, borrowed: Any) -> None:
         self.handle = mtmd_cpp.mtmd_input_chunk_copy(borrowed)
-        self._owned = owned(self.handle, mtmd_cpp.mtmd_input_chunk_free)
+        self._owned = owned(self, self.handle, mtmd_cpp.mtmd_input_chunk_free)
         self.image = int(mtmd_cpp.mtmd_input_chunk_get_id(borrowed) or b"0")
         self.n_tokens: int = mtmd_cpp.mtmd_input_chunk_get_n_tokens(borrowed)
         self.n_pos: int = mtmd_cpp.mtmd_input_chunk_get_n_pos(borrowed)

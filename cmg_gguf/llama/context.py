@@ -136,7 +136,7 @@ class LlamaContext:
             raise BackendError(f"llama.cpp cannot make a context with {options}: {reason}")
         self.handle = handle
         # The patch and the model must outlive the context.
-        self._owned = owned(handle, llama_cpp.llama_free, self.patch, model.keepalive)
+        self._owned = owned(self, handle, llama_cpp.llama_free, self.patch, model.keepalive)
         self.n_ctx: int = llama_cpp.llama_n_ctx(handle)
         self.n_ubatch: int = llama_cpp.llama_n_ubatch(handle)
         self._memory = llama_cpp.llama_get_memory(handle)

@@ -48,7 +48,7 @@ class Model:
         self.placement = placement
         self._owner = owner
         if owner is None:
-            self._owned = owned(handle, llama_cpp.llama_model_free)
+            self._owned = owned(self, handle, llama_cpp.llama_model_free)
         self.vocab = llama_cpp.llama_model_get_vocab(handle)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_layer: int = llama_cpp.llama_model_n_layer(handle)

@@ -8,13 +8,14 @@ from typing import Any
 from cmg_gguf import _core
 
 
-def owned(pointer: Any, free: Any, *kept: object) -> _core.Owned:
-    """Frees `pointer` by `free`, a function of llama.cpp's, when it is dropped or closed, or before
-    Python ends, the newest first. kept: alive until then.
+def owned(holder: object, pointer: Any, free: Any, *kept: object) -> _core.Owned:
+    """Frees `pointer` by `free`, a function of llama.cpp's, when `holder` is dropped, or what is
+    returned is, or that is closed, or before Python ends, the newest first. kept: alive until then.
 
-    As `weakref.finalize`, but no Python code is run, in which a Ctrl-C would be lost.
+    As `weakref.finalize`, but no Python code is run, in which a Ctrl-C would be lost. Who closes it
+    while another thread does waits until it is freed.
     """
-    return _core.Owned(_address(pointer), _address(free), *kept)
+    return _core.Owned(holder, _address(pointer), _address(free), *kept)
 
 
 def _address(pointer: Any) -> int:

@@ -107,7 +107,7 @@ class Projector:
         self._mtmd = Mtmd(handle, self.marker, self.kind, model)
         self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(handle)
         self._lock = threading.Lock()
-        self._owned = owned(handle, mtmd_cpp.mtmd_free, model.keepalive, self._probe)
+        self._owned = owned(self, handle, mtmd_cpp.mtmd_free, model.keepalive, self._probe)
         if not mtmd_cpp.mtmd_support_vision(handle):
             self.close()
             raise ProjectorError(f"{path} cannot see: it has no image encoder")

@@ -90,7 +90,7 @@ class Sampler:
         for sampler in samplers:
             llama_cpp.llama_sampler_chain_add(chain, sampler)
         # The guidance sampler reads the state.
-        self._chains.append(owned(chain, llama_cpp.llama_sampler_free, self._state))
+        self._chains.append(owned(self, chain, llama_cpp.llama_sampler_free, self._state))
         return int(ctypes.cast(chain, ctypes.c_void_p).value or 0)
 
 
