@@ -198,7 +198,7 @@ class GuidedVLM:
         """Lets all kept prompts and images go; answers under way go on."""
         with self._scheduler.held_open():
             self.engine.forget()
-            self.projector.embeddings.clear()
+            self.projector.forget()
 
     def __enter__(self) -> GuidedVLM:
         return self
@@ -274,7 +274,8 @@ class GuidedVLM:
         guidance: tells which layers are masked, and nothing else; None = the default. Takes and
         raises what `generate` does; PromptError for an empty answer.
         """
-        tokens = self.model.tokenize(answer)
+        with self._scheduler.held_open():
+            tokens = self.model.tokenize(answer)
         if len(tokens) == 0:
             raise PromptError("the answer is empty; give at least a word")
 
@@ -305,16 +306,17 @@ class GuidedVLM:
     ) -> Prompt:
         """The prompt for `engine`, as `Request` has it; its images are read, but not encoded: see
         `projector.encode`. Raises PromptError, ImageError."""
-        return tokenized(
-            prompt,
-            images,
-            raw=raw,
-            salt=salt,
-            variables=chat_template_kwargs,
-            template=self.template,
-            projector=self.projector,
-            max_pixels=self.max_pixels,
-        )
+        with self._scheduler.held_open():
+            return tokenized(
+                prompt,
+                images,
+                raw=raw,
+                salt=salt,
+                variables=chat_template_kwargs,
+                template=self.template,
+                projector=self.projector,
+                max_pixels=self.max_pixels,
+            )
 
     def create_chat_completion(
         self,
@@ -333,9 +335,13 @@ class GuidedVLM:
         request = request_of(messages, **settings)
         name = model if model is not None else str(self.model.path)
         if stream:
-            return chunks_of(self.stream(request, progress=progress), name, self.model.token_bytes)
+            return chunks_of(self.stream(request, progress=progress), name, self._token_bytes)
         reply = self.generate(request, progress=progress)
-        return completion_of(reply, name, self.model.token_bytes)
+        return completion_of(reply, name, self._token_bytes)
+
+    def _token_bytes(self, token: int) -> bytes:
+        with self._scheduler.held_open():
+            return self.model.token_bytes(token)
 
     def _run(
         self,

@@ -30,9 +30,10 @@ void bind_encoder(py::module_ & m) {
         .def("begin", &EncoderProbe::begin)
         .def("end", &EncoderProbe::end)
         .def("pixels", [](const EncoderProbe & self) {
+            const std::vector<float> & pixels = self.pixels();
             const auto & ne = self.shape();
             const std::vector<py::ssize_t> shape(ne.rbegin(), ne.rend());
-            return py::array_t<float>(shape, self.pixels().data());
+            return py::array_t<float>(shape, pixels.data());
         });
 }
 

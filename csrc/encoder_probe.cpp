@@ -8,7 +8,6 @@
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
-#include <utility>
 
 namespace cmg {
 namespace {
@@ -30,14 +29,14 @@ void EncoderProbe::begin() {
     parked_ = nullptr;
 }
 
-void EncoderProbe::end() {
-    is_probing_ = false;
+const std::vector<float> & EncoderProbe::pixels() const {
     if (parked_ != nullptr) {
-        std::rethrow_exception(std::exchange(parked_, nullptr));
+        std::rethrow_exception(parked_);
     }
     if (pixels_.empty()) {
         throw std::runtime_error("no node of the image encoder's graph reads pixels");
     }
+    return pixels_;
 }
 
 bool EncoderProbe::callback(ggml_tensor * node, bool ask, void * self) {

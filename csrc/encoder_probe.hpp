@@ -29,12 +29,12 @@ class EncoderProbe {
 
     // The next graph is probed.
     void begin();
-    // It was: later ones are not. Throws what went wrong, and std::runtime_error if no node of the
-    // graph reads pixels.
-    void end();
+    // Later ones are not, whether it was or not.
+    void end() { is_probing_ = false; }
     // Of the graph probed last: [n, n_channels, height, width] with the sizes {width, height,
-    // n_channels, n}, as the encoder is given them.
-    const std::vector<float> & pixels() const { return pixels_; }
+    // n_channels, n}, as the encoder is given them. Throws what went wrong, and std::runtime_error
+    // if no node of the graph reads pixels.
+    const std::vector<float> & pixels() const;
     const std::array<int64_t, GGML_MAX_DIMS> & shape() const { return shape_; }
 
     // ggml_backend_sched_eval_callback, with the address of an EncoderProbe.

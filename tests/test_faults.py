@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import psutil
 import pytest
 from faults import EARLY, FAULTS, PICTURE, UNDER_WAY, Fault
 from guided import QUESTION, held, ids, is_empty, open_vlm
+from llama_cpp import mtmd_cpp
 from prompts import picture
 from tiny_llava import TinyPair
 
@@ -209,6 +213,55 @@ def test_an_interrupt_is_not_lost_where_streams_and_models_are_dropped(pair: Tin
 
     clock = Clock(opened_and_dropped)
     assert sum(clock.interrupted() for _ in range(100)) > 50
+
+
+class Interrupted(BaseException):
+    """Raised behind a call of llama.cpp's."""
+
+
+@contextmanager
+def interrupting(n: int) -> Iterator[None]:
+    """Behind the n-th call in the block that goes through llama_cpp's modules."""
+    counted = itertools.count()
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            came = call(*arguments)
+            if next(counted) == n:
+                raise Interrupted
+            return came
+
+        return called
+
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (llama_cpp, mtmd_cpp):
+            for name, call in vars(module).copy().items():
+                if hasattr(call, "argtypes") and not name.endswith("_free"):
+                    patched.setattr(module, name, watched(call))
+        yield
+
+
+@pytest.mark.parametrize("files", ["pair", "gemma_pair"])
+def test_an_interrupt_behind_any_call_of_llama_cpp_changes_no_later_answer(
+    files: str, request: pytest.FixtureRequest
+) -> None:
+    """Also where it is shown a picture of a size of which heat knows no boxes yet."""
+    n_calls = 0
+    with open_vlm(request.getfixturevalue(files)) as vlm:
+        said = ids(vlm.generate(QUESTION, max_tokens=5))
+        expected = answer(vlm)
+        for n_calls in range(1000):
+            seen = np.full((30, 30 + n_calls, 3), 9, np.uint8)
+            vlm.forget()
+            try:
+                with interrupting(n_calls):
+                    vlm.generate(QUESTION, [seen], heat=True, max_tokens=2)
+                    break
+            except Interrupted:
+                vlm.forget()
+                assert ids(vlm.generate(QUESTION, max_tokens=5)) == said
+                assert answer(vlm) == expected
+    assert 100 < n_calls < 1000
 
 
 # --- in a row ----------------------------------------------------------------------------------

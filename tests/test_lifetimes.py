@@ -257,6 +257,16 @@ def test_a_progress_callback_may_wait_for_another_thread_that_asks(
         lambda vlm: vlm.generate(QUESTION),
         lambda vlm: vlm.stream(QUESTION, [picture(0)]),
         lambda vlm: vlm.create_chat_completion(asked()),
+        lambda vlm: vlm.heat(QUESTION, [picture(0)], answer="Yes."),
+        lambda vlm: vlm.tokenize(QUESTION, [picture(0)]),
+        lambda vlm: vlm.forget(),
+        lambda vlm: vlm.model.tokenize("Yes."),
+        lambda vlm: vlm.model.token_bytes(300),
+        lambda vlm: vlm.model.describe(),
+        lambda vlm: vlm.model.is_end(2),
+        lambda vlm: vlm.projector.tokenize(QUESTION, []),
+        lambda vlm: vlm.projector.pieces_of(32, 32),
+        lambda vlm: vlm.projector.views(40, 40),
     ],
 )
 def test_a_closed_model_says_so(pair: TinyPair, use: Callable[[GuidedVLM], object]) -> None:
@@ -264,8 +274,19 @@ def test_a_closed_model_says_so(pair: TinyPair, use: Callable[[GuidedVLM], objec
     answer(vlm)
     vlm.close()
     vlm.close()
-    with pytest.raises(ModelError, match="closed; make a new one"):
+    with pytest.raises(ModelError, match=r"closed; (make a new one|open)"):
         use(vlm)
+
+
+def test_what_needs_the_vocabulary_says_so_behind_the_end_of_its_model(pair: TinyPair) -> None:
+    vlm = open_vlm(pair)
+    settings: dict[str, Any] = {"logprobs": True, "top_logprobs": 3, "max_tokens": 9}
+    chunks = iter(vlm.create_chat_completion(asked(), stream=True, **settings))
+    assert vlm.generate(QUESTION, max_tokens=1, repeatable=True).tokens
+    vlm.close()
+    assert next(chunks)
+    with pytest.raises(ModelError, match="closed"):
+        next(chunks)
 
 
 def test_a_context_manager_closes_its_model(pair: TinyPair) -> None:

@@ -161,6 +161,13 @@ def _tokenized(source: Source, tokenize: Callable[[Any], int]) -> list[IntArray 
         mtmd_cpp.mtmd_input_chunks_free(chunks)
 
 
+def is_inside(chunks: Sequence[IntArray | Chunk], i: int) -> bool:
+    """Whether the text that is chunk i stands between two pieces of the same image."""
+    around = chunks[max(0, i - 1) : i + 2 : 2]
+    images = {chunk.image for chunk in around if isinstance(chunk, Chunk)}
+    return len(around) == 2 and len(images) == 1 and all(isinstance(c, Chunk) for c in around)
+
+
 def image_positions(chunk: Chunk, position: int, *, shared: bool) -> IntArray:
     """Where the rows of an image lie that begins at `position`, as RoPE takes it.
 

@@ -183,8 +183,8 @@ class LlamaContext:
         rows = image.embd[first : first + n]
         positions = image_positions(image.chunk, position, shared=image.shares_positions)
         self._batch.fill_image(rows, positions[:, first : first + n], seq)
-        llama_cpp.llama_set_causal_attn(self.handle, not image.non_causal)
-        try:
+        try:  # an interrupt must not leave the rows to come without their order
+            llama_cpp.llama_set_causal_attn(self.handle, not image.non_causal)
             with self._patched(plan), captured_errors():
                 code = llama_cpp.llama_decode(self.handle, self._batch.image)
                 _check(code, f"{n} rows of an image", self.n_ctx)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import tempfile
@@ -14,6 +13,7 @@ import llama_cpp
 from llama_cpp import _logger, mtmd_cpp
 
 from cmg_gguf import _core
+from cmg_gguf.llama.owned import address
 
 
 def set_verbose(verbose: bool) -> None:
@@ -69,15 +69,11 @@ _STDERR = 2
 _printing = threading.Lock()
 
 
-def _address(function: object) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
-
-
 # mtmd has a log of its own, which from here on goes where llama_cpp sends the other.
 _core.bind_log(
     [
-        _address(llama_cpp.llama_cpp._lib.llama_log_set),
-        _address(mtmd_cpp._libmtmd.mtmd_helper_log_set),
+        address(llama_cpp.llama_cpp._lib.llama_log_set),
+        address(mtmd_cpp._libmtmd.mtmd_helper_log_set),
     ],
-    _address(_logger.llama_log_callback),
+    address(_logger.llama_log_callback),
 )

@@ -28,10 +28,8 @@ from cmg_gguf.prompt.specials import Specials
 
 
 class Model:
-    """Weights and vocabulary, shared by any number of contexts.
-
-    handle: llama_model pointer. Everything made from a model keeps it alive.
-    """
+    """Weights and vocabulary, shared by any number of contexts. Everything made from a model keeps
+    it alive. What is asked of one that is closed raises ModelError."""
 
     def __init__(
         self,
@@ -43,20 +41,18 @@ class Model:
     ) -> None:
         """Wraps a loaded llama_model; frees it at the end unless `owner` (kept alive) does.
         placement: where it lies, if it is known."""
-        self.handle = handle
         self.path = path
         self.placement = placement
-        self._owner = owner
-        if owner is None:
-            self._owned = owned(self, handle, llama_cpp.llama_model_free)
-        self.vocab = llama_cpp.llama_model_get_vocab(handle)
-        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self._handle, self._owner = handle, owner
+        self._owned = owned(self, handle, llama_cpp.llama_model_free) if owner is None else None
+        self._vocab = llama_cpp.llama_model_get_vocab(handle)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_layer: int = llama_cpp.llama_model_n_layer(handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd_inp(handle)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(handle)
         self.size: int = llama_cpp.llama_model_size(handle)
-        self.adds_bos: bool = llama_cpp.llama_vocab_get_add_bos(self.vocab)
-        self._adds_eos: bool = llama_cpp.llama_vocab_get_add_eos(self.vocab)
+        self.adds_bos: bool = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        self._adds_eos: bool = llama_cpp.llama_vocab_get_add_eos(self._vocab)
         self.has_recurrent_layers: bool = llama_cpp.llama_model_is_recurrent(
             handle
         ) or llama_cpp.llama_model_is_hybrid(handle)
@@ -66,7 +62,7 @@ class Model:
         )
         self.has_windows: bool = llama_cpp.llama_model_n_swa(handle) > 0
         self._token_bytes = functools.lru_cache(maxsize=65536)(
-            functools.partial(_piece, self.vocab)
+            functools.partial(_piece, self._vocab)
         )
 
     @classmethod
@@ -108,6 +104,18 @@ class Model:
         return model
 
     @property
+    def handle(self) -> Any:
+        """llama_model pointer."""
+        self._check_open()
+        return self._handle
+
+    @property
+    def vocab(self) -> Any:
+        """llama_vocab pointer."""
+        self._check_open()
+        return self._vocab
+
+    @property
     def keepalive(self) -> Model | None:
         """What must be kept by what is freed before the weights are.
 
@@ -135,8 +143,12 @@ class Model:
 
     def close(self) -> None:
         """Frees the weights. Nothing made from this model may be used afterwards."""
-        if self._owner is None:
+        if self._owned is not None:
             self._owned.close()
+
+    def _check_open(self) -> None:
+        if self._owned is not None and not self._owned.is_open:
+            raise ModelError("this model is closed; open it again")
 
     def describe(self) -> str:
         """llama.cpp's one-line description, e.g. "llama 7B Q4_K - Medium"."""
@@ -206,6 +218,7 @@ class Model:
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of a token, possibly part of a character; b"" for control tokens, but for
         those that mark reasoning."""
+        self._check_open()
         return self._marks.get(token) or self._token_bytes(token)
 
     @functools.cached_property

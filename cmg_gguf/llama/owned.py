@@ -15,8 +15,9 @@ def owned(holder: object, pointer: Any, free: Any, *kept: object) -> _core.Owned
     As `weakref.finalize`, but no Python code is run, in which a Ctrl-C would be lost. Who closes it
     while another thread does waits until it is freed.
     """
-    return _core.Owned(holder, _address(pointer), _address(free), *kept)
+    return _core.Owned(holder, address(pointer), address(free), *kept)
 
 
-def _address(pointer: Any) -> int:
+def address(pointer: Any) -> int:
+    """Of a ctypes pointer or function; 0 of null."""
     return ctypes.cast(pointer, ctypes.c_void_p).value or 0

@@ -19,7 +19,7 @@ from llama_cpp import llama_cpp, mtmd_cpp
 from cmg_gguf import _core
 from cmg_gguf.arrays import FloatArray
 from cmg_gguf.errors import BackendError, ModelError, ProjectorError, PromptError
-from cmg_gguf.llama.chunks import Chunk, Mtmd, Part, Pixels, Source, cut
+from cmg_gguf.llama.chunks import Chunk, Mtmd, Part, Pixels, Source, cut, is_inside
 from cmg_gguf.llama.embeddings import Embeddings
 from cmg_gguf.llama.header import projector_facts, read_architecture
 from cmg_gguf.llama.legacy import lacks_layer, repaired
@@ -46,10 +46,9 @@ MOST_SIZES = 64
 class Projector:
     """A loaded mmproj.
 
-    handle: mtmd_context pointer. model: the language model it belongs to. marker: the text that
-    stands for an image in a prompt; random, so that no user text contains it. embeddings: encoded
-    images, of which cache_bytes are kept. encoder: "stock" leaves llama.cpp's image encoder as it
-    is. Several threads may ask; one at a time is served.
+    model: the language model it belongs to. marker: the text that stands for an image in a prompt;
+    random, so that no user text contains it. embeddings: encoded images, of which cache_bytes are
+    kept. encoder: "stock" leaves llama.cpp's as it is. Several threads may ask, one is served.
     """
 
     def __init__(
@@ -102,15 +101,25 @@ class Projector:
             raise ProjectorError(
                 f"{path} cannot be used with {model.path.name} (width {model.n_embd}): {reason}"
             )
-        self.handle = handle
         self.model = model
-        self._mtmd = Mtmd(handle, self.marker, self.kind, model)
+        self._handle = handle
         self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(handle)
         self._lock = threading.Lock()
         self._owned = owned(self, handle, mtmd_cpp.mtmd_free, model.keepalive, self._probe)
         if not mtmd_cpp.mtmd_support_vision(handle):
             self.close()
             raise ProjectorError(f"{path} cannot see: it has no image encoder")
+
+    @property
+    def handle(self) -> Any:
+        """mtmd_context pointer. Raises ModelError if it is closed."""
+        if not self._owned.is_open:
+            raise ModelError("this image encoder is closed; open the model again")
+        return self._handle
+
+    @property
+    def _mtmd(self) -> Mtmd:
+        return Mtmd(self.handle, self.marker, self.kind, self.model)
 
     @property
     def mended(self) -> frozenset[str]:
@@ -134,6 +143,11 @@ class Projector:
     def is_mended(self) -> bool:
         """Whether the image encoder is put right where it has to be."""
         return self._mend is not None
+
+    def forget(self) -> None:
+        """Lets all kept images go."""
+        with self._lock:
+            self.embeddings.clear()
 
     def close(self) -> None:
         """Frees the image encoder."""
@@ -174,7 +188,7 @@ class Projector:
                 n_pieces[chunk.image] += 1
                 segments.append(self._image(chunk, piece, source, ids))
             else:
-                segments.append(TextSegment(chunk, inside_picture=_is_inside(chunks, i)))
+                segments.append(TextSegment(chunk, inside_picture=is_inside(chunks, i)))
         return Prompt(tuple(segments), salt)
 
     def pieces_of(self, width: int, height: int) -> list[ImageSegment]:
@@ -261,10 +275,12 @@ class Projector:
         found = []
         for chunk in cut(self._mtmd, Source((None,), (pixels,), False), pixels_of=0):
             if isinstance(chunk, Chunk):
-                self._probe.begin()
-                with captured_errors():
-                    mtmd_cpp.mtmd_encode_chunk(self.handle, chunk.handle)
-                self._probe.end()
+                try:  # a probe that an interrupt left behind would keep pictures from the encoder
+                    self._probe.begin()
+                    with captured_errors():
+                        mtmd_cpp.mtmd_encode_chunk(self.handle, chunk.handle)
+                finally:
+                    self._probe.end()
                 found.append(self._probe.pixels()[0])
         return found
 
@@ -381,10 +397,3 @@ class _Read:
             self._pieces = [c for c in chunks if isinstance(c, Chunk) and c.image == image]
             self._of = source, image
         return self._pieces
-
-
-def _is_inside(chunks: Sequence[Any], i: int) -> bool:
-    """Whether the text that is chunk i stands between two pieces of the same image."""
-    around = chunks[max(0, i - 1) : i + 2 : 2]
-    images = {chunk.image for chunk in around if isinstance(chunk, Chunk)}
-    return len(around) == 2 and len(images) == 1 and all(isinstance(c, Chunk) for c in around)
