@@ -7,8 +7,9 @@ import itertools
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp
@@ -22,6 +23,7 @@ from prompts import picture
 from tiny_llava import TinyPair
 
 from cmg_gguf import Guidance, GuidedVLM, PromptError, Sampling
+from cmg_gguf.prompt.segments import ImageSegment
 
 N_MARATHON = 3 * len(FAULTS)
 
@@ -220,8 +222,9 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def interrupting(n: int) -> Iterator[None]:
-    """Behind the n-th call in the block that goes through llama_cpp's modules."""
+def interrupting(n: int, names: Container[str] | None = None) -> Iterator[None]:
+    """Behind the n-th call in the block that goes through llama_cpp's modules. names: of the
+    functions whose calls count; None = all."""
     counted = itertools.count()
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,7 +239,9 @@ def interrupting(n: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         for module in (llama_cpp, mtmd_cpp):
             for name, call in vars(module).copy().items():
-                if hasattr(call, "argtypes") and not name.endswith("_free"):
+                if not hasattr(call, "argtypes") or name.endswith("_free"):
+                    continue
+                if names is None or name in names:
                     patched.setattr(module, name, watched(call))
         yield
 
@@ -248,7 +253,6 @@ def test_an_interrupt_behind_any_call_of_llama_cpp_changes_no_later_answer(
     """Also where it is shown a picture of a size of which heat knows no boxes yet."""
     n_calls = 0
     with open_vlm(request.getfixturevalue(files)) as vlm:
-        said = ids(vlm.generate(QUESTION, max_tokens=5))
         expected = answer(vlm)
         for n_calls in range(1000):
             seen = np.full((30, 30 + n_calls, 3), 9, np.uint8)
@@ -259,9 +263,22 @@ def test_an_interrupt_behind_any_call_of_llama_cpp_changes_no_later_answer(
                     break
             except Interrupted:
                 vlm.forget()
-                assert ids(vlm.generate(QUESTION, max_tokens=5)) == said
                 assert answer(vlm) == expected
     assert 100 < n_calls < 1000
+
+
+def test_an_interrupt_leaves_no_later_row_without_its_order(vlm: GuidedVLM) -> None:
+    """As where a model lets an image's tokens see later ones."""
+    said = ids(vlm.generate(QUESTION, max_tokens=5))
+    context: Any = vlm.engine.lanes[0].original.context
+    image = vlm.projector.encode(vlm.tokenize(QUESTION, [PICTURE])).segments[1]
+    assert isinstance(image, ImageSegment)
+    for n in range(2):
+        with interrupting(n, ["llama_set_causal_attn"]), pytest.raises(Interrupted):
+            context.decode_image(replace(image, non_causal=True), 0, 0, None)
+        context.truncate(0, 0)
+        vlm.forget()
+        assert ids(vlm.generate(QUESTION, max_tokens=5)) == said
 
 
 # --- in a row ----------------------------------------------------------------------------------
