@@ -1,6 +1,6 @@
-// What llama.cpp allocated for us, and its end. It is freed by compiled code: in a finalizer that
-// is Python code, an interrupt that waits for Python to run (Ctrl-C) would be raised, be printed,
-// and be lost.
+// What llama.cpp allocated for us, and its end. It is taken and freed by compiled code: where
+// Python code does it, an interrupt that waits for Python to run (Ctrl-C) comes between an
+// allocation and who frees it; and in a finalizer it would be raised, be printed, and be lost.
 #include "bindings.hpp"
 
 #include <atomic>
@@ -16,25 +16,30 @@ namespace {
 
 using Free = void (*)(void *);
 
-// Frees `pointer` once, with what it needs alive until then.
+// Frees `pointer` once. All that are not freed yet are in a list, the newest last.
 class Ending : public std::enable_shared_from_this<Ending> {
   public:
-    Ending(void * pointer, Free free, py::object kept)
-        : pointer_(pointer), free_(free), kept_(std::move(kept)) {}
+    static std::shared_ptr<Ending> begun(void * pointer, Free free) {
+        static std::uint64_t n_made = 0;
+        const std::shared_ptr<Ending> made(new Ending(pointer, free, n_made++));
+        if (pointer != nullptr) {
+            all().emplace(made->number_, made);
+        }
+        return made;
+    }
 
-    // All that are not freed yet, by number: the newest last. Never destroyed: Python drops objects
-    // until the process ends.
-    static std::map<std::uint64_t, std::shared_ptr<Ending>> & all() {
-        static auto & endings = *new std::map<std::uint64_t, std::shared_ptr<Ending>>;
-        return endings;
+    // The newest first: what is made from a model is freed before it.
+    static void free_all() {
+        while (!all().empty()) {
+            const std::shared_ptr<Ending> newest = std::prev(all().end())->second;
+            newest->free();
+        }
     }
 
     // Freed where `holder` is dropped: before anything that it holds is, and also before finalizers
-    // are called of what is dropped with it.
-    void enter(const py::object & holder) {
-        static std::uint64_t n_made = 0;
-        number_ = n_made++;
-        all().emplace(number_, shared_from_this());
+    // are called of what is dropped with it. `kept` is needed until then.
+    void hold(const py::object & holder, py::object kept) {
+        kept_ = std::move(kept);
         dropped_ = py::weakref(holder, py::cpp_function([this](py::handle) { free(); }));
     }
 
@@ -56,54 +61,63 @@ class Ending : public std::enable_shared_from_this<Ending> {
         const py::object kept = std::exchange(kept_, py::object());
     }
 
-    bool is_open() const { return pointer_ != nullptr; }
+    void * pointer() const { return pointer_; }
 
   private:
+    Ending(void * pointer, Free free, std::uint64_t number)
+        : pointer_(pointer), free_(free), number_(number), is_over_(pointer == nullptr) {}
+
+    // Never destroyed: Python drops objects until the process ends.
+    static std::map<std::uint64_t, std::shared_ptr<Ending>> & all() {
+        static auto & endings = *new std::map<std::uint64_t, std::shared_ptr<Ending>>;
+        return endings;
+    }
+
     std::atomic<void *> pointer_;
     Free free_;
+    std::uint64_t number_;
+    bool is_over_;
+    std::recursive_mutex freeing_;
     py::object kept_;
     py::object dropped_;
-    std::uint64_t number_ = 0;
-    std::recursive_mutex freeing_;
-    bool is_over_ = false;
 };
 
 // For Python: see cmg_gguf/llama/owned.py.
 class Owned {
   public:
-    Owned(const py::object & holder, std::uintptr_t pointer, std::uintptr_t free, py::args kept)
-        : ending_(std::make_shared<Ending>(reinterpret_cast<void *>(pointer),
-                                           reinterpret_cast<Free>(free), std::move(kept))) {
-        ending_->enter(holder);
-    }
+    Owned(void * pointer, Free free) : ending_(Ending::begun(pointer, free)) {}
     Owned(const Owned &) = delete;
     Owned & operator=(const Owned &) = delete;
     ~Owned() { ending_->free(); }
 
     void close() { ending_->free(); }
-    bool is_open() const { return ending_->is_open(); }
-
-    // The newest first: what is made from a model is freed before it.
-    static void close_all() {
-        while (!Ending::all().empty()) {
-            const std::shared_ptr<Ending> newest = std::prev(Ending::all().end())->second;
-            newest->free();
-        }
-    }
+    void hold(const py::object & holder, py::args kept) { ending_->hold(holder, std::move(kept)); }
+    std::uintptr_t pointer() const { return reinterpret_cast<std::uintptr_t>(ending_->pointer()); }
+    bool is_open() const { return ending_->pointer() != nullptr; }
 
   private:
     std::shared_ptr<Ending> ending_;
 };
 
+// An `errcheck` of ctypes: it is called with the address that a function returned, None for null.
+py::cpp_function owner(std::uintptr_t free) {
+    return [free](const py::object & pointer, const py::object &, const py::object &) {
+        const auto address = pointer.is_none() ? 0 : pointer.cast<std::uintptr_t>();
+        return std::make_unique<Owned>(reinterpret_cast<void *>(address),
+                                       reinterpret_cast<Free>(free));
+    };
+}
+
 } // namespace
 
 void bind_owned(py::module_ & m) {
     py::class_<Owned>(m, "Owned")
-        .def(py::init<const py::object &, std::uintptr_t, std::uintptr_t, py::args>(),
-             py::arg("holder"), py::arg("pointer"), py::arg("free"))
         .def("close", &Owned::close)
-        .def_property_readonly("is_open", &Owned::is_open);
-    py::module_::import("atexit").attr("register")(py::cpp_function(&Owned::close_all));
+        .def("hold", &Owned::hold, py::arg("holder"))
+        .def_property_readonly("pointer", &Owned::pointer)
+        .def("__bool__", &Owned::is_open);
+    m.def("owner", &owner, py::arg("free"));
+    py::module_::import("atexit").attr("register")(py::cpp_function(&Ending::free_all));
 }
 
 } // namespace cmg

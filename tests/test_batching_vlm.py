@@ -434,7 +434,7 @@ def used_when_freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         method = getattr(Model, name)
 
         def called(model: Model, token: int) -> Any:
-            if not (model._owned and model._owned.is_open):
+            if not model._owned:
                 used.append(name)
                 return b"" if name == "token_bytes" else True
             return method(model, token)

@@ -441,7 +441,7 @@ def test_what_is_made_from_the_weights_of_a_llama_is_freed_before_them(
     free = llama_cpp.llama_cpp.llama_model_free
 
     def freeing(model: Any) -> None:
-        freed.append([one.is_open for one in made])
+        freed.append([bool(one) for one in made])
         free(model)
 
     monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_free", freeing)

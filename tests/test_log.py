@@ -176,6 +176,7 @@ from llama_cpp import mtmd_cpp
 from guided import QUESTION, open_vlm
 from prompts import picture
 from tiny_llava import TinyPair
+from cmg_gguf.llama import context, model, projector
 
 module, name = {function}
 call, entered = getattr(module, name), threading.Event()
@@ -205,9 +206,9 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize(
     "function",
     [
-        'llama_cpp, "llama_model_load_from_file"',
-        'mtmd_cpp, "mtmd_init_from_file"',
-        'llama_cpp, "llama_init_from_model"',
+        'model, "_load"',
+        'projector, "_init"',
+        'context, "_init"',
         f'mtmd_cpp, "mtmd_tokenize{"_from_parts" if HAS_PARTS else ""}"',
         'mtmd_cpp, "mtmd_encode_chunk"',
         'llama_cpp, "llama_decode"',

@@ -10,15 +10,28 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from patience import PATIENCE
 
-from cmg_gguf.llama.owned import owned
+from cmg_gguf.llama.owned import Owned, address, making
 
 PACKAGE = Path(__file__).parents[1] / "cmg_gguf"
 C = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
 """raise(number) and putchar(character) stand for what frees a pointer: they tell when it did."""
+
+
+GIVING = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+GIVEN = GIVING(lambda pointer: pointer)
+
+
+def owned(pointer: int, free: Any, holder: object = None) -> Owned:
+    """As if llama.cpp had allocated it."""
+    made = making(GIVEN, free)(pointer)
+    if holder is not None:
+        made.hold(holder)
+    return made
 
 
 class Holder:
@@ -32,37 +45,58 @@ def test_a_ctrl_c_while_something_is_freed_is_not_lost() -> None:
     try:
         for _ in range(3):
             holders = [Holder()]
-            holders[0].owned = owned(holders[0], signal.SIGINT, C["raise"])
+            holders[0].owned = owned(signal.SIGINT, C["raise"], holders[0])
             with pytest.raises(KeyboardInterrupt):
                 holders.clear()
-            holder = Holder()
-            dropped = [owned(holder, signal.SIGINT, C["raise"])]
+            dropped = [owned(signal.SIGINT, C["raise"])]
             with pytest.raises(KeyboardInterrupt):
                 dropped.clear()
-            closed = owned(holder, signal.SIGINT, C["raise"])
+            closed = owned(signal.SIGINT, C["raise"])
             with pytest.raises(KeyboardInterrupt):
                 closed.close()
-            assert not closed.is_open
+            assert not closed
     finally:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sigsuspend")
+def test_a_ctrl_c_while_something_is_allocated_leaves_nothing(
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    """sigsuspend lets the signal through that waits, and gives -1."""
+    make, no_signals = making(C.sigsuspend, C.putchar), ctypes.create_string_buffer(128)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            pytest.fail(f"not interrupted: {make(no_signals)}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, before)
+    C.fflush(None)
+    assert capfdbinary.readouterr().out == b"\xff"
+
+
 PROGRAM = """
 import ctypes, gc
-from cmg_gguf.llama.owned import owned
-putchar = ctypes.CDLL({library!r}).putchar
+from cmg_gguf.llama.owned import making
+C = ctypes.CDLL({library!r})
+C.toascii.argtypes = [ctypes.c_int]
+make = making(C.toascii, C.putchar)  # which gives what it is given
 
 class Holder:
     def __init__(self, character, *kept, **attributes):
         vars(self).update(attributes)
-        self.owned = owned(self, ord(character), putchar, *kept)
+        self.owned = make(ord(character))
+        self.owned.hold(self, *kept)
 
     def close(self):
         self.owned.close()
 
 class Finalized:
     def __del__(self):
-        putchar(ord("b"))
+        C.putchar(ord("b"))
 
 {lines}
 """
@@ -96,23 +130,25 @@ def test_what_is_owned_is_freed_once_and_in_order(lines: str, printed: str) -> N
     assert (run.returncode, run.stdout, run.stderr) == (0, printed, "")
 
 
-def test_what_is_owned_is_open_until_it_is_closed() -> None:
-    one = owned(C, 1, C["abs"])
-    assert one.is_open
+def test_what_is_owned_is_true_until_it_is_closed() -> None:
+    one = owned(1, C["abs"])
+    assert one
+    assert one.pointer == 1
     one.close()
-    assert not one.is_open
-    assert not owned(C, 0, C["abs"]).is_open
+    assert not one
+    assert one.pointer == 0
+    assert not owned(0, C["abs"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a semaphore that is no file")
 def test_who_closes_what_another_thread_frees_waits_for_that() -> None:
     semaphore = ctypes.create_string_buffer(64)
     C.sem_init(semaphore, 0, 0)
-    one = owned(C, semaphore, C.sem_wait)
+    one = owned(address(semaphore), C.sem_wait)
     first, second = (threading.Thread(target=one.close, daemon=True) for _ in range(2))
     first.start()
     deadline = time.monotonic() + PATIENCE
-    while one.is_open and time.monotonic() < deadline:
+    while one and time.monotonic() < deadline:
         time.sleep(0.001)
     second.start()
     second.join(0.2)

@@ -227,7 +227,7 @@ def test_how_much_room_there_is_is_told_where_a_device_may_have_too_little(
     monkeypatch.setattr(model, "free_memory", lambda: room)
     monkeypatch.setattr(context, "free_memory", lambda: room)
     with monkeypatch.context() as patched:
-        patched.setattr(llama_cpp, "llama_model_load_from_file", lambda *arguments: None)
+        patched.setattr(model, "_load", lambda *arguments: None)
         with pytest.raises(ModelError, match=f"of 0.0 GB, and {room}; .* lower n_gpu_layers"):
             Model.load(llama.model.path)
     with pytest.raises(BackendError, match=f"{room}; if it does not fit, lower n_ctx"):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import llama_cpp
 import pytest
 from benchmarks.plain_llama import open_llama
 from commands import invoke
@@ -16,7 +15,7 @@ from tiny_llava import TinyPair
 
 from cmg_gguf import GuidedVLM
 from cmg_gguf.errors import BackendError
-from cmg_gguf.llama import repacking
+from cmg_gguf.llama import model, repacking
 from cmg_gguf.llama.model import Model
 from cmg_gguf.tiny.pair import embedded_pair
 
@@ -76,14 +75,14 @@ def test_weights_are_repacked_only_where_that_is_safe(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, pair: TinyPair, trial: str
 ) -> None:
     machine(AMX, trial)
-    load, repacked = llama_cpp.llama_model_load_from_file, []
+    load, repacked = model._load, []
 
     def noted(path: bytes, params: Any) -> Any:
         repacked.append(params.use_extra_bufts)
         params.use_extra_bufts = False  # the machine of the test may be one that crashes
         return load(path, params)
 
-    monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", noted)
+    monkeypatch.setattr(model, "_load", noted)
     Model.load(pair.llm).close()
     assert repacked == [trial != CRASH]
 

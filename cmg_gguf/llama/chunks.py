@@ -24,7 +24,7 @@ from cmg_gguf.arrays import IntArray
 from cmg_gguf.errors import ImageError, UnsupportedError
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
-from cmg_gguf.llama.owned import owned
+from cmg_gguf.llama.owned import Owned, making
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -34,6 +34,11 @@ HAS_PARTS = hasattr(mtmd_cpp, "mtmd_tokenize_from_parts")
 
 Part: TypeAlias = tuple[str, bool]
 """A text, and whether special tokens are looked for in it."""
+
+
+_copy_chunk = making(mtmd_cpp.mtmd_input_chunk_copy, mtmd_cpp.mtmd_input_chunk_free)
+_init_chunks = making(mtmd_cpp.mtmd_input_chunks_init, mtmd_cpp.mtmd_input_chunks_free)
+_init_bitmap = making(mtmd_cpp.mtmd_bitmap_init, mtmd_cpp.mtmd_bitmap_free)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +69,8 @@ class Chunk:
     """
 
     def __init__(self, borrowed: Any) -> None:
-        self.handle = mtmd_cpp.mtmd_input_chunk_copy(borrowed)
-        self._owned = owned(self, self.handle, mtmd_cpp.mtmd_input_chunk_free)
+        self._owned = _copy_chunk(borrowed)
+        self.handle = self._owned.pointer
         self.image = int(mtmd_cpp.mtmd_input_chunk_get_id(borrowed) or b"0")
         self.n_tokens: int = mtmd_cpp.mtmd_input_chunk_get_n_tokens(borrowed)
         self.n_pos: int = mtmd_cpp.mtmd_input_chunk_get_n_pos(borrowed)
@@ -78,11 +83,8 @@ def cut(context: Mtmd, source: Source, *, pixels_of: int | None = None) -> list[
     ImageError for an image that the model's preprocessing refuses.
     """
     bitmaps = [_bitmap(image, i, i == pixels_of) for i, image in enumerate(source.images)]
-    try:
-        return (at_once if HAS_PARTS else one_by_one)(context, source, bitmaps)
-    finally:
-        for bitmap in bitmaps:
-            mtmd_cpp.mtmd_bitmap_free(bitmap)
+    pointers = [bitmap.pointer for bitmap in bitmaps]
+    return (at_once if HAS_PARTS else one_by_one)(context, source, pointers)
 
 
 def at_once(context: Mtmd, source: Source, bitmaps: Sequence[Any]) -> list[IntArray | Chunk]:
@@ -146,19 +148,16 @@ def _joined(found: Sequence[IntArray | Chunk]) -> list[IntArray | Chunk]:
 
 def _tokenized(source: Source, tokenize: Callable[[Any], int]) -> list[IntArray | Chunk]:
     """What `tokenize` fills an mtmd_input_chunks with."""
-    chunks = mtmd_cpp.mtmd_input_chunks_init()
-    try:
-        with captured_errors() as errors:
-            code = tokenize(chunks)
-        if code != 0:
-            sizes = ", ".join(f"{image.shape[1]}x{image.shape[0]}" for image in source.images)
-            raise ImageError(
-                f"the model cannot take these images ({sizes} pixels): "
-                f"{errors[0] if errors else f'code {code}'}"
-            )
-        return _copied(chunks)
-    finally:
-        mtmd_cpp.mtmd_input_chunks_free(chunks)
+    chunks = _init_chunks()
+    with captured_errors() as errors:
+        code = tokenize(chunks.pointer)
+    if code != 0:
+        sizes = ", ".join(f"{image.shape[1]}x{image.shape[0]}" for image in source.images)
+        raise ImageError(
+            f"the model cannot take these images ({sizes} pixels): "
+            f"{errors[0] if errors else f'code {code}'}"
+        )
+    return _copied(chunks.pointer)
 
 
 def is_inside(chunks: Sequence[IntArray | Chunk], i: int) -> bool:
@@ -212,12 +211,12 @@ def _copied(chunks: Any) -> list[IntArray | Chunk]:
     return found
 
 
-def _bitmap(image: Pixels, number: int, with_pixels: bool) -> Any:
+def _bitmap(image: Pixels, number: int, with_pixels: bool) -> Owned:
     height, width, _ = image.shape
     pixels = np.ascontiguousarray(image) if with_pixels else None
     data = None if pixels is None else pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    bitmap = mtmd_cpp.mtmd_bitmap_init(width, height, data)
+    bitmap = _init_bitmap(width, height, data)
     if not bitmap:
         raise ImageError(f"no memory for an image of {width}x{height} pixels")
-    mtmd_cpp.mtmd_bitmap_set_id(bitmap, str(number).encode())
+    mtmd_cpp.mtmd_bitmap_set_id(bitmap.pointer, str(number).encode())
     return bitmap

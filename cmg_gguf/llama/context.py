@@ -22,7 +22,7 @@ from cmg_gguf.llama.cache_size import too_large
 from cmg_gguf.llama.chunks import image_positions
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
-from cmg_gguf.llama.owned import owned
+from cmg_gguf.llama.owned import making
 from cmg_gguf.prompt.segments import ImageSegment
 
 CACHE_TYPES = {
@@ -95,6 +95,9 @@ class ContextOptions:
         )
 
 
+_init = making(llama_cpp.llama_init_from_model, llama_cpp.llama_free)
+
+
 class LlamaContext:
     """llama.cpp's context, behind `cmg_gguf.engine.context.Context`."""
 
@@ -128,18 +131,18 @@ class LlamaContext:
         params.cb_eval_user_data = self.patch.user_data
         obstacle = too_large(model, params)
         with captured_errors() as errors:
-            handle = not obstacle and llama_cpp.llama_init_from_model(model.handle, params)
-        if not handle:
+            made = None if obstacle else _init(model.handle, params)
+        if not made:
             reason = obstacle or (errors[0] if errors else "no reason given")
             if free := free_memory():
                 reason += f"; {free}; if it does not fit, lower n_ctx, n_ubatch or n_gpu_layers"
             raise BackendError(f"llama.cpp cannot make a context with {options}: {reason}")
-        self.handle = handle
-        # The patch and the model must outlive the context.
-        self._owned = owned(self, handle, llama_cpp.llama_free, self.patch, model.keepalive)
-        self.n_ctx: int = llama_cpp.llama_n_ctx(handle)
-        self.n_ubatch: int = llama_cpp.llama_n_ubatch(handle)
-        self._memory = llama_cpp.llama_get_memory(handle)
+        made.hold(self, self.patch, model.keepalive)
+        self._owned = made
+        self.handle = made.pointer
+        self.n_ctx: int = llama_cpp.llama_n_ctx(self.handle)
+        self.n_ubatch: int = llama_cpp.llama_n_ubatch(self.handle)
+        self._memory = llama_cpp.llama_get_memory(self.handle)
         self._batch = _Batch(self.n_ubatch)
 
     def close(self) -> None:
@@ -235,7 +238,7 @@ class LlamaContext:
 
     def truncate(self, seq: int, n_pos: int) -> None:
         """See `Context.truncate`. Nothing is left to drop after `close`."""
-        if not self._owned.is_open:
+        if not self._owned:
             return
         if not llama_cpp.llama_memory_seq_rm(self._memory, seq, n_pos if n_pos else -1, -1):
             raise BackendError(f"sequence {seq} cannot be cut back to {n_pos} positions")
@@ -248,7 +251,7 @@ class LlamaContext:
         return first >= 0 if self.has_state else first == 0
 
     def _check_open(self) -> None:
-        if not self._owned.is_open:
+        if not self._owned:
             raise BackendError("this context is closed; make a new one")
 
     @contextmanager

@@ -10,6 +10,7 @@ import llama_cpp
 from cmg_gguf import _core
 from cmg_gguf.errors import BackendError
 from cmg_gguf.llama.log import captured_errors
+from cmg_gguf.llama.owned import making
 
 
 class Shown(NamedTuple):
@@ -42,20 +43,21 @@ def layer_places(model: Any, n_layer: int, *, offload_kqv: bool) -> _core.LayerP
     return places
 
 
+_init = making(llama_cpp.llama_init_from_model, llama_cpp.llama_free)
+
+
 def _decode_one(model: Any, params: Any) -> int:
     """Decodes one token; bytes of a state behind it."""
     state_bytes = 0
     with captured_errors() as errors:
-        context = llama_cpp.llama_init_from_model(model, params)
+        context = _init(model, params)
         if context:
-            try:
-                token = (llama_cpp.llama_token * 1)(0)
-                code = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1))
-                state_bytes = llama_cpp.llama_state_seq_get_size_ext(
-                    context, 0, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-                )
-            finally:
-                llama_cpp.llama_free(context)
+            token = (llama_cpp.llama_token * 1)(0)
+            batch = llama_cpp.llama_batch_get_one(token, 1)
+            code = llama_cpp.llama_decode(context.pointer, batch)
+            state_bytes = llama_cpp.llama_state_seq_get_size_ext(
+                context.pointer, 0, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+            )
     if not context or code != 0:
         raise BackendError(
             "llama.cpp cannot decode one token, which would show the layers of this model: "

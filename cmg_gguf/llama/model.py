@@ -20,11 +20,13 @@ from cmg_gguf.llama.about import free_memory
 from cmg_gguf.llama.header import read_architecture
 from cmg_gguf.llama.layers import Shown, shown_layers
 from cmg_gguf.llama.log import captured_errors
-from cmg_gguf.llama.owned import owned
+from cmg_gguf.llama.owned import Owned, making
 from cmg_gguf.llama.placement import Placement
 from cmg_gguf.llama.repacking import is_safe
 from cmg_gguf.prompt.reasoning import MARKS
 from cmg_gguf.prompt.specials import Specials
+
+_load = making(llama_cpp.llama_model_load_from_file, llama_cpp.llama_model_free)
 
 
 class Model:
@@ -36,15 +38,15 @@ class Model:
         handle: Any,
         *,
         path: Path,
-        owner: object = None,
+        owner: object,
         placement: Placement | None = None,
     ) -> None:
-        """Wraps a loaded llama_model; frees it at the end unless `owner` (kept alive) does.
-        placement: where it lies, if it is known."""
+        """Wraps a loaded llama_model, which `owner` frees: an `Owned` is held here alone, anything
+        else kept alive. placement: where it lies, if it is known."""
         self.path = path
         self.placement = placement
         self._handle, self._owner = handle, owner
-        self._owned = owned(self, handle, llama_cpp.llama_model_free) if owner is None else None
+        self._owned = owner if isinstance(owner, Owned) else None
         self._vocab = llama_cpp.llama_model_get_vocab(handle)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_layer: int = llama_cpp.llama_model_n_layer(handle)
@@ -95,12 +97,13 @@ class Model:
         params.progress_callback = ctypes.cast(report.callback, llama_cpp.llama_progress_callback)
         params.progress_callback_user_data = report.user_data
         with captured_errors() as errors:
-            handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        model = cls(handle, path=path, placement=placement) if handle else None
+            made = _load(os.fsencode(path), params)
         del kept
         report.rethrow()
-        if model is None:
+        if not made:
             raise ModelError(f"llama.cpp cannot load model file {path}: {_why(path, errors)}")
+        model = cls(made.pointer, path=path, owner=made, placement=placement)
+        made.hold(model)
         return model
 
     @property
@@ -119,9 +122,10 @@ class Model:
     def keepalive(self) -> Model | None:
         """What must be kept by what is freed before the weights are.
 
-        None with an owner, which may hold what is made from its model and would never be freed.
+        None with another owner, which may hold what is made from its model and would never be
+        freed.
         """
-        return self if self._owner is None else None
+        return self if self._owned is not None else None
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -147,7 +151,7 @@ class Model:
             self._owned.close()
 
     def _check_open(self) -> None:
-        if self._owned is not None and not self._owned.is_open:
+        if self._owned is not None and not self._owned:
             raise ModelError("this model is closed; open it again")
 
     def describe(self) -> str:

@@ -25,7 +25,7 @@ from cmg_gguf.llama.header import projector_facts, read_architecture
 from cmg_gguf.llama.legacy import lacks_layer, repaired
 from cmg_gguf.llama.log import captured_errors
 from cmg_gguf.llama.model import Model
-from cmg_gguf.llama.owned import owned
+from cmg_gguf.llama.owned import making
 from cmg_gguf.llama.placement import Placement
 from cmg_gguf.llama.views import View, ViewError, coordinates, levels, view_of
 from cmg_gguf.prompt.segments import ImageSegment, Prompt, Segment, TextSegment
@@ -34,13 +34,14 @@ from cmg_gguf.prompt.specials import split_specials
 Encoder = Literal["mended", "stock"]
 """Whether the image encoder is put right where llama.cpp's is not, see csrc/encoder_mend.hpp."""
 
-
 SHAPES = tuple((round(4096 * 2 ** (i / 32)), round(4096 / 2 ** (i / 32))) for i in range(-96, 97))
 """Width and height of large pictures, of all shapes up to 64 to 1."""
 TRIED = 64, 64
 """Pixels of the pictures that show what black and white are to the encoder."""
 MOST_SIZES = 64
 """Sizes of pictures for which it is kept what the encoder is given of them."""
+
+_init = making(mtmd_cpp.mtmd_init_from_file, mtmd_cpp.mtmd_free)
 
 
 class Projector:
@@ -91,31 +92,29 @@ class Projector:
         placement.fill_encoder(params)
         params.image_min_tokens = -1 if image_min_tokens is None else image_min_tokens
         params.image_max_tokens = -1 if image_max_tokens is None else image_max_tokens
-        with (
-            repaired(path) if self._is_legacy else nullcontext(path) as file,
-            captured_errors() as errors,
-        ):
-            handle = mtmd_cpp.mtmd_init_from_file(os.fsencode(file), model.handle, params)
-        if not handle:
+        whole = repaired(path) if self._is_legacy else nullcontext(path)
+        with whole as file, captured_errors() as errors:
+            made = _init(os.fsencode(file), model.handle, params)
+        if not made:
             reason = errors[0] if errors else "no reason given"
             raise ProjectorError(
                 f"{path} cannot be used with {model.path.name} (width {model.n_embd}): {reason}"
             )
         self.model = model
-        self._handle = handle
-        self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(handle)
         self._lock = threading.Lock()
-        self._owned = owned(self, handle, mtmd_cpp.mtmd_free, model.keepalive, self._probe)
-        if not mtmd_cpp.mtmd_support_vision(handle):
+        made.hold(self, model.keepalive, self._probe)
+        self._owned = made
+        self._shares_positions = mtmd_cpp.mtmd_decode_use_mrope(made.pointer)
+        if not mtmd_cpp.mtmd_support_vision(made.pointer):
             self.close()
             raise ProjectorError(f"{path} cannot see: it has no image encoder")
 
     @property
     def handle(self) -> Any:
         """mtmd_context pointer. Raises ModelError if it is closed."""
-        if not self._owned.is_open:
+        if not self._owned:
             raise ModelError("this image encoder is closed; open the model again")
-        return self._handle
+        return self._owned.pointer
 
     @property
     def _mtmd(self) -> Mtmd:

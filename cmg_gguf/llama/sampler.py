@@ -16,12 +16,15 @@ from cmg_gguf.errors import BackendError, SamplingError
 from cmg_gguf.llama.grammar import grammar_for
 from cmg_gguf.llama.log import captured_errors, captured_stderr
 from cmg_gguf.llama.model import Model
-from cmg_gguf.llama.owned import owned
+from cmg_gguf.llama.owned import Owned, making
 from cmg_gguf.sampling import Sampling
 
 _MIROSTAT_M = 100  # as llama.cpp's own tools
 _REASON = 200  # characters: some reasons hold the rest of the grammar
 _ALL_TOKENS = 2**20  # more than an answer has; llama.cpp allocates room for each
+
+
+_init_chain = making(llama_cpp.llama_sampler_chain_init, llama_cpp.llama_sampler_free)
 
 
 class Sampler:
@@ -37,7 +40,7 @@ class Sampler:
         """Raises SamplingError for a grammar that does not parse or a token that is none."""
         self._state = _core.GuidanceState(alpha, beta)
         self._beta = beta
-        self._chains: list[_core.Owned] = []
+        self._chains: list[Owned] = []
         constraints = list(_constraints(model, sampling))
         self._sampler = _core.PairSampler(
             model.n_vocab,
@@ -86,12 +89,13 @@ class Sampler:
         return ctypes.cast(self._state.new_sampler(), llama_cpp.llama_sampler_p_ctypes)
 
     def _chain(self, samplers: Iterable[Any]) -> int:
-        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        chain = _init_chain(llama_cpp.llama_sampler_chain_default_params())
+        chain.hold(self, self._state)  # which the guidance sampler reads
+        self._chains.append(chain)
+        pointer = ctypes.cast(chain.pointer, llama_cpp.llama_sampler_p_ctypes)
         for sampler in samplers:
-            llama_cpp.llama_sampler_chain_add(chain, sampler)
-        # The guidance sampler reads the state.
-        self._chains.append(owned(self, chain, llama_cpp.llama_sampler_free, self._state))
-        return int(ctypes.cast(chain, ctypes.c_void_p).value or 0)
+            llama_cpp.llama_sampler_chain_add(pointer, sampler)
+        return chain.pointer
 
 
 @contextmanager
