@@ -100,6 +100,20 @@ std::string copied_name(const ggml_tensor * t) {
     return begin != nullptr && end > begin ? std::string(begin + 1, end) : std::string();
 }
 
+bool is_computed(const ggml_tensor * t) {
+    return op_of(root(t)) != GGML_OP_NONE;
+}
+
+void check_mask(const AttentionNode & a, int64_t n_rows) {
+    const ggml_tensor * mask = a.mask;
+    const bool known_type = mask->type == GGML_TYPE_F16 || mask->type == GGML_TYPE_F32;
+    const bool one = mask->ne[0] == a.k->ne[1] && mask->ne[2] == 1 && mask->ne[3] == 1;
+    if (!known_type || !one || mask->ne[1] < n_rows) {
+        throw layer_error(a.il, "the attention mask is not one [n_kv, n_tokens] matrix of F16 or "
+                                "F32 (the context needs kv_unified = true)");
+    }
+}
+
 std::runtime_error layer_error(int32_t il, const std::string & what) {
     return std::runtime_error("layer " + std::to_string(il) + ": " + what);
 }

@@ -46,6 +46,14 @@ struct AttentionNode {
 // leaves that to the CPU, and its SOFT_MAX reads a copy.
 AttentionNode find_attention(const ggml_tensor * node, const ggml_tensor * product);
 
+// Whether a node of the graph computes it. It may hold what the last graph left, then, when a node
+// that reads it is asked about. Inputs, and what ggml's scheduler copied for another backend, are
+// there by then.
+bool is_computed(const ggml_tensor * t);
+
+// Throws if the mask is not one that rows of a batch of n_rows are seen in.
+void check_mask(const AttentionNode & attention, int64_t n_rows);
+
 // An error that names the layer.
 std::runtime_error layer_error(int32_t il, const std::string & what);
 

@@ -86,6 +86,7 @@ void GraphPatch::abandon() {
     plan_ = Plan{};
     batch_.reset();
     observation_.reached_boundary();
+    product_ = nullptr; // its graph may be gone when the next one is asked about
 }
 
 std::vector<int32_t> GraphPatch::attended_layers() const {
@@ -227,6 +228,9 @@ void GraphPatch::enter_layer(int32_t il, int64_t n_rows) {
         product_ = nullptr;
         std::fill(written_.begin(), written_.end(), 0);
         std::fill(attended_.begin(), attended_.end(), 0);
+    } else if (active_ && attended_[static_cast<size_t>(il)] != 0) {
+        throw layer_error(il, "its K is written behind its attention, or a layer below attends "
+                              "twice; this model's graph is not understood");
     }
     written_layer_ = il;
     written_[static_cast<size_t>(il)] = 1;
@@ -254,11 +258,19 @@ void GraphPatch::record_cells(const ggml_tensor * node, int32_t il) {
     if (index->type != GGML_TYPE_I64) {
         throw layer_error(il, "the KV cache is not indexed by 64-bit cells");
     }
+    if (index->ne[0] != batch_.n_rows()) {
+        throw layer_error(il, "its KV cache is written in " + std::to_string(index->ne[0]) +
+                                  " rows where the batch has " + std::to_string(batch_.n_rows()));
+    }
     std::vector<int64_t> cells(static_cast<size_t>(batch_.n_rows()));
-    std::memcpy(cells.data(), batch_.host_copy(index).data(), cells.size() * sizeof(int64_t));
+    std::memcpy(cells.data(), batch_.host_copy(il, index).data(), cells.size() * sizeof(int64_t));
     for (int32_t r = 0; r < batch_.n_rows(); r++) {
         const Row & row = batch_.row(r);
         const int64_t cell = cells[static_cast<size_t>(r)];
+        if (cell < 0 || cell >= node->ne[1]) {
+            throw layer_error(il, "its KV cache is written in cell " + std::to_string(cell) +
+                                      " of " + std::to_string(node->ne[1]));
+        }
         ledger_.forget(il, cell);
         if (row.image_token >= 0) {
             ledger_.record(row.seq, il, row.image_token, cell);

@@ -8,14 +8,6 @@
 namespace cmg {
 namespace {
 
-void check_mask(const AttentionNode & a, const MicroBatch & batch) {
-    const bool known_type = a.mask->type == GGML_TYPE_F16 || a.mask->type == GGML_TYPE_F32;
-    if (!known_type || a.mask->ne[2] != 1 || a.mask->ne[3] != 1 || a.mask->ne[1] < batch.n_rows()) {
-        throw layer_error(a.il, "the attention mask is not one [n_kv, n_tokens] matrix of F16 or "
-                                "F32 (the context needs kv_unified = true)");
-    }
-}
-
 void write_neg_inf(ggml_type type, uint8_t * entry) {
     constexpr float f32 = -std::numeric_limits<float>::infinity();
     constexpr uint16_t f16 = 0xFC00;
@@ -53,7 +45,7 @@ void Masking::mask(ggml_tensor * node, const AttentionNode & a, MicroBatch & bat
     if (rows.empty()) {
         return;
     }
-    check_mask(a, batch);
+    check_mask(a, batch.n_rows());
     if (std::none_of(rows.begin(), rows.end(), [&](int32_t r) { return hides(batch, r, a.il); })) {
         return;
     }
@@ -82,7 +74,7 @@ void Masking::begin_micro_batch() {
 }
 
 ggml_tensor * Masking::make(const AttentionNode & a, MicroBatch & batch) {
-    std::vector<uint8_t> bytes = batch.host_copy(a.mask);
+    std::vector<uint8_t> bytes = batch.host_copy(a.il, a.mask);
     for (const int32_t r : batch.masked(a.il)) {
         hide_cells(a, batch, r, bytes);
     }

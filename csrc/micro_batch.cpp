@@ -1,7 +1,10 @@
 #include "micro_batch.hpp"
 
+#include "attention_node.hpp"
+
 #include <algorithm>
 #include <iterator>
+#include <string>
 
 namespace cmg {
 namespace {
@@ -69,7 +72,12 @@ std::vector<int32_t> MicroBatch::masked(int32_t il) const {
     return rows;
 }
 
-const std::vector<uint8_t> & MicroBatch::host_copy(const ggml_tensor * input) {
+const std::vector<uint8_t> & MicroBatch::host_copy(int32_t il, const ggml_tensor * input) {
+    if (is_computed(input)) {
+        throw layer_error(il, std::string(input->name) +
+                                  " is computed in the graph, where an input is expected; this "
+                                  "model's graph is not understood");
+    }
     auto & bytes = copies_[input];
     if (bytes.empty()) {
         bytes = transfers_.read_all(input);

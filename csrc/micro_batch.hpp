@@ -40,8 +40,9 @@ class MicroBatch {
     std::vector<int32_t> observed(int32_t il) const;
     std::vector<int32_t> recorded(int32_t il) const;
     std::vector<int32_t> masked(int32_t il) const;
-    // The bytes of an input of the graph, read once.
-    const std::vector<uint8_t> & host_copy(const ggml_tensor * input);
+    // The bytes of an input of the graph that layer `il` reads, read once. Throws if it is none,
+    // but computed in the graph: it may not be there yet.
+    const std::vector<uint8_t> & host_copy(int32_t il, const ggml_tensor * input);
 
   private:
     const Plan & plan_;

@@ -35,6 +35,7 @@ void Observation::observe(const AttentionNode & a, MicroBatch & batch) {
     if (rows.empty()) {
         return;
     }
+    check_mask(a, batch.n_rows());
     check_readable(a);
     std::map<int32_t, std::set<int32_t>> by_seq;
     for (const int32_t r : rows) {
@@ -51,8 +52,8 @@ void Observation::observe_rows(const AttentionNode & a, MicroBatch & batch,
     std::vector<float> mask(rows.size() * n_kv);
     for (size_t i = 0; i < rows.size(); i++) {
         const size_t offset = static_cast<size_t>(rows[i]) * a.mask->nb[1];
-        to_float(a.mask->type, batch.host_copy(a.mask).data() + offset, mask.data() + i * n_kv,
-                 a.k->ne[1]);
+        to_float(a.mask->type, batch.host_copy(a.il, a.mask).data() + offset,
+                 mask.data() + i * n_kv, a.k->ne[1]);
     }
     const std::vector<int64_t> & of_tokens = ledger_.cells(batch.row(rows[0]).seq, a.cache_il);
     std::vector<int32_t> tokens;
@@ -83,7 +84,9 @@ void Observation::check_readable(const AttentionNode & a) const {
     const auto pending = [&](const ggml_tensor * t) {
         return std::find(asked_.begin(), asked_.end(), root(t)) != asked_.end();
     };
-    if (readable_layer_ != a.il || pending(a.q) || pending(a.k) || a.q->type != GGML_TYPE_F32) {
+    const bool sinks = a.sinks == nullptr || !pending(a.sinks);
+    if (readable_layer_ != a.il || pending(a.q) || pending(a.k) || a.q->type != GGML_TYPE_F32 ||
+        !sinks) {
         throw layer_error(a.il, "this model's graph does not compute q and K before its attention; "
                                 "attention cannot be observed here");
     }

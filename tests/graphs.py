@@ -158,15 +158,18 @@ class Graph:
 
     def held(self, name: str, values: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> int:
         """A leaf whose values can be read."""
-        memory = np.empty(len(values) + 8, np.int64)
+        kind = I64 if values.dtype == np.int64 else I32
+        return self.hold(self.leaf(name, len(values), kind=kind), values)
+
+    def hold(self, tensor: int, values: npt.NDArray[Any]) -> int:
+        """Gives a node or a leaf memory, with these values in it."""
+        memory = np.empty(values.nbytes // 8 + 9, np.int64)
         start = memory.ctypes.data + -memory.ctypes.data % 64
         ctypes.memmove(start, values.ctypes.data, values.nbytes)
         size_t, pointer = ctypes.c_size_t, ctypes.c_void_p
         buffer = ggml_function("ggml_backend_cpu_buffer_from_ptr", pointer, size_t)(
             start, values.nbytes
         )
-        kind = I64 if values.dtype == np.int64 else I32
-        tensor = self.leaf(name, len(values), kind=kind)
         ggml_function("ggml_backend_tensor_alloc", *[pointer] * 3)(buffer, tensor, start)
         self._buffers.append((buffer, memory))
         return tensor

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference
-from graphs import I32, N_EMBD, Graph, tensor
+from graphs import I32, N_CELLS, N_EMBD, Graph, tensor
 from judge import prompt_rows
 from plans import N_IMAGE, N_LAYER, NONE, Row, decode, part, plan
 from prompts import ONE_IMAGE, PICTURE, PICTURES, TWO_IMAGES
@@ -244,6 +244,35 @@ def test_an_error_without_a_plan_is_told_by_the_next_one_once(graph: Graph) -> N
     patch.begin(nothing)
 
 
+def asked_to_write(graph: Graph, cells: Sequence[int]) -> _core.GraphPatch:
+    """A patch that was asked about rows, all of images, that layer 1 writes into these cells."""
+    patch = _core.GraphPatch(N_LAYER)
+    index = graph.held("index", np.array(cells, np.int64))
+    cache = graph.leaf("cache_k_l1", N_EMBD, N_CELLS)
+    graph.attention(0, graph.embed())
+    graph.node("set_rows", cache, graph.leaf("rows", N_EMBD, len(cells)), index)
+    rows = [Row(0, 0, image_token=i) for i in range(graph.n_rows)]
+    patch.begin(plan(rows, part(_core.Selections(N_LAYER))))
+    graph.ask(patch)
+    return patch
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_cache_that_is_written_in_other_rows_is_not_understood(graph: Graph, n: int) -> None:
+    patch = asked_to_write(graph, range(n))
+    assert patch.cells(0, 1).tolist() == []
+    with pytest.raises(RuntimeError, match=rf"^layer 1: .* in {n} rows where the batch has 2$"):
+        patch.end()
+
+
+@pytest.mark.parametrize("cell", [-1, N_CELLS, 2**40])
+def test_a_cell_that_the_cache_has_not_is_noticed(graph: Graph, cell: int) -> None:
+    patch = asked_to_write(graph, [3, cell])
+    assert patch.cells(0, 1).tolist() == [3]
+    with pytest.raises(RuntimeError, match=rf"^layer 1: .* in cell {cell} of {N_CELLS}$"):
+        patch.end()
+
+
 ATTENDING = 1, 3
 
 
@@ -310,6 +339,74 @@ def test_attention_that_is_not_recognised_is_told_from_none(graph: Graph) -> Non
     graph.ask(patch)
     with pytest.raises(RuntimeError, match=r"^layer 1: its attention was not found"):
         patch.end()
+
+
+def looked_at(graph: Graph, watched: str, mask: int) -> _core.GraphPatch:
+    """A patch that was asked about the attention of layer 1 under this mask, q and K computed."""
+    patch, selections = _core.GraphPatch(N_LAYER), _core.Selections(N_LAYER)
+    selections.resize(1)
+    selections.set_tokens(0, 1, np.zeros(1, np.int32))
+    graph.attention(1, graph.embed())
+    tensor(graph.nodes[-1]).src[1] = mask
+    patch.begin(
+        plan(
+            [Row(0, 0, **{watched: 0})] * graph.n_rows, part(selections, **{watched: ATTENDING[:1]})
+        )
+    )
+    for node in graph.nodes:
+        if graph.call(patch, node, ask=True):
+            graph.call(patch, node, ask=False)
+    return patch
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+@pytest.mark.parametrize("watched", ["mask", "observe"])
+def test_a_mask_that_the_graph_computes_is_not_read(
+    graph: Graph, watched: str, viewed: bool
+) -> None:
+    """As where a layer chooses itself which cells it looks at: nothing of it has run yet."""
+    what_the_last_graph_left = np.zeros((graph.n_rows, N_CELLS), np.float32)
+    mask = graph.node("scale", graph.leaf("mask", N_CELLS, graph.n_rows), sizes=(1.0,))
+    graph.hold(mask, what_the_last_graph_left)
+    mask = graph.node("view_tensor", mask) if viewed else mask
+    patch = looked_at(graph, watched, mask)
+    with pytest.raises(RuntimeError, match=r"^layer 1: node_\d .*is computed in the graph"):
+        patch.end()
+
+
+@pytest.mark.parametrize(
+    "shape", [(N_CELLS - 1, 2), (N_CELLS + 1, 2), (N_CELLS, 1), (N_CELLS, 2, 2)], ids=str
+)
+@pytest.mark.parametrize("watched", ["mask", "observe"])
+def test_a_mask_of_another_shape_is_not_understood(
+    graph: Graph, watched: str, shape: tuple[int, ...]
+) -> None:
+    mask = graph.hold(graph.leaf("mask", *shape), np.zeros(shape[::-1], np.float32))
+    patch = looked_at(graph, watched, mask)
+    with pytest.raises(RuntimeError, match=r"^layer 1: the attention mask is not one \[n_kv"):
+        patch.end()
+
+
+def test_a_layer_that_attends_twice_does_not_pass_for_the_next(graph: Graph) -> None:
+    patch = _core.GraphPatch(N_LAYER)
+    attend(graph, [1])
+    graph.nodes.append(graph.nodes[-1])
+    graph.attention(2, graph.embed())
+    patch.begin(planned(graph, mask=(1, 2)))
+    graph.ask(patch)
+    with pytest.raises(RuntimeError, match=r"^layer 2: .* a layer below attends twice"):
+        patch.end()
+
+
+def test_a_layer_that_reads_what_another_wrote_attends_behind_it(graph: Graph) -> None:
+    patch = _core.GraphPatch(N_LAYER)
+    attend(graph, [0, 1])
+    graph.nodes += graph.nodes[-2:] * (N_LAYER - 2)  # these layers write nothing
+    patch.begin(planned(graph, 2, mask=range(N_LAYER)))
+    graph.ask(patch)
+    graph.ask(patch)
+    patch.end()
+    assert patch.attended_layers == list(range(N_LAYER))
 
 
 @pytest.mark.parametrize(("named", "found"), [("kq-0", [0]), ("kq-1", [])])
