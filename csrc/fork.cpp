@@ -33,12 +33,12 @@ void Fork::check(const Plan & plan) const {
     if (!why->empty()) {
         throw std::invalid_argument(where + ": " + *why);
     }
-    const bool many = std::any_of(surveyed_rows_.begin(), surveyed_rows_.end(),
-                                  [](int64_t rows) { return rows >= offload_rows; });
-    if (shrinks && n >= offload_rows && !many) {
+    const int64_t fewest = *surveyed_rows_.begin();
+    const int64_t most = *surveyed_rows_.rbegin();
+    if (shrinks && (n < fewest || n > most)) {
         throw std::invalid_argument(where + " behind others in a decode of " + std::to_string(n) +
-                                    " rows: decodes of fewer than " + std::to_string(offload_rows) +
-                                    " were surveyed; survey one of more");
+                                    " rows: decodes of " + std::to_string(fewest) + " to " +
+                                    std::to_string(most) + " were surveyed");
     }
 }
 
@@ -87,6 +87,9 @@ void Fork::leave_out(ggml_tensor * node) {
         if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0) {
             note_change(node);
             node->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
+            if (node->view_src == nullptr) {
+                clear_choices(node, 0);
+            }
         }
         return;
     }
@@ -99,6 +102,19 @@ void Fork::leave_out(ggml_tensor * node) {
         }
     }
     shrink(node, nodes[place]);
+}
+
+// Which experts a row takes is read by ggml's scheduler before their product is asked about, to
+// copy those experts alone to a device, and one that does not exist ends the process. Rows that are
+// left out have chosen none, so they take the first. Nothing else lives in the node's memory: it
+// has been computed, or none that was asked about before it will be.
+void Fork::clear_choices(ggml_tensor * node, size_t n_bytes_kept) {
+    const size_t n_bytes = api().ggml_nbytes(node);
+    if (node->type != GGML_TYPE_I32 || node->buffer == nullptr || n_bytes <= n_bytes_kept) {
+        return;
+    }
+    const std::vector<uint8_t> zeros(n_bytes - n_bytes_kept, 0);
+    api().ggml_backend_tensor_set(node, zeros.data(), n_bytes_kept, zeros.size());
 }
 
 void Fork::shrink(ggml_tensor * t, const ForkSurvey::Node & surveyed) {
@@ -195,7 +211,9 @@ void Fork::computed(ggml_tensor * node) {
         restore();
         enter(node);
     } else if (is_copied(node)) {
+        const size_t n_bytes_kept = api().ggml_nbytes(node);
         restore(node);
+        clear_choices(node, n_bytes_kept);
     }
 }
 

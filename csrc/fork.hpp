@@ -7,7 +7,8 @@
 // The first rows need not have to do with the others: they are rows of any session.
 //
 //     node                      what happens when it is asked about
-//     below `layer`             n_below = 0: is not computed (it loses ggml's flag COMPUTE);
+//     below `layer`             n_below = 0: is not computed (it loses ggml's flag COMPUTE), and
+//                               which experts are taken is the first;
 //                               else: the rows that are left out go, from its shape and strides
 //     RoPE that reads several   reads an input of ours, with the positions of the rows that are
 //     positions a row, below    left: where they lie depends on how many rows there are (M-RoPE)
@@ -23,10 +24,11 @@
 // in any other way: a graph that is reused, or rebuilt, never sees it.
 //
 // Which dimension counts rows is known from two surveys, of decodes of different numbers of rows.
-// Other numbers give the same graph, as long as its nodes are computed where they were: from
-// `offload_rows` rows on, ggml may move a node whose weights lie on the host to a GPU, and copies
-// what it reads there before anyone is asked, which must have its full size then. So a fork of as
-// many rows with others below it needs a survey of as many.
+// Other numbers give the same graph, as long as its nodes are computed where they were: from some
+// number of rows on, which depends on the node, ggml moves one whose weights lie on the host to a
+// GPU, and copies what it reads there before anyone is asked, which must have its full size then.
+// What lies in one place with the fewest rows surveyed and with the most lies there with all
+// between them: a fork with others below it has no fewer rows and no more.
 #pragma once
 
 #include "fork_survey.hpp"
@@ -40,14 +42,13 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
 namespace cmg {
-
-constexpr int64_t offload_rows = 32;
 
 class Fork {
   public:
@@ -79,6 +80,7 @@ class Fork {
     bool is_entrance(const ggml_tensor * node) const;
     bool is_copied(const ggml_tensor * node) const;
     void leave_out(ggml_tensor * node);
+    static void clear_choices(ggml_tensor * node, size_t n_bytes_kept);
     void shrink(ggml_tensor * t, const ForkSurvey::Node & surveyed);
     void shrink_positions(ggml_tensor * node);
     ggml_tensor * fewer_positions(const ggml_tensor * positions);
@@ -93,8 +95,8 @@ class Fork {
     const Plan & plan_;
     int32_t n_layer_;
     Transfers & transfers_;
-    std::unique_ptr<ForkSurvey> survey_;        // what all that were made agree in
-    std::unordered_set<int64_t> surveyed_rows_; // how many rows they were of
+    std::unique_ptr<ForkSurvey> survey_; // what all that were made agree in
+    std::set<int64_t> surveyed_rows_;    // how many rows they were of
     int64_t n_left_out_ = 0;
 
     // The current decode.

@@ -26,6 +26,8 @@ N_LAYER, N_EMBD, N_HEAD, N_CELLS = 4, 8, 2, 16
 F32, I32, I64 = 0, 26, 27
 SURVEYED = 5, 7
 """Rows of the graphs that are looked at: primes, and no count of anything else."""
+FORKED = 2, 31
+"""Rows of the smallest and of the largest graph that is looked at where others fork then."""
 
 
 class _InitParams(ctypes.Structure):
@@ -142,7 +144,13 @@ class Graph:
         with pytest.raises(RuntimeError, match="rows into its KV cache"):
             patch.end()
 
-    def plan(self, fork: _core.ForkPlan, *, forks: bool = True) -> _core.Plan:
+    def plan(
+        self,
+        fork: _core.ForkPlan,
+        *,
+        forks: bool = True,
+        residuals: _core.Residuals | None = None,
+    ) -> _core.Plan:
         """forks: rows below note residual 0, and the others enter with it."""
         rows = np.full((self.n_rows, 6), -1, np.int32)
         rows[:, 0] = rows[:, 1] = 0
@@ -152,7 +160,7 @@ class Graph:
             selections=_core.Selections(N_LAYER),
             policy=policy,
             n_image_tokens=0,
-            residuals=_core.Residuals(),
+            residuals=residuals or _core.Residuals(),
         )
         return _core.Plan(rows, [part], fork=fork)
 
@@ -182,7 +190,7 @@ class Graph:
 Build: TypeAlias = Callable[[Graph], object]
 
 
-def surveyed(build: Build, sizes: Sequence[int] = SURVEYED) -> _core.GraphPatch:
+def surveyed(build: Build, sizes: Sequence[int] = FORKED) -> _core.GraphPatch:
     """A patch that has seen such graphs, of decodes of so many rows."""
     patch = _core.GraphPatch(N_LAYER)
     for n_rows in sizes:

@@ -70,7 +70,7 @@ def decode(
     context.decode(tokens, positions, seqs, outputs=outputs, plan=plan)
 
 
-def survey(context: LlamaContext, seq: int = 0, sizes: Sequence[int] = (5, 7)) -> None:
+def survey(context: LlamaContext, seq: int = 0, sizes: Sequence[int] = (2, 31)) -> None:
     """Decodes of as many rows for the patch to learn the graph from. `seq` is empty then."""
     for n in sizes:
         asked = _core.ForkPlan(layer=0, n_below=n, survey=True)

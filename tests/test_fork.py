@@ -532,6 +532,45 @@ def test_copies_stay_whole_where_all_rows_are_below() -> None:
         patch.abandon()
 
 
+# --- the experts that rows take -----------------------------------------------------------------
+
+
+COMPUTE = 16
+"""ggml's flag of a node that is in a graph."""
+OF_ANOTHER_GRAPH = -1066355654
+"""What no expert is."""
+
+
+def choosing(graph: Graph) -> int:
+    """Rows that choose among as many experts as there are numbers, for nodes elsewhere as well."""
+    rows = graph.layer(0, graph.embed())
+    chosen = graph.node("argsort", graph.project(rows), sizes=(0,), name="experts")
+    graph.node("sqr", graph.copied(chosen))
+    finish(graph, rows, 1)
+    return chosen
+
+
+@pytest.mark.parametrize("n_below", [0, 2, 5])
+def test_rows_that_are_left_out_take_experts_that_exist(n_below: int) -> None:
+    """ggml's scheduler reads all rows' before it asks about what is computed of them."""
+    patch, residuals = surveyed(choosing), _core.Residuals()
+    with closing(Graph(5)) as graph:
+        chosen = choosing(graph)
+        stream = next(node for node in graph.nodes if tensor(node).name == b"l_out-1")
+        graph.hold(stream, np.zeros((5, N_EMBD), np.float32))
+        tensor(chosen).flags |= COMPUTE
+        graph.hold(chosen, np.full((5, N_EMBD), OF_ANOTHER_GRAPH, np.int32))
+        of_experts = (ctypes.c_int32 * (5 * N_EMBD)).from_address(tensor(chosen).data)
+        for n in (5, n_below):  # all rows note what they may enter with
+            patch.begin(graph.plan(_core.ForkPlan(layer=2, n_below=n), residuals=residuals))
+            for node in graph.nodes[: graph.nodes.index(stream) + 1]:
+                if graph.call(patch, node, ask=True):
+                    graph.call(patch, node, ask=False)
+            patch.abandon()
+        kept = [OF_ANOTHER_GRAPH] * n_below * N_EMBD
+        assert list(of_experts) == kept + [0] * (5 - n_below) * N_EMBD
+
+
 # --- graphs that are not as surveyed ------------------------------------------------------------
 
 
@@ -637,19 +676,19 @@ def test_rows_are_not_left_out_where_there_is_an_obstacle() -> None:
         begin(patch, 2, 0, N_LAYER)
 
 
-@pytest.mark.parametrize(("sizes", "n_rows"), [((5, 7), 31), ((5, 37), 64), ((32, 5), 32)])
-def test_many_rows_fork_behind_others_where_as_many_were_surveyed(
-    sizes: tuple[int, int], n_rows: int
-) -> None:
-    begin(surveyed(plain, sizes), n_rows, 1)
+@pytest.mark.parametrize("n_rows", [5, 6, 12, 37])
+def test_no_fewer_and_no_more_rows_fork_behind_others_than_were_surveyed(n_rows: int) -> None:
+    begin(surveyed(plain, (12, 5, 37)), n_rows, 1)
 
 
-def test_many_rows_do_not_fork_behind_others_where_fewer_were_surveyed() -> None:
-    patch = surveyed(plain)
-    for n_below in (0, 32):
-        begin(patch, 32, n_below)
-    with pytest.raises(ValueError, match="decodes of fewer than 32 were surveyed"):
-        begin(patch, 32, 1)
+@pytest.mark.parametrize("n_rows", [2, 4, 38, 64])
+def test_fewer_or_more_rows_than_were_surveyed_do_not_fork_behind_others(n_rows: int) -> None:
+    """Some of their nodes may lie where they did not in any of those decodes."""
+    patch = surveyed(plain, (12, 5, 37))
+    for n_below in (0, n_rows):
+        begin(patch, n_rows, n_below)
+    with pytest.raises(ValueError, match=f"of {n_rows} rows: decodes of 5 to 37 were surveyed"):
+        begin(patch, n_rows, 1)
 
 
 @pytest.mark.parametrize("n_below", [-1, 3])

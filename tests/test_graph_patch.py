@@ -348,11 +348,8 @@ def looked_at(graph: Graph, watched: str, mask: int) -> _core.GraphPatch:
     selections.set_tokens(0, 1, np.zeros(1, np.int32))
     graph.attention(1, graph.embed())
     tensor(graph.nodes[-1]).src[1] = mask
-    patch.begin(
-        plan(
-            [Row(0, 0, **{watched: 0})] * graph.n_rows, part(selections, **{watched: ATTENDING[:1]})
-        )
-    )
+    row = Row(0, 0, mask=0) if watched == "mask" else Row(0, 0, observe=0)
+    patch.begin(plan([row] * graph.n_rows, part(selections, observe=[1], mask=[1])))
     for node in graph.nodes:
         if graph.call(patch, node, ask=True):
             graph.call(patch, node, ask=False)

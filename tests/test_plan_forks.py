@@ -81,7 +81,7 @@ class Batches:
         check(self.context, rows, self.parts, fork)
 
 
-def surveyed(tiny: Tiny, sizes: tuple[int, int] = (5, 7)) -> Counted:
+def surveyed(tiny: Tiny, sizes: tuple[int, ...] = (2, 31)) -> Counted:
     context = open_context(tiny)
     survey(context, sizes=sizes)
     assert context.patch.fork_obstacle(LAYER, shrinks=True) == ""
@@ -134,9 +134,9 @@ def test_each_enters_with_what_its_original_notes_in_the_same_decode(tiny: Tiny)
         check(context, rows + entering, batches.parts, fork)
 
 
-@pytest.mark.parametrize("sizes", [(4, 2), (16, 4), (37, 5)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 4, 2), (16, 2), (37, 2)], ids=str)
 def test_surveys_of_as_many_rows_as_heads_or_numbers_tell_them_apart(
-    tiny: Tiny, sizes: tuple[int, int]
+    tiny: Tiny, sizes: tuple[int, ...]
 ) -> None:
     """4 heads of 16 numbers, 2 of them of keys."""
     batches, random = Batches(surveyed(tiny, sizes), tiny), np.random.default_rng(0)

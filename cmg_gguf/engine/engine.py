@@ -27,7 +27,7 @@ from cmg_gguf.engine.checks import check_cells, check_prompt
 from cmg_gguf.engine.context import Branches
 from cmg_gguf.engine.contrast import ContrastSession, cells_of_both
 from cmg_gguf.engine.decoding import Decoder, Failure, together
-from cmg_gguf.engine.fork import SURVEYED, Forking, is_surveyed, survey
+from cmg_gguf.engine.fork import FORK_ROWS, Forking, is_surveyed, survey
 from cmg_gguf.engine.prefix_cache import PrefixCache
 from cmg_gguf.engine.prefixes import items_of, n_common, n_image_rows
 from cmg_gguf.engine.replay import first_blind
@@ -297,7 +297,7 @@ class Engine:
         strategy = replace(self.strategy, waiting="never") if alone and by_clock else self.strategy
         rows = rows_of(prompt, guidance, self._context)
         if rows.guided and self.strategy.fork and branches.paired:
-            if not is_surveyed(self._context) and self.make_room(max(SURVEYED)):
+            if not is_surveyed(self._context) and self.make_room(FORK_ROWS):
                 survey(self._context)
             forking = Forking(self._context, rows.layers or ())
             if forking.pairs or strategy.may_wait(guidance):

@@ -19,9 +19,9 @@ from cmg_gguf.engine.context import Context
 
 _log = logging.getLogger(__name__)
 
-SURVEYED = (5, 7)
-"""Rows of the decodes that show which dimensions of the graph count rows: primes, so that no other
-dimension is one in both."""
+FORK_ROWS = 31
+"""Most rows of a decode in which some enter a fork and others are computed below it. Two are the
+fewest. From 32 rows on ggml computes nodes elsewhere whose weights lie on the host."""
 
 
 class Forking:
@@ -70,7 +70,7 @@ def obstacles(context: Context, *, paired: bool) -> dict[int, str]:
 def survey(context: Context) -> None:
     """Learns what the graphs of a context allow. As many cells as the most rows are free."""
     seq = context.spare_seq
-    for n in SURVEYED:
+    for n in (2, min(FORK_ROWS, context.n_ubatch)):
         plan = _core.Plan(
             np.array([(seq, *[NONE] * 5)] * n, np.int32),
             [],

@@ -20,10 +20,7 @@ import numpy.typing as npt
 from cmg_gguf import _core
 from cmg_gguf.arrays import IntArray
 from cmg_gguf.engine.batch import NONE, Batch, RowPlan
-
-FORK_ROWS = 31
-"""Most rows of a decode in which some enter a fork and others are computed below it: from 32 rows
-on ggml may compute a node elsewhere, which the survey of smaller decodes did not see."""
+from cmg_gguf.engine.fork import FORK_ROWS
 
 
 class Merged:
