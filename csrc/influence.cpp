@@ -1,5 +1,7 @@
 #include "influence.hpp"
 
+#include "simd.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,7 +15,11 @@
 // loader pick the AVX2 clone where the CPU has it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if __GNUC__ >= 12
 #define CMG_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else // which has no levels to tell CPUs by, only what they can do
+#define CMG_CLONES __attribute__((target_clones("avx2", "default")))
+#endif
 #else
 #define CMG_CLONES
 #endif
@@ -35,7 +41,7 @@ constexpr size_t worth_threads = size_t{1} << 20; // multiplications
 
 inline float dot(const float * q, const float * k, size_t dim) {
     float sum = 0;
-#pragma omp simd reduction(+ : sum)
+    CMG_SIMD(reduction(+ : sum))
     for (size_t x = 0; x < dim; x++) {
         sum += q[x] * k[x];
     }
@@ -114,7 +120,7 @@ inline float exp_of_negative(float x) {
 // scores = scale * scores + slope * mask; returns the highest, or `highest` if that is higher.
 CMG_CLONES float masked_scores(float * scores, const float * mask, size_t n, float scale,
                                float slope, float highest) {
-#pragma omp simd reduction(max : highest)
+    CMG_SIMD(reduction(max : highest))
     for (size_t j = 0; j < n; j++) {
         scores[j] = scores[j] * scale + slope * mask[j];
         highest = scores[j] > highest ? scores[j] : highest;
@@ -125,7 +131,7 @@ CMG_CLONES float masked_scores(float * scores, const float * mask, size_t n, flo
 // scores = exp(scores - highest); returns their sum.
 CMG_CLONES float exponentials(float * scores, size_t n, float highest) {
     float total = 0;
-#pragma omp simd reduction(+ : total)
+    CMG_SIMD(reduction(+ : total))
     for (size_t j = 0; j < n; j++) {
         scores[j] = exp_of_negative(scores[j] - highest);
         total += scores[j];

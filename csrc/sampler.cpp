@@ -1,6 +1,7 @@
 #include "sampler.hpp"
 
 #include "api.hpp"
+#include "simd.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +18,7 @@ constexpr size_t block = 64; // logits that are looked at together
 // Makes what is no number, or forbidden, -inf; returns the highest of the others.
 float keep_finite_inplace(float * logits, size_t n) {
     float highest = neg_inf;
-#pragma omp simd reduction(max : highest)
+    CMG_SIMD(reduction(max : highest))
     for (size_t i = 0; i < n; i++) {
         const bool finite = std::fabs(logits[i]) <= std::numeric_limits<float>::max();
         logits[i] = finite ? logits[i] : neg_inf;
