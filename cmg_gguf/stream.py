@@ -195,15 +195,16 @@ class Run:
 
     def ready(self) -> list[Piece] | None:
         """The pieces that are there, without waiting; None behind the last. Raises what ended the
-        answer."""
-        pieces = []
-        for event in self._outbox.take():
-            if isinstance(event, End):
-                if event.error is not None:
-                    raise event.error
-                return None
-            if isinstance(event, Piece):
-                pieces.append(event)
+        answer. Where there are none, more will be heard of it."""
+        pieces: list[Piece] = []
+        while not pieces and (events := self._outbox.take()):
+            for event in events:
+                if isinstance(event, End):
+                    if event.error is not None:
+                        raise event.error
+                    return None
+                if isinstance(event, Piece):
+                    pieces.append(event)
         return pieces
 
     def settle(self) -> None:

@@ -17,6 +17,7 @@ import pytest
 from benchmarks.plain_llama import open_llama
 from guided import QUESTION, asked, ids, is_empty, open_vlm
 from offload import N_GPU_LAYERS
+from patience import PATIENCE
 from prompts import picture
 from tiny_llava import TinyPair
 
@@ -229,6 +230,28 @@ def test_progress_is_told_before_an_answer_that_says_nothing_ends(vlm: GuidedVLM
     assert list(vlm.stream(QUESTION, [picture(0)], sampling=nothing, progress=slow)) == []
     assert told[0] == "encode"
     assert told[-1] == "prefill"
+
+
+def test_behind_the_end_that_was_heard_an_answer_that_said_nothing_is_at_its_end(
+    vlm: GuidedVLM,
+) -> None:
+    """Its progress was told, and nobody has looked."""
+    over = threading.Event()
+
+    def heard(is_over: bool) -> None:
+        if is_over:
+            over.set()
+
+    nothing = Sampling(grammar='root ::= ""')
+    stream = vlm.stream(QUESTION, [picture(0)], sampling=nothing, heard=heard)
+    assert over.wait(PATIENCE)
+    assert [stream.ready(), stream.ready()] == [None, None]
+    over.clear()
+    stream = vlm.stream(QUESTION, [picture(0)], logits_processors=[broken], heard=heard)
+    assert over.wait(PATIENCE)
+    with pytest.raises(ZeroDivisionError):
+        stream.ready()
+    assert stream.ready() is None
 
 
 @pytest.mark.parametrize("phase", ["encode", "prefill"])
