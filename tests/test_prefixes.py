@@ -303,6 +303,24 @@ def test_wherever_it_fails_nothing_is_left_that_is_not_counted(n_calls: int) -> 
         assert n_held(rig) == rig.engine.prefixes.n_cells
 
 
+def test_a_count_that_another_threads_change_overtook_is_not_taken_for_todays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a loop looks at a model that answers."""
+    rig = Rig(n_slots=2)
+    unique = np.unique
+
+    def overtaken(cells: Any) -> Any:
+        monkeypatch.undo()
+        rig.engine.prefill(prompt(1, "cat", 2), PLAIN)
+        rig.engine.release()
+        return unique(cells)
+
+    monkeypatch.setattr(np, "unique", overtaken)
+    rig.engine.prefixes.n_held()
+    assert rig.engine.prefixes.n_held() == n_held(rig) > 0
+
+
 def test_a_prefix_that_lost_cells_is_let_go() -> None:
     rig = Rig(n_slots=2)
     asked = prompt(1, 2, "cat", 3)

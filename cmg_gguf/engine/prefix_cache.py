@@ -122,7 +122,8 @@ class PrefixCache:
         self._max_cells = max_cells
         self._store = PrefixStore(len(self._slots))
         self._leases: list[Lease] = []
-        self._n_held: int | None = None
+        self._n_changes = 0  # one more behind each
+        self._counted = (-1, 0)
         self._n_named = 0
         self._unsettled: set[int] = set()
 
@@ -166,15 +167,22 @@ class PrefixCache:
             degraded,
         )
         self._leases.append(lease)
-        self._n_held = None
+        self._n_changes += 1
         return lease
 
     def n_held(self) -> int:
-        """KV cells that prefixes hold and answers share with them, each once."""
-        if self._n_held is None:
-            held = [self._store.cells, *(lease.cells for lease in self._leases)]
-            self._n_held = len(np.unique(np.concatenate(held)))
-        return self._n_held
+        """KV cells that prefixes hold and answers share with them, each once.
+
+        From any thread: a count is of the changes before it began, so that one which another
+        thread has made meanwhile is not taken for today's.
+        """
+        n_changes, counted = self._n_changes, self._counted
+        if counted[0] == n_changes:
+            return counted[1]
+        held = [self._store.cells, *(lease.cells for lease in self._leases)]
+        n_held = len(np.unique(np.concatenate(held)))
+        self._counted = n_changes, n_held
+        return n_held
 
     def n_leased(self, prompt: Prompt | None, rows: PromptRows | None) -> tuple[int, int]:
         """KV cells with a name that answers hold, each once, and as many as one to `prompt` would
@@ -226,7 +234,7 @@ class PrefixCache:
         variant = UNREAD if _parts_here(lease, len(original)) else lease.variant
         self._store.add(Prefix(slot, items, original, degraded, variant))
         lease.name(original, degraded)
-        self._n_held = None
+        self._n_changes += 1
         self._unsettled.discard(slot)
 
     def part(self, lease: Lease, n_rows: int) -> None:
@@ -234,13 +242,13 @@ class PrefixCache:
         own: what prefixes hold of it beyond is theirs alone."""
         lease.variant, lease.is_complete = None, False
         lease.name(lease.original, lease.degraded[:n_rows])
-        self._n_held = None
+        self._n_changes += 1
 
     def end(self, lease: Lease) -> None:
         """The answer holds nothing any more. Does nothing for one that ended."""
         if lease in self._leases:
             self._leases.remove(lease)
-            self._n_held = None
+            self._n_changes += 1
 
     def settle(self) -> None:
         """Clears what was left unfinished by an interrupted `keep`."""
@@ -340,7 +348,7 @@ class PrefixCache:
     def _let_go(self, prefix: Prefix) -> None:
         self._unsettled.add(prefix.slot)
         self._store.remove(prefix)
-        self._n_held = None
+        self._n_changes += 1
         self._clear(prefix.slot)
 
     def _clear(self, slot: int) -> None:
