@@ -6,7 +6,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -63,13 +63,17 @@ class Stream(Iterator[Piece]):
             try:
                 piece = self._run.next_piece()
             except BaseException:
-                self._run.cancel()
+                self.close()
                 raise
         if piece is None:
             raise StopIteration
         if not piece.reasoning:
             self._text += piece.text
         return piece
+
+    def whole(self) -> Reply:
+        """The answer at once: its pieces are passed over."""
+        return self._run.whole()
 
     def close(self) -> None:
         """Ends the answer here: its KV cells are free. Does nothing if it has ended."""
@@ -140,17 +144,10 @@ class Run:
         self.heat_shape = (0, 0, 0)
         self._pair, self._scheduler, self._request = pair, scheduler, request
         self._progress, self._at_end = progress, at_end
-        sampling, guidance = request.sampling, request.guidance
-        self._seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
+        seed = request.sampling.seed
+        self._seed = secrets.randbelow(MAX_SEED) if seed is None else seed
         self._outbox: Outbox[Piece | _Told] = Outbox(scheduler.drive, heard)
-        with scheduler.held_open():
-            self._prompt, self._contrasted = _prompts(pair, request)
-            if request.heat:
-                self.heat_shape = _heat_shape(pair, request, self._prompt)
-                self._pictures = pictures_of(pair.projector, self._prompt)
-            sampler = Sampler(
-                pair.model, sampling, alpha=guidance.alpha, beta=guidance.beta, seed=self._seed
-            )
+        sampler = scheduler.while_open(self._prepared)
         self._generation = Generation(
             sampler,
             pair.model,
@@ -180,18 +177,12 @@ class Run:
         while True:
             event = self._outbox.get()
             if isinstance(event, End):
-                if event.error is not None:
-                    raise event.error
+                event.check()
                 return None
             if isinstance(event, Piece):
                 return event
-            try:
-                if self._progress is not None:
-                    self._progress(event.phase, event.done, event.total)
-            except BaseException:
-                self.cancel()
-                self.settle()
-                raise
+            if self._progress is not None:
+                self._progress(event.phase, event.done, event.total)
 
     def ready(self) -> list[Piece] | None:
         """The pieces that are there, without waiting; None behind the last. Raises what ended the
@@ -200,8 +191,7 @@ class Run:
         while not pieces and (events := self._outbox.take()):
             for event in events:
                 if isinstance(event, End):
-                    if event.error is not None:
-                        raise event.error
+                    event.check()
                     return None
                 if isinstance(event, Piece):
                     pieces.append(event)
@@ -264,10 +254,21 @@ class Run:
                 engine.end(session)
 
     def ended(self, error: BaseException | None) -> None:
-        """Nothing of it will come any more."""
-        self._generation.close()
-        self._outbox.end(error)
-        self._at_end()
+        """Nothing of it will come any more: whatever fails, its readers are told."""
+        with ExitStack() as last:
+            last.callback(self._at_end)
+            last.callback(self._outbox.end, error)
+            self._generation.close()
+
+    def _prepared(self) -> Sampler:
+        """Reads what is asked; what draws its tokens."""
+        pair, request, guidance = self._pair, self._request, self._request.guidance
+        self._prompt, self._contrasted = _prompts(pair, request)
+        if request.heat:
+            self.heat_shape = _heat_shape(pair, request, self._prompt)
+            self._pictures = pictures_of(pair.projector, self._prompt)
+        strength = {"alpha": guidance.alpha, "beta": guidance.beta}
+        return Sampler(pair.model, request.sampling, seed=self._seed, **strength)
 
     def _n_cells(self) -> int:
         """KV cells of the prompt, and of as much of the answer as there is or should fit."""

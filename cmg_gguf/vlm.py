@@ -196,9 +196,13 @@ class GuidedVLM:
 
     def forget(self) -> None:
         """Lets all kept prompts and images go; answers under way go on."""
-        with self._scheduler.held_open():
+
+        def let_go() -> None:
             self.engine.forget()
             self.projector.forget()
+
+        with self.engine.lock:  # first: whose holder may be closing, and waits for what is open
+            self._scheduler.while_open(let_go)
 
     def __enter__(self) -> GuidedVLM:
         return self

@@ -17,7 +17,7 @@ import pytest
 from benchmarks.plain_llama import open_llama
 from guided import QUESTION, asked, ids, is_empty, open_vlm
 from offload import N_GPU_LAYERS
-from patience import PATIENCE
+from patience import PATIENCE, in_time
 from prompts import picture
 from tiny_llava import TinyPair
 
@@ -30,6 +30,8 @@ from cmg_gguf import (
     Sampling,
     Stream,
 )
+from cmg_gguf.answer.weighing import Weighing
+from cmg_gguf.evidence import UNFITTED
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,24 @@ def test_so_does_a_chat_completion_that_is_not_read_to_its_end(vlm: GuidedVLM, h
     else:
         del stream
     assert is_empty(vlm)
+
+
+def test_an_answer_ends_where_what_was_kept_for_it_cannot_be_let_go(
+    vlm: GuidedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file on a full disk. It is an answer all the same, and the error is told."""
+    told: list[object] = []
+    close = Weighing.close
+
+    def full(weighing: Weighing) -> None:
+        close(weighing)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Weighing, "close", full)
+    monkeypatch.setattr(threading, "excepthook", lambda crash: told.append(crash.exc_value))
+    assert len(answer(vlm, evidence=UNFITTED)) == 12
+    (told_of,) = told
+    assert isinstance(told_of, OSError)
 
 
 def test_threads_get_their_own_answers_and_errors(vlm: GuidedVLM) -> None:
@@ -367,6 +387,38 @@ def test_a_callback_may_ask_the_model_something_else(vlm: GuidedVLM, where: str)
     assert all(other == expected for other in others)
     assert is_empty(vlm)
     assert answer(vlm, 1) == expected
+
+
+def test_a_callback_may_close_the_model_under_another_thread_that_forgets(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = open_vlm(pair)
+    lock, waits = vlm.engine.lock, threading.Event()
+    forgetting = threading.Thread(target=lambda: in_time(vlm.forget), daemon=True)
+
+    class Watched:
+        """The engine's lock: tells who is about to wait for it."""
+
+        def __enter__(self) -> None:
+            if not lock.acquire(blocking=False):
+                waits.set()
+                lock.acquire()
+
+        def __exit__(self, *exc: object) -> None:
+            lock.release()
+
+    def processor(tokens: Any, logits: Any) -> Any:
+        if len(tokens) == 2:
+            forgetting.start()
+            assert waits.wait(PATIENCE)
+            vlm.close()
+        return logits
+
+    monkeypatch.setattr(vlm.engine, "lock", Watched())
+    asked_for = in_time(lambda: vlm.generate(QUESTION, [picture(0)], logits_processors=[processor]))
+    assert isinstance(asked_for, ModelError)
+    forgetting.join(PATIENCE)
+    assert not forgetting.is_alive()
 
 
 @pytest.mark.usefixtures("without_gc")

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -348,6 +349,67 @@ def test_closing_that_fails_beside_a_failed_round_leaves_nobody_waiting(
     assert later.outcome is None
 
 
+def deaf(stage: Stage, name: str, wants: list[Want]) -> Work:
+    """An answer that fails where it is told that it has ended."""
+    work = Work(stage, name, wants)
+    end = work.ended
+
+    def ended(error: BaseException | None) -> None:
+        end(error)
+        raise WorseError(name)
+
+    work.ended = ended  # type: ignore[method-assign]
+    return work
+
+
+@pytest.mark.parametrize("how", ["done", "own", "round", "dropped", "closed"])
+def test_what_fails_where_ends_are_told_is_told_itself_and_reaches_nobody(
+    stage: Stage, how: str
+) -> None:
+    """Of several answers at once; the thread goes on."""
+
+    def at_last() -> None:
+        if how == "own":
+            raise ToldError
+        for work in works:
+            work.cancelled = how == "dropped"
+        if how == "round":
+            stage.engine.raises["together"] = ToldError()
+
+    other = Work(stage, "c", [1] * 9)
+    works = [deaf(stage, name, [1, at_last, 1]) for name in "ab"]
+    if how == "closed":
+        works = [deaf(stage, name, [1] * 10**6) for name in "ab"]
+        stage.submit(*works)
+        assert in_time(stage.scheduler.close) is None
+    else:
+        stage.submit(*works, other)
+        stage.wait(other)
+        assert isinstance(other.outcome, ToldError if how == "round" else type(None))
+        stage.play(later := Work(stage, "later", [1]))
+        assert later.outcome is None
+    stage.wait(*works)
+    assert {str(crash) for crash in stage.crashes} == {"a", "b"}
+    assert all(isinstance(crash, WorseError) for crash in stage.crashes)
+    stage.crashes.clear()
+
+
+def test_an_answer_for_which_no_thread_can_be_started_is_not_taken(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    refused, later = Work(stage, "a", [1]), Work(stage, "b", [1])
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", full)
+        with pytest.raises(RuntimeError, match="can't start"):
+            stage.scheduler.submit(refused)
+    stage.play(later)
+    assert stage.of("began") == ["b"]
+    assert not refused.is_over.is_set()
+
+
 # --- who closes --------------------------------------------------------------------------------
 
 
@@ -430,14 +492,38 @@ def test_an_answer_may_close_under_itself(stage: Stage) -> None:
 
 def test_closing_waits_for_who_holds_it_open(stage: Stage) -> None:
     closer = threading.Thread(target=stage.scheduler.close, daemon=True)
-    with stage.scheduler.held_open():
+
+    def close_meanwhile() -> str:
         closer.start()
         closer.join(0.05)
         assert closer.is_alive()
-        with pytest.raises(ModelError), stage.scheduler.held_open():
-            pass
+        with pytest.raises(ModelError):
+            stage.scheduler.while_open(lambda: None)
+        return "done"
+
+    assert stage.scheduler.while_open(close_meanwhile) == "done"
     closer.join(PATIENCE)
     assert not closer.is_alive()
+
+
+def test_ends_are_told_where_others_may_ask(stage: Stage) -> None:
+    """As where who is told takes a lock that another holds who asks."""
+    came: list[object] = []
+    with driving(n_parallel=1) as stage:
+        works = [endless(stage, name) for name in "ab"]
+
+        def ask(end: Any, error: BaseException | None) -> None:
+            came.append(in_time(lambda: stage.scheduler.submit(Work(stage, "late", [1]))))
+            end(error)
+
+        for work in works:
+            work.ended = partial(ask, work.ended)  # type: ignore[method-assign]
+        stage.submit(*works)
+        while len(stage.decodes) < 20:
+            time.sleep(0.001)
+        assert in_time(stage.scheduler.close) is None
+        stage.wait(*works)
+    assert [type(one) for one in came] == [ModelError, ModelError]
 
 
 @pytest.mark.parametrize("n_times", range(5))

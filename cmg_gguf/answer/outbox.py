@@ -17,6 +17,11 @@ class End:
 
     error: BaseException | None = None
 
+    def check(self) -> None:
+        """Raises the error, where there is one."""
+        if self.error is not None:
+            raise self.error
+
 
 class Outbox(Generic[Event]):
     """Events in order, until there is an end. Whoever writes never waits."""
@@ -29,20 +34,21 @@ class Outbox(Generic[Event]):
         """drive(there): makes events come until there(), where waiting would be for oneself.
         heard(over): called by who writes, behind each event, and behind the end with True."""
         self._drive, self._heard = drive, heard
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # taken by itself, as the scheduler's is
+        self._changed = threading.Condition(self._lock)
         self._events: deque[Event] = deque()
         self._end: End | None = None
 
     def put(self, event: Event) -> None:
         """Tells an event."""
-        with self._changed:
+        with self._lock:
             self._events.append(event)
-            self._changed.notify()
+            self._changed.notify_all()
         self._heard(False)
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing will be told any more."""
-        with self._changed:
+        with self._lock:
             self._end = End(error)
             self._changed.notify_all()
         self._heard(True)
@@ -51,14 +57,14 @@ class Outbox(Generic[Event]):
         """The next event; waits for it. Behind the last, the end, as often as asked; its error
         once."""
         self._drive(self._has_any)
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(self._has_any)
             return self._next()
 
     def take(self) -> list[Event | End]:
         """The events that are there, without waiting; where there are none, the end alone if it has
         come, its error once."""
-        with self._changed:
+        with self._lock:
             events: list[Event | End] = list(self._events)
             self._events.clear()
             if not events and self._end is not None:

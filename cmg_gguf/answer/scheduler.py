@@ -21,14 +21,16 @@ import inspect
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from cmg_gguf.answer import worker
 from cmg_gguf.answer.work import Encoding, Engine, Rows, Steps, Wanted, Work
 from cmg_gguf.errors import BackendError, ModelError
+
+Done = TypeVar("Done")
 
 
 @dataclass(eq=False)
@@ -64,12 +66,15 @@ class Scheduler:
         self._computing = lock or nullcontext()
         self.n_parallel = n_parallel
         self._engine = engine
-        self._lock = threading.Condition()
+        # Always taken by itself: compiled code leaves it, and Python's own of a condition can be
+        # interrupted before it has. Nothing that waits, computes or tells is called under it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._waiting: deque[Work] = deque()
         self._active: list[_Active] = []
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._n_held = 0
+        self._held: set[AbstractContextManager[object]] = set()
         self._ticket = itertools.count()
         worker.close_at_exit(self)
 
@@ -88,27 +93,26 @@ class Scheduler:
         if self._closed:
             raise ModelError("this GuidedVLM is closed; make a new one")
 
-    @contextmanager
-    def held_open(self) -> Iterator[None]:
-        """The model is not freed meanwhile. Raises ModelError if it is closed."""
-        with self._lock:
-            self.check()
-            self._n_held += 1
-        try:
-            yield
-        finally:
+    def while_open(self, do: Callable[[], Done]) -> Done:
+        """What `do` gives; the model is not freed meanwhile. Raises ModelError if it is closed."""
+        held = threading.Lock()
+        with held:
             with self._lock:
-                self._n_held -= 1
-                self._lock.notify_all()
+                self.check()
+                self._held.add(held)
+            try:
+                return do()
+            finally:
+                self._held.discard(held)
 
     def submit(self, work: Work) -> None:
         """Takes an answer to make. Raises ModelError if the model is closed."""
         with self._lock:
             self.check()
-            self._waiting.append(work)
             if self._thread is None:
-                worker.start(self, self._lock)
-            self._lock.notify_all()
+                worker.start(self, self._lock, self._changed)
+            self._changed.notify_all()
+            self._waiting.append(work)  # last: there is a thread for whatever waits
 
     @property
     def is_mine(self) -> bool:
@@ -133,11 +137,16 @@ class Scheduler:
         """Ends all answers with ModelError, and takes no more. Waits for the decode under way."""
         with self._lock:
             self._closed = True
-            self._lock.notify_all()
-            self._lock.wait_for(lambda: self._n_held == 0)
-            if not self.is_mine:
-                self._lock.wait_for(lambda: self._thread is None)
+            self._changed.notify_all()
+            held = tuple(self._held)
+        for one in held:
+            with one:
+                pass
+        if self.is_mine:
             self._end_all(_closed_error())
+            return
+        with self._lock:
+            self._changed.wait_for(lambda: self._thread is None and not self._waiting)
 
     def close_if_at_work(self) -> None:
         """Closes it if it is making answers."""
@@ -159,13 +168,13 @@ class Scheduler:
 
     def resign(self) -> bool:
         """Ends the thread's time, where nothing has come meanwhile; whether it is over."""
+        if self._closed:
+            self._end_all(_closed_error())
         with self._lock:
-            if self._closed:
-                self._end_all(_closed_error())
-            elif self._waiting:
+            if self._waiting:
                 return False
             self._thread = None
-            self._lock.notify_all()
+            self._changed.notify_all()
             return True
 
     def _end_all(self, error: BaseException) -> None:
@@ -176,7 +185,7 @@ class Scheduler:
             waiting = tuple(self._waiting)
             self._waiting.clear()
         for work in waiting:
-            work.ended(error)
+            _tell_end(work, error)
 
     def _round(self) -> bool:
         """Whether anything was done."""
@@ -204,7 +213,7 @@ class Scheduler:
             dropped = [work for work in self._waiting if work.cancelled]
             self._waiting = deque(work for work in self._waiting if work not in dropped)
         for work in dropped:
-            work.ended(None)
+            _tell_end(work, None)
 
     def _admit(self) -> bool:
         admitted = False
@@ -218,7 +227,7 @@ class Scheduler:
             except BaseException as exc:
                 with self._lock:
                     self._waiting.remove(work)
-                work.ended(exc)
+                _tell_end(work, exc)
                 continue
             if admission == "full":
                 break
@@ -308,14 +317,14 @@ class Scheduler:
             active.since = next(self._ticket)
         except StopIteration:
             self._active.remove(active)
-            active.work.ended(None)
+            _tell_end(active.work, None)
         except BaseException as exc:
             self._active.remove(active)
-            active.work.ended(exc)
+            _tell_end(active.work, exc)
 
     def _end(self, active: _Active, error: BaseException | None) -> None:
         if self._close_steps(active, error):
-            active.work.ended(error)
+            _tell_end(active.work, error)
 
     def _close_steps(self, active: _Active, error: BaseException | None) -> bool:
         """Ends an answer's steps early; where that fails, the answer has ended with that."""
@@ -324,7 +333,7 @@ class Scheduler:
         try:
             active.steps.close()
         except BaseException as exc:
-            active.work.ended(error or exc)
+            _tell_end(active.work, error or exc)
             return False
         return True
 
@@ -335,6 +344,15 @@ _Pending: TypeAlias = tuple[_Active, Rows]
 def _size(pending: _Pending) -> tuple[bool, int, int]:
     active, rows = pending
     return rows.is_image, rows.n_rows, active.since
+
+
+def _tell_end(work: Work, error: BaseException | None) -> None:
+    """Tells an answer that it has ended. What that raises is told as what ends a thread is, and
+    ends neither the thread nor another answer."""
+    try:
+        work.ended(error)
+    except BaseException as exc:
+        worker.report(exc)
 
 
 def _closed_error() -> ModelError:

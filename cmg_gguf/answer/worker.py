@@ -10,7 +10,8 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from typing import Protocol
+from contextlib import AbstractContextManager, suppress
+from typing import Protocol, TypeAlias
 
 IDLE_SECONDS = 5.0
 """For how long a thread without work waits for some."""
@@ -28,14 +29,16 @@ class Worked(Protocol):
     def close_if_at_work(self) -> None: ...
 
 
+Lock: TypeAlias = AbstractContextManager[object]
+
 _worked: weakref.WeakSet[Worked] = weakref.WeakSet()
-_threads: dict[threading.Thread, threading.Condition] = {}
+_threads: dict[threading.Thread, tuple[Lock, threading.Condition]] = {}
 _exiting = threading.Event()
 
 
-def start(worked: Worked, changed: threading.Condition) -> None:
-    """Starts a thread. changed: notified where there may be work."""
-    arguments = weakref.ref(worked), changed
+def start(worked: Worked, lock: Lock, changed: threading.Condition) -> None:
+    """Starts a thread. changed: notified where there may be work. lock: the one it is made of."""
+    arguments = weakref.ref(worked), lock, changed
     threading.Thread(target=_live, args=arguments, name="cmg-engine", daemon=True).start()
 
 
@@ -48,11 +51,18 @@ def close_at_exit(worked: Worked) -> None:
     _worked.add(worked)
 
 
-def _live(worked: weakref.ref[Worked], changed: threading.Condition) -> None:
-    _threads[threading.current_thread()] = changed
+def report(error: BaseException) -> None:
+    """Tells an error that is no answer's: to the hook that is told what ends a thread."""
+    told = type(error), error, error.__traceback__, threading.current_thread()
+    with suppress(BaseException):  # the hook may be the caller's, and the thread goes on
+        threading.excepthook(threading.ExceptHookArgs(told))
+
+
+def _live(worked: weakref.ref[Worked], lock: Lock, changed: threading.Condition) -> None:
+    _threads[threading.current_thread()] = lock, changed
     try:
         while _work_for(worked):
-            with changed:
+            with lock:
                 changed.wait_for(lambda: _is_wanted(worked), IDLE_SECONDS)
             if _is_over(worked):
                 return
@@ -82,7 +92,7 @@ def _end_all() -> None:
     for worked in tuple(_worked):
         worked.close_if_at_work()
     _exiting.set()
-    for thread, changed in tuple(_threads.items()):
-        with changed:
+    for thread, (lock, changed) in tuple(_threads.items()):
+        with lock:
             changed.notify_all()
         thread.join()
