@@ -5,6 +5,7 @@ python tests/evals.py FOLDER MODEL MMPROJ METHODS PARALLEL     # runs it, as `ev
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from cmg_gguf.evaluation.method import Method
 from cmg_gguf.evaluation.methods import chosen
 from cmg_gguf.evaluation.records import TIMING, Record
 from cmg_gguf.evaluation.run import Run, evaluate
-from cmg_gguf.evaluation.task import BadItem, Item
+from cmg_gguf.evaluation.task import BadItem, Item, Task
 from cmg_gguf.guidance import Guidance, TopRatio
 
 ROUNDED = ("yes_margin", "yes_lead")
@@ -83,6 +84,22 @@ class Squares:
     def figures(self, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
         answers = np.where(sums["answers"] == 0, np.nan, sums["answers"])
         return {"accuracy": 100 * sums["long"] / answers, "letters": sums["letters"] / answers}
+
+
+@dataclass(frozen=True)
+class Pressed:
+    """Stands for a task; a process that is sent it gets Ctrl-C as soon as it reads it, ahead of any
+    work, and then has the task."""
+
+    task: Task
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _pressed, (self.task,)
+
+
+def _pressed(task: Task) -> Task:
+    signal.raise_signal(signal.SIGINT)
+    return task
 
 
 def squares(folder: Path, **settings: Any) -> Squares:

@@ -7,19 +7,22 @@ import json
 import multiprocessing
 import random
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import evals
 import pytest
-from evals import Squares, check_alike, methods, ran, squares, untimed
+from evals import Pressed, Squares, check_alike, methods, ran, squares, untimed
 from tiny_llava import TinyPair
 
 from cmg_gguf.errors import BackendError, EvaluationError, GuidanceError, ModelError
+from cmg_gguf.evaluation import executors
+from cmg_gguf.evaluation.answering import Job, Work
 from cmg_gguf.evaluation.executors import Executor, Processes, in_process
 from cmg_gguf.evaluation.items import Shard, groups, item_hash, read_items, seed_of
 from cmg_gguf.evaluation.manifest import ModelFiles, task_from, task_identity
@@ -202,12 +205,39 @@ def test_an_interrupt_ends_all_processes_at_once(
     assert not multiprocessing.active_children()
 
 
+def test_an_interrupt_does_not_reach_a_process_that_has_just_begun(
+    task: Squares, pair: TinyPair, tmp_path: Path
+) -> None:
+    def pressed(job: Job, works: Sequence[Work]) -> Iterator[Record]:
+        told: Any = Pressed(job.task)
+        return Processes(2)(replace(job, task=told), works)
+
+    run = ran(task, pair, "greedy", tmp_path / "run", executor=pressed)
+    assert len(run.records) == N_ANSWERS // 4
+
+
+def test_an_interrupt_while_processes_are_started_ends_those_that_are(
+    task: Squares, pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(job: Job) -> Any:
+        made = started(job)
+        signal.raise_signal(signal.SIGINT)
+        return made
+
+    started, blocked = executors._started, signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    monkeypatch.setattr(executors, "_started", press)
+    with pytest.raises(KeyboardInterrupt):
+        ran(task, pair, NAMES, tmp_path / "run", executor=Processes(2))
+    assert not multiprocessing.active_children()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+
+
 def test_what_the_model_cannot_do_ends_the_run_in_every_executor(
     task: Squares, pair: TinyPair, tmp_path: Path
 ) -> None:
     method = Cmg(Guidance(layers=LayerSet((40,))))
-    executors: list[Executor] = [in_process, Processes(2)]
-    for number, executor in enumerate(executors):
+    ways: list[Executor] = [in_process, Processes(2)]
+    for number, executor in enumerate(ways):
         for parallel in (1, 4):
             with pytest.raises(GuidanceError, match="layer 40 is out of range"):
                 evaluate(
@@ -223,8 +253,8 @@ def test_a_model_that_cannot_be_opened_is_told_by_every_executor(
     task: Squares, pair: TinyPair, tmp_path: Path
 ) -> None:
     swapped = ModelFiles(pair.mmproj, pair.llm, evals.OPTIONS)
-    executors: list[Executor] = [in_process, Processes(2)]
-    for number, executor in enumerate(executors):
+    ways: list[Executor] = [in_process, Processes(2)]
+    for number, executor in enumerate(ways):
         with pytest.raises(ModelError, match="are the two files swapped"):
             evaluate(task, swapped, methods("greedy"), tmp_path / str(number), executor=executor)
 

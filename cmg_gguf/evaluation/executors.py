@@ -6,7 +6,9 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Literal, TypeAlias, cast
@@ -45,8 +47,9 @@ class Processes:
         at_work: dict[Connection, SpawnProcess] = {}
         try:
             for _ in range(min(self.count, len(works))):
-                connection, process = _started(job)
-                at_work[connection] = process
+                with _ctrl_c_blocked():
+                    connection, process = _started(job)
+                    at_work[connection] = process
             while at_work:
                 for connection in cast("list[Connection]", wait(list(at_work))):
                     told = _received(connection, left)
@@ -72,6 +75,23 @@ class _Failure:
 
 _Told: TypeAlias = Record | _Failure | Literal["next", "done"]
 """What a process tells: "next": it has room for a piece of work, and waits for it."""
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, and a process that is started in it never hears it: a
+    terminal sends it to all, also to those that are too young to ignore it themselves."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # else the first process starts it, which unblocks Ctrl-C
+    # Asked for alone: what blocks may raise a Ctrl-C of just before, and would not tell it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _started(job: Job) -> tuple[Connection, SpawnProcess]:
@@ -101,7 +121,7 @@ def _received(connection: Connection, left: Iterator[Work]) -> _Told:
 
 def _work(connection: Connection, job: Job) -> None:
     """What a process does: answers, until there is no more work."""
-    # Ctrl-C is for the process that started this one.
+    # Ctrl-C is for the process that started this one, which blocks it until here, if it can.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def works() -> Iterator[Work]:
