@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -28,10 +29,11 @@ from tiny_llava import TinyPair
 
 import cmg_gguf
 from cmg_gguf.cli.app import app
-from cmg_gguf.cli.asker import Asker
+from cmg_gguf.cli.asker import Asker, Stopped, fetched, user_message
 from cmg_gguf.cli.compare import bracketed, mark
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
 from cmg_gguf.cli.info import layer_bar
+from cmg_gguf.cli.interrupt import Interrupt, counted
 from cmg_gguf.cli.model_flags import CacheType, ModelFlags
 from cmg_gguf.cli.model_flags import Strategy as ModelStrategy
 from cmg_gguf.cli.options import (
@@ -64,6 +66,7 @@ from cmg_gguf.llama.projector import Projector
 from cmg_gguf.opening import Strategy
 from cmg_gguf.sampling import Sampling
 from cmg_gguf.settings import Settings, save_settings
+from cmg_gguf.stream import Stream
 from cmg_gguf.vlm import GuidedVLM
 
 QUESTION = "What is there?"
@@ -532,6 +535,73 @@ def test_ctrl_c_keeps_what_was_said_and_exits_130(bench: Bench) -> None:
     assert said[:n] == text[:n]
 
 
+def test_ctrl_c_behind_the_last_look_at_it_ends_the_block() -> None:
+    def block(error: type[Exception] | None) -> None:
+        with Interrupt() as interrupt:
+            interrupt.check()
+            signal.raise_signal(signal.SIGINT)
+            if error is not None:
+                raise error
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        block(None)
+    with pytest.raises(ZeroDivisionError):  # which says more
+        block(ZeroDivisionError)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("pressed_at", [1, 2])
+def test_ctrl_c_is_noted_only_where_there_is_something_to_go_on_with(
+    pressed_at: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        with counted(Screen(), "pictures") as progress:
+            for done in (0, 1):
+                progress(done, 1)
+                if done + 1 == pressed_at:
+                    signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert ("goes on from here" in capsys.readouterr().err) == (pressed_at == 1)
+
+
+def test_ctrl_c_while_a_hub_is_asked_about_files_that_are_here_is_not_lost() -> None:
+    def pair(progress: Any) -> tuple[Path, Path]:
+        signal.raise_signal(signal.SIGINT)
+        return Path("model"), Path("mmproj")  # without a word of progress
+
+    flags: Any = SimpleNamespace(hf_repo="owner/repo", pair=pair)
+    with pytest.raises(KeyboardInterrupt):
+        fetched(Screen(quiet=True), flags)
+
+
+def press_behind_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C behind the last piece of every answer."""
+    close = Stream.close
+
+    def pressed(stream: Stream) -> None:
+        signal.raise_signal(signal.SIGINT)
+        close(stream)
+
+    monkeypatch.setattr(Stream, "close", pressed)
+
+
+def test_ctrl_c_behind_the_last_piece_is_not_lost(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    press_behind_answers(monkeypatch)
+    said: list[cmg_gguf.Piece] = []
+    asker = Asker(bench.vlm, Screen(quiet=True), N, 0.0)
+    messages = [user_message(QUESTION, [bench.image])]
+    with pytest.raises(Stopped) as stopped:
+        asker.ask(messages, Guidance(), Sampling(), said.append)
+    assert stopped.value.text == "".join(piece.text for piece in said) != ""
+    result = invoke("run", *bench.asking, "-p", QUESTION, "--compare")
+    assert (result.exit_code, result.stdout) == (130, "")  # the guided answer is not begun
+
+
 def test_nobody_reading_is_a_quiet_end(bench: Bench) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -664,6 +734,35 @@ def test_ctrl_c_in_a_chat_ends_that_answer_only(
     assert len(answer) > len(partial) > 0
     assert asked[1][1] == {"role": "assistant", "content": partial}
     assert "stopped" in result.stderr
+
+
+def test_a_chat_keeps_an_answer_behind_which_ctrl_c_comes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, asked = Asker.ask, []
+
+    def ask(self: Asker, messages: Any, *given: Any) -> Any:
+        asked.append(messages)
+        return original(self, messages, *given)
+
+    def press(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Asker, "ask", ask)
+    monkeypatch.setattr(Asker, "summarise", press)
+    result = invoke("chat", *bench.asking, input=f"{QUESTION}\nAnd where?\n")
+    answer = result.stdout.splitlines()[0]
+    assert asked[1][:2] == [asked[0][0], {"role": "assistant", "content": answer}]
+    assert "before the first word" not in result.stderr
+
+
+def test_a_chat_shows_what_it_keeps_of_an_answer_that_would_have_been_marked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    press_behind_answers(monkeypatch)
+    result = invoke("chat", *bench.asking, "--evidence", input=f"{QUESTION}\n")
+    assert result.stdout == bench.answer().text + "\n"
+    assert result.stderr.endswith("stopped\n")
 
 
 # --- info, help, version ---

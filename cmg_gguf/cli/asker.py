@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cmg_gguf.cli.interrupt import Interrupt
-from cmg_gguf.cli.screen import Phase, Screen, summary
+from cmg_gguf.cli.screen import Phase, Screen, Waiting, summary
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from cmg_gguf.guidance import Guidance
     from cmg_gguf.reply import Piece, Reply
     from cmg_gguf.sampling import Sampling
+    from cmg_gguf.stream import Stream
     from cmg_gguf.vlm import GuidedVLM
 
 Message = Mapping[str, Any]
@@ -77,7 +79,6 @@ class Asker:
                 waiting(phase, done, total)
 
             vlm = flags.open(progress, files=files)
-            interrupt.check()
         if flags.ubatch_size is None and vlm.n_ubatch > 512:
             screen.note(
                 f"this model decodes a picture at once, so a step has room for {vlm.n_ubatch} "
@@ -99,42 +100,57 @@ class Asker:
 
         Raises CMGError; Stopped on Ctrl-C.
         """
-        first: Phase = "encode" if _has_images(messages) else "prefill"
-        with Interrupt() as interrupt, self.screen.waiting(first) as waiting:
+        shown = _has_images(messages)
+        stream: Stream | None = None
+        try:
+            with (
+                Interrupt() as interrupt,
+                self.screen.waiting("encode" if shown else "prefill") as waiting,
+            ):
 
-            def progress(phase: Phase, done: int, total: int) -> None:
-                interrupt.check()
-                waiting(phase, done, total)
-
-            stream = self.vlm.stream(
-                messages,
-                guidance=guidance,
-                sampling=sampling,
-                max_tokens=self.max_tokens,
-                heat=heat,
-                evidence=self.evidence if _has_images(messages) else None,
-                progress=progress,
-            )
-            n_tokens = 0
-            try:
-                for piece in stream:
-                    n_tokens += len(piece.tokens)
-                    if show is None or (piece.reasoning and not self.screen.shows_reasoning):
-                        waiting.answering(n_tokens)
-                    else:
-                        waiting.stop()
-                        if piece.reasoning:
-                            self.screen.think(piece.text)
-                        else:
-                            self.screen.end_thought()
-                            show(piece)
+                def progress(phase: Phase, done: int, total: int) -> None:
                     interrupt.check()
+                    waiting(phase, done, total)
+
+                stream = self.vlm.stream(
+                    messages,
+                    guidance=guidance,
+                    sampling=sampling,
+                    max_tokens=self.max_tokens,
+                    heat=heat,
+                    evidence=self.evidence if shown else None,
+                    progress=progress,
+                )
+                with closing(stream):
+                    self._follow(stream, show, waiting, interrupt)
                 return stream.reply
-            except KeyboardInterrupt as exc:
-                raise Stopped(stream.text) from exc
-            finally:
-                self.screen.end_thought()
-                stream.close()
+        except KeyboardInterrupt as exc:
+            raise Stopped("" if stream is None else stream.text) from exc
+
+    def _follow(
+        self,
+        stream: Stream,
+        show: Callable[[Piece], None] | None,
+        waiting: Waiting,
+        interrupt: Interrupt,
+    ) -> None:
+        """Reads an answer to its end. Raises KeyboardInterrupt behind a piece after Ctrl-C."""
+        n_tokens = 0
+        try:
+            for piece in stream:
+                n_tokens += len(piece.tokens)
+                if show is None or (piece.reasoning and not self.screen.shows_reasoning):
+                    waiting.answering(n_tokens)
+                else:
+                    waiting.stop()
+                    if piece.reasoning:
+                        self.screen.think(piece.text)
+                    else:
+                        self.screen.end_thought()
+                        show(piece)
+                interrupt.check()
+        finally:
+            self.screen.end_thought()
 
     def summarise(self, reply: Reply, *, label: str = "", load: bool = True) -> None:
         """Writes the figures of an answer. load: those of loading the model too."""

@@ -13,13 +13,13 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from cmg_gguf.cli.asker import Asker, system_messages, user_message
+from cmg_gguf.cli.asker import Asker, Stopped, system_messages, user_message
 from cmg_gguf.cli.evidence import print_marked
 from cmg_gguf.cli.exits import load_library, manners
 from cmg_gguf.cli.guidance_flags import GuidanceFlags
 from cmg_gguf.cli.model_flags import ModelFlags
 from cmg_gguf.cli.options import is_file
-from cmg_gguf.cli.output import AnswerWriter
+from cmg_gguf.cli.output import AnswerWriter, write
 from cmg_gguf.cli.question_flags import QuestionFlags, ScreenFlags
 from cmg_gguf.cli.sampling_flags import SamplingFlags
 from cmg_gguf.cli.screen import Screen, print_error
@@ -27,6 +27,7 @@ from cmg_gguf.errors import CMGError, ContextLengthError
 from cmg_gguf.guidance import Guidance
 
 if TYPE_CHECKING:
+    from cmg_gguf.reply import Reply
     from cmg_gguf.sampling import Sampling
 
 PROMPT = "> "
@@ -165,25 +166,30 @@ class Chat:
         question = user_message(text, self._waiting)
         said = ""
         try:
-            said = self._say([*system_messages(self._system), *self._history, question])
+            reply = self._say([*system_messages(self._system), *self._history, question])
+            said = reply.text
+            self._asker.summarise(reply, load=False)
         except KeyboardInterrupt as exc:
-            said = getattr(exc, "text", "")
+            said = getattr(exc, "text", said)
             self._asker.screen.tell("stopped" if said else "stopped before the first word")
         if said:
             self._history += [question, {"role": "assistant", "content": said}]
             self._waiting = []
 
-    def _say(self, messages: list[dict[str, Any]]) -> str:
+    def _say(self, messages: list[dict[str, Any]]) -> Reply:
         if self._asker.evidence is not None:  # known only of a whole answer
-            reply = self._asker.ask(messages, self._guidance, self._sampling)
+            try:
+                reply = self._asker.ask(messages, self._guidance, self._sampling)
+            except Stopped as exc:  # what stays in the conversation has been seen
+                write(f"{exc.text}\n" if exc.text else "")
+                raise
             print_marked(reply)
             if reply.evidence is None:
                 self._asker.screen.note("no image was shown yet, so no word is marked")
         else:
-            with self._write.line() as write:
-                reply = self._asker.ask(messages, self._guidance, self._sampling, write)
-        self._asker.summarise(reply, load=False)
-        return reply.text
+            with self._write.line() as show:
+                reply = self._asker.ask(messages, self._guidance, self._sampling, show)
+        return reply
 
 
 def lines(screen: Screen) -> Iterator[str]:

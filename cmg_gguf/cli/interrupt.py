@@ -4,6 +4,7 @@ with Interrupt() as interrupt:
     for piece in stream:
         ...
         interrupt.check()   # raises KeyboardInterrupt once Ctrl-C was pressed
+# So does the end of the block: what was pressed behind the last check is not lost.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from cmg_gguf.cli.screen import Screen
 
 
 class Interrupt:
-    """Inside the block, the first Ctrl-C waits for `check`; a second one raises at once."""
+    """Inside the block, the first Ctrl-C waits for `check`, or for the end of the block unless an
+    error ends it; a second one raises at once."""
 
     def __init__(self) -> None:
         self._wanted = False
@@ -28,8 +30,10 @@ class Interrupt:
         self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         signal.signal(signal.SIGINT, self._before)
+        if kind is None:
+            self.check()
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if Ctrl-C was pressed."""
@@ -46,7 +50,8 @@ class Interrupt:
 def counted(err: Screen, what: str) -> Iterator[Callable[[int, int], None]]:
     """progress(done, total) of work that goes on where it is stopped; what: its things, in plural.
 
-    Ctrl-C ends it between two of them, which is noted.
+    Ctrl-C ends it between two of them, which is noted. Behind the last nothing is left to go on
+    with: it raises KeyboardInterrupt alone, at the end of the block.
     """
     with Interrupt() as interrupt, err.counting(what) as counting:
 
