@@ -250,6 +250,18 @@ def test_what_stops_a_run_leaves_every_caption_and_it_goes_on(tmp_path: Path, to
         assert parrot.asked == []
 
 
+def test_a_run_whose_problems_cannot_be_told_goes_on(tmp_path: Path) -> None:
+    put_pictures(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "caption-problems.jsonl").mkdir()
+    first, second = (Parrot(problems=("b.jpg",)) for _ in range(2))
+    with pytest.raises(CaptionError, match="run again to go on"):
+        captioned(tmp_path, first, existing="overwrite")
+    (tmp_path / "caption-problems.jsonl").rmdir()
+    made = captioned(tmp_path, second, existing="overwrite")
+    assert [name for name, _ in second.asked] == ["b.jpg"]
+    assert (made.n_resumed, len(made.problems)) == (1, 1)
+
+
 def test_a_finished_run_is_done_again_where_that_is_wanted(tmp_path: Path) -> None:
     put_pictures(tmp_path, "a.jpg")
     for n in ("One.", "Two."):

@@ -186,10 +186,10 @@ class _Run:
                 problems = self._answered(executor, plan, journal, len(finished), progress)
             finally:
                 self._captions.save()
+            problems = [*plan.problems, *problems]
             review = self._review(journal.records.values())
-            self._journal.unlink()
-        problems = [*plan.problems, *problems]
-        self._tell(problems)
+            self._tell(problems)
+            self._journal.unlink()  # the last: until then all can go on from it
         return Captioned(
             folder=self._folder,
             n_written=len(plan.todo) + len(plan.problems) - len(problems),
