@@ -15,6 +15,7 @@ from typing import Any
 
 import llama_cpp
 
+from cmg_gguf.errors import ModelError
 from cmg_gguf.guidance import Guidance
 from cmg_gguf.opening import Encoder, Pairing
 from cmg_gguf.request import check_guidance
@@ -74,22 +75,50 @@ class CMGChatHandler:
             "image_max_tokens": image_max_tokens,
             "use_gpu": use_gpu,
         }
-        self._vlms: weakref.WeakKeyDictionary[llama_cpp.Llama, GuidedVLM]
+        self._vlms: weakref.WeakKeyDictionary[llama_cpp.Llama, weakref.ref[GuidedVLM]]
         self._vlms = weakref.WeakKeyDictionary()
+        self._making = threading.Lock()
 
     def vlm(self, llama: llama_cpp.Llama) -> GuidedVLM:
-        """The guided model on `llama`'s weights, made on first use."""
-        if llama not in self._vlms:
-            self._vlms[llama] = GuidedVLM.from_llama(
-                llama, self._clip_model_path, verbose=self._verbose, **self._options
-            )
-        return self._vlms[llama]
+        """The guided model on `llama`'s weights, made on first use. It goes with `llama` or with
+        this handler, whichever goes first. Raises what `GuidedVLM.from_llama` raises, and
+        ModelError once `llama` is closed."""
+        with self._making:  # threads may ask at once
+            found = self._vlms.get(llama)
+            vlm = self._made(llama) if found is None else found()
+        if vlm is None:
+            raise ModelError("this Llama is closed; make a new one")
+        return vlm
+
+    def _made(self, llama: llama_cpp.Llama) -> GuidedVLM:
+        kept = _Kept(self)
+        llama._stack.callback(kept)
+        vlm = kept.vlm = GuidedVLM.from_llama(
+            llama, self._clip_model_path, verbose=self._verbose, **self._options
+        )
+        self._vlms[llama] = weakref.ref(vlm)
+        return vlm
 
     def __call__(self, *, llama: llama_cpp.Llama, messages: Any, **settings: Any) -> Any:
         settings.setdefault("guidance", self.guidance)
         if settings.get("seed") is None:
             settings["seed"] = _next_seed(llama)
         return self.vlm(llama).create_chat_completion(messages, **settings)
+
+
+class _Kept:
+    """What a `Llama` keeps of a guided model on its weights, until a handler is gone.
+
+    Not the handler keeps it: it keeps its `Llama`, which would never go before the handler.
+    """
+
+    def __init__(self, handler: CMGChatHandler) -> None:
+        self.vlm: GuidedVLM | None = None
+        self._handler = weakref.ref(handler, self)
+
+    def __call__(self, handler: object = None) -> None:
+        """Called where the `Llama` ends, or the handler is gone."""
+        self.vlm = None
 
 
 def _next_seed(llama: llama_cpp.Llama) -> int | None:

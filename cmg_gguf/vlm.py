@@ -278,8 +278,7 @@ class GuidedVLM:
         guidance: tells which layers are masked, and nothing else; None = the default. Takes and
         raises what `generate` does; PromptError for an empty answer.
         """
-        with self._scheduler.held_open():
-            tokens = self.model.tokenize(answer)
+        tokens = self._scheduler.while_open(lambda: self.model.tokenize(answer))
         if len(tokens) == 0:
             raise PromptError("the answer is empty; give at least a word")
 
@@ -310,8 +309,8 @@ class GuidedVLM:
     ) -> Prompt:
         """The prompt for `engine`, as `Request` has it; its images are read, but not encoded: see
         `projector.encode`. Raises PromptError, ImageError."""
-        with self._scheduler.held_open():
-            return tokenized(
+        return self._scheduler.while_open(
+            lambda: tokenized(
                 prompt,
                 images,
                 raw=raw,
@@ -321,6 +320,7 @@ class GuidedVLM:
                 projector=self.projector,
                 max_pixels=self.max_pixels,
             )
+        )
 
     def create_chat_completion(
         self,
@@ -344,8 +344,7 @@ class GuidedVLM:
         return completion_of(reply, name, self._token_bytes)
 
     def _token_bytes(self, token: int) -> bytes:
-        with self._scheduler.held_open():
-            return self.model.token_bytes(token)
+        return self._scheduler.while_open(lambda: self.model.token_bytes(token))
 
     def _run(
         self,

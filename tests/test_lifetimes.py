@@ -503,13 +503,26 @@ def test_a_llama_with_a_handler_can_be_forgotten(pair: TinyPair) -> None:
     assert all_gone(watched, collecting=True)
 
 
-@pytest.mark.parametrize("has_handler", [False, True])
+def test_a_handler_that_is_kept_lets_its_llama_go_and_is_not_kept_by_it(pair: TinyPair) -> None:
+    handler, other = (CMGChatHandler(pair.mmproj, use_gpu=False) for _ in range(2))
+    llm = open_on(pair)
+    assert other.vlm(llm) is not handler.vlm(llm)
+    without_handler: list[weakref.ref[Any]] = [weakref.ref(handler.vlm(llm)), weakref.ref(handler)]
+    del handler
+    assert all_gone(without_handler, collecting=True)
+    without_llama: list[weakref.ref[Any]] = [weakref.ref(other.vlm(llm)), weakref.ref(llm)]
+    del llm
+    assert all_gone(without_llama, collecting=True)
+    assert len(other._vlms) == 0
+
+
+@pytest.mark.parametrize("how", ["from_llama", "handler", "kept handler"])
 def test_what_is_made_from_the_weights_of_a_llama_is_freed_before_them(
-    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, has_handler: bool
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    handler = CMGChatHandler(pair.mmproj, use_gpu=False) if has_handler else None
-    llm = open_on(pair, chat_handler=handler)
-    vlm = handler.vlm(llm) if handler else GuidedVLM.from_llama(llm, pair.mmproj, use_gpu=False)
+    kept = None if how == "from_llama" else CMGChatHandler(pair.mmproj, use_gpu=False)
+    llm = open_on(pair, chat_handler=kept)
+    vlm = kept.vlm(llm) if kept else GuidedVLM.from_llama(llm, pair.mmproj, use_gpu=False)
     contexts: Any = [lane.original.context for lane in vlm.engine.lanes]
     made = [part._owned for part in (vlm.projector, *contexts)]
     freed = []
@@ -520,9 +533,33 @@ def test_what_is_made_from_the_weights_of_a_llama_is_freed_before_them(
         free(model)
 
     monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_free", freeing)
-    del llm, vlm, handler, contexts
+    if how != "kept handler":
+        kept = None
+    del llm, vlm, contexts
     gc.collect()
     assert freed == [[False] * len(made)]
+
+
+def test_threads_that_ask_a_llama_first_have_one_model_made_of_it(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_llama(*given: Any, **options: Any) -> GuidedVLM:
+        made.append(threading.current_thread())
+        if len(made) == 1:  # another asks meanwhile: it comes in here, or waits
+            other.start()
+            other.join(0.2)
+        return original(*given, **options)
+
+    original, made = GuidedVLM.from_llama, list[threading.Thread]()
+    monkeypatch.setattr(GuidedVLM, "from_llama", from_llama)
+    handler, got = CMGChatHandler(pair.mmproj, use_gpu=False), list[GuidedVLM]()
+    llm = open_on(pair)
+    other = threading.Thread(target=lambda: got.append(handler.vlm(llm)))
+    got.append(handler.vlm(llm))
+    other.join(PATIENCE)
+    assert got[0] is got[1]
+    assert len(made) == 1
+    llm.close()
 
 
 def test_a_handler_serves_several_llamas_and_forgets_those_that_are_gone(pair: TinyPair) -> None:
