@@ -10,7 +10,7 @@ from functools import partial
 from cmg_gguf.answer.scheduler import Scheduler
 from cmg_gguf.reply import Reply
 from cmg_gguf.request import Request
-from cmg_gguf.stream import Run
+from cmg_gguf.stream import Stream
 
 N_PREPARED = 2
 """Requests that are read, beside those under way: so none waits for a file."""
@@ -36,45 +36,42 @@ class Outcome:
 
 
 def generate_many(
-    new_run: Callable[[Request, Callable[[], None]], Run],
+    asked: Callable[[Request, Callable[[], None]], Stream],
     requests: Iterable[Request],
     scheduler: Scheduler,
 ) -> Iterator[Outcome]:
     """What comes of each request, as they finish; of an iterator no more is taken than can be
-    worked on. new_run(request, at_end): prepares an answer, and submits it."""
+    worked on. asked(request, at_end): an answer that was asked for."""
     finished: queue.SimpleQueue[int] = queue.SimpleQueue()
-    runs: dict[int, Run] = {}
+    streams: dict[int, Stream] = {}
     numbered = enumerate(requests)
     n_open = scheduler.n_parallel + N_PREPARED
     more = True
     try:
-        while more or runs:
-            while more and len(runs) < n_open:
+        while more or streams:
+            while more and len(streams) < n_open:
                 index, request = next(numbered, (0, None))
                 more = request is not None
                 if request is None:
                     break
                 try:
-                    runs[index] = new_run(request, partial(finished.put, index))
+                    streams[index] = asked(request, partial(finished.put, index))
                 except Exception as exc:
                     scheduler.check()
                     yield Outcome(index, error=exc)
-            if runs:
+            if streams:
                 scheduler.drive(lambda: not finished.empty())
                 index = finished.get()
-                outcome = _outcome(index, runs.pop(index))
+                outcome = _outcome(index, streams.pop(index))
                 scheduler.check()
                 yield outcome
     finally:
-        for run in runs.values():
-            run.cancel()
+        for stream in streams.values():
+            stream.cancel()
 
 
-def _outcome(index: int, run: Run) -> Outcome:
-    if run.reply is not None:
-        return Outcome(index, run.reply)
+def _outcome(index: int, stream: Stream) -> Outcome:
     try:
-        run.whole()
+        return Outcome(index, stream.whole())
     except Exception as exc:
         return Outcome(index, error=exc)
-    raise AssertionError("an answer that has ended has a reply or an error")

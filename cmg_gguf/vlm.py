@@ -257,7 +257,7 @@ class GuidedVLM:
         BackendError.
         """
         request = request_from(prompt, images, settings)
-        return Stream(self._run(request, progress, heard=heard))
+        return self._run(request, progress, heard=heard)
 
     def heat(
         self,
@@ -352,7 +352,12 @@ class GuidedVLM:
         progress: Progress | None = None,
         at_end: Callable[[], None] = lambda: None,
         heard: Callable[[bool], None] = lambda over: None,
-    ) -> Run:
+    ) -> Stream:
         run = Run(self._pair, self._scheduler, request, progress, at_end, heard)
-        self._scheduler.submit(run)
-        return run
+        stream = Stream(run)  # first: an answer that nobody gets, as at a Ctrl-C, ends
+        try:
+            self._scheduler.submit(run)
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import llama_cpp
@@ -19,11 +22,14 @@ import pytest
 from faults import EARLY, FAULTS, PICTURE, UNDER_WAY, Fault
 from guided import QUESTION, held, ids, is_empty, open_vlm
 from llama_cpp import mtmd_cpp
+from patience import in_time
 from prompts import picture
 from tiny_llava import TinyPair
 
-from cmg_gguf import Guidance, GuidedVLM, PromptError, Sampling
+from cmg_gguf import Guidance, GuidedVLM, PromptError, Reply, Request, Sampling
+from cmg_gguf.answer.scheduler import Scheduler
 from cmg_gguf.prompt.segments import ImageSegment
+from cmg_gguf.stream import Run
 
 N_MARATHON = 3 * len(FAULTS)
 
@@ -279,6 +285,77 @@ def test_an_interrupt_leaves_no_later_row_without_its_order(vlm: GuidedVLM) -> N
         context.truncate(0, 0)
         vlm.forget()
         assert ids(vlm.generate(QUESTION, max_tokens=5)) == said
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt where a function begins that matters to who waits for an answer,
+    as Python does: where the n-th does."""
+
+    FILES = (
+        *(f"cmg_gguf/{name}.py" for name in ("vlm", "stream", "many")),
+        *(f"cmg_gguf/answer/{name}.py" for name in ("scheduler", "outbox", "worker")),
+        "/threading.py",
+        "/contextlib.py",
+        "/weakref.py",
+    )
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __enter__(self) -> None:
+        sys.setprofile(self._count)
+
+    def __exit__(self, *exc: object) -> None:
+        sys.setprofile(None)
+
+    def _count(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.endswith(self.FILES):
+            self.left -= 1
+            if self.left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+
+def generated(vlm: GuidedVLM) -> object:
+    return vlm.generate(QUESTION, [PICTURE], max_tokens=3)
+
+
+def streamed(vlm: GuidedVLM) -> object:
+    stream = vlm.stream(QUESTION, [PICTURE])
+    next(stream)
+    stream.close()
+    return stream
+
+
+def several(vlm: GuidedVLM) -> object:
+    return list(vlm.generate_many([Request(QUESTION, [PICTURE], max_tokens=2)] * 2))
+
+
+@pytest.mark.parametrize("use", [generated, streamed, several])
+def test_an_interrupt_where_any_function_begins_leaves_no_lock_and_no_unread_answer(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, use: Callable[[GuidedVLM], object]
+) -> None:
+    asked: list[Run] = []
+    submit = Scheduler.submit
+
+    def noted(scheduler: Scheduler, run: Any) -> None:
+        asked.append(run)
+        submit(scheduler, run)
+
+    with open_vlm(pair) as vlm:
+        expected = ids(vlm.generate(QUESTION, [PICTURE], max_tokens=3))
+        monkeypatch.setattr(Scheduler, "submit", noted)
+        for n in itertools.count(1):
+            asked.clear()
+            with contextlib.suppress(KeyboardInterrupt), Interrupts(n):
+                use(vlm)
+                break
+            assert all(run.reply or run.cancelled for run in asked)
+            later = in_time(lambda: vlm.generate(QUESTION, [PICTURE], max_tokens=3))
+            assert isinstance(later, Reply)
+            assert ids(later) == expected
+        assert n > 50
+        assert in_time(vlm.close) is None
 
 
 # --- in a row ----------------------------------------------------------------------------------
