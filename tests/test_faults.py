@@ -350,21 +350,40 @@ def test_an_interrupt_where_any_function_begins_leaves_no_lock_and_no_unread_ans
         asked.append(run)
         submit(scheduler, run)
 
-    with open_vlm(pair) as vlm:
-        expected = ids(vlm.generate(QUESTION, [PICTURE], max_tokens=3))
-        monkeypatch.setattr(Scheduler, "submit", noted)
-        for n in itertools.count(1):
-            asked.clear()
-            came = in_time(lambda n=n: interrupted(lambda: use(vlm), n))  # type: ignore[misc]
-            if came is False:
-                break
-            assert came is True
-            assert all(run.reply or run.cancelled for run in asked)
-            later = in_time(lambda: vlm.generate(QUESTION, [PICTURE], max_tokens=3))
-            assert isinstance(later, Reply)
-            assert ids(later) == expected
-        assert n > 50
-        assert in_time(vlm.close) is None
+    vlm = open_vlm(pair)  # whose closing would hang too, where it fails
+    expected = ids(vlm.generate(QUESTION, [PICTURE], max_tokens=3))
+    monkeypatch.setattr(Scheduler, "submit", noted)
+    for n in itertools.count(1):
+        asked.clear()
+        came = in_time(lambda n=n: interrupted(lambda: use(vlm), n))  # type: ignore[misc]
+        if came is False:
+            break
+        assert came is True
+        assert all(run.reply or run.cancelled for run in asked)
+        later = in_time(lambda: vlm.generate(QUESTION, [PICTURE], max_tokens=3))
+        assert isinstance(later, Reply)
+        assert ids(later) == expected
+    assert n > 50
+    assert in_time(vlm.close) is None
+
+
+def test_one_just_behind_asking_ends_the_answer_even_where_its_traceback_is_kept(
+    vlm: GuidedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Run] = []
+    submit = Scheduler.submit
+
+    def interrupted(scheduler: Scheduler, run: Any) -> None:
+        submit(scheduler, run)
+        asked.append(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scheduler, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        vlm.stream(QUESTION, [PICTURE])
+    assert [run.cancelled for run in asked] == [True]
+    assert is_empty(vlm)
+    assert kept.tb is not None
 
 
 # --- in a row ----------------------------------------------------------------------------------
