@@ -381,6 +381,8 @@ def test_what_fails_where_ends_are_told_is_told_itself_and_reaches_nobody(
     if how == "closed":
         works = [deaf(stage, name, [1] * 10**6) for name in "ab"]
         stage.submit(*works)
+        while len(stage.decodes) < 20:
+            time.sleep(0.001)
         assert in_time(stage.scheduler.close) is None
     else:
         stage.submit(*works, other)

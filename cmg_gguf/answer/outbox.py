@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cmg_gguf.answer.changes import Changes
+
 Event = TypeVar("Event")
 
 
@@ -34,8 +36,7 @@ class Outbox(Generic[Event]):
         """drive(there): makes events come until there(), where waiting would be for oneself.
         heard(over): called by who writes, behind each event, and behind the end with True."""
         self._drive, self._heard = drive, heard
-        self._lock = threading.RLock()  # taken by itself, as the scheduler's is
-        self._changed = threading.Condition(self._lock)
+        self._lock, self._changes = threading.RLock(), Changes()
         self._events: deque[Event] = deque()
         self._end: End | None = None
 
@@ -43,23 +44,25 @@ class Outbox(Generic[Event]):
         """Tells an event."""
         with self._lock:
             self._events.append(event)
-            self._changed.notify_all()
+        self._changes.tell()
         self._heard(False)
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing will be told any more."""
         with self._lock:
             self._end = End(error)
-            self._changed.notify_all()
+        self._changes.tell()
         self._heard(True)
 
     def get(self) -> Event | End:
         """The next event; waits for it. Behind the last, the end, as often as asked; its error
         once."""
         self._drive(self._has_any)
-        with self._lock:
-            self._changed.wait_for(self._has_any)
-            return self._next()
+        while True:
+            self._changes.wait_for(self._has_any)
+            with self._lock:
+                if self._has_any():  # nobody else has taken it
+                    return self._next()
 
     def take(self) -> list[Event | End]:
         """The events that are there, without waiting; where there are none, the end alone if it has

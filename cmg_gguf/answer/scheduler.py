@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from cmg_gguf.answer import worker
+from cmg_gguf.answer.changes import Changes
 from cmg_gguf.answer.work import Encoding, Engine, Rows, Steps, Wanted, Work
 from cmg_gguf.errors import BackendError, ModelError
 
@@ -66,10 +67,8 @@ class Scheduler:
         self._computing = lock or nullcontext()
         self.n_parallel = n_parallel
         self._engine = engine
-        # Always taken by itself: compiled code leaves it, and Python's own of a condition can be
-        # interrupted before it has. Nothing that waits, computes or tells is called under it.
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        # Nothing that waits, computes or tells an end is called under the lock.
+        self._lock, self._changes = threading.RLock(), Changes()
         self._waiting: deque[Work] = deque()
         self._active: list[_Active] = []
         self._thread: threading.Thread | None = None
@@ -110,9 +109,9 @@ class Scheduler:
         with self._lock:
             self.check()
             if self._thread is None:
-                worker.start(self, self._lock, self._changed)
-            self._changed.notify_all()
-            self._waiting.append(work)  # last: there is a thread for whatever waits
+                worker.start(self, self._changes)
+            self._waiting.append(work)  # behind it: there is a thread for whatever waits
+        self._changes.tell()
 
     @property
     def is_mine(self) -> bool:
@@ -137,16 +136,15 @@ class Scheduler:
         """Ends all answers with ModelError, and takes no more. Waits for the decode under way."""
         with self._lock:
             self._closed = True
-            self._changed.notify_all()
             held = tuple(self._held)
+        self._changes.tell()
         for one in held:
             with one:
                 pass
         if self.is_mine:
             self._end_all(_closed_error())
-            return
-        with self._lock:
-            self._changed.wait_for(lambda: self._thread is None and not self._waiting)
+        else:
+            self._changes.wait_for(lambda: self._thread is None and not self._waiting)
 
     def close_if_at_work(self) -> None:
         """Closes it if it is making answers."""
@@ -174,8 +172,8 @@ class Scheduler:
             if self._waiting:
                 return False
             self._thread = None
-            self._changed.notify_all()
-            return True
+        self._changes.tell()
+        return True
 
     def _end_all(self, error: BaseException) -> None:
         for active in tuple(self._active):

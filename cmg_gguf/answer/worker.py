@@ -10,8 +10,10 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from contextlib import AbstractContextManager, suppress
-from typing import Protocol, TypeAlias
+from contextlib import suppress
+from typing import Protocol
+
+from cmg_gguf.answer.changes import Changes
 
 IDLE_SECONDS = 5.0
 """For how long a thread without work waits for some."""
@@ -29,16 +31,14 @@ class Worked(Protocol):
     def close_if_at_work(self) -> None: ...
 
 
-Lock: TypeAlias = AbstractContextManager[object]
-
 _worked: weakref.WeakSet[Worked] = weakref.WeakSet()
-_threads: dict[threading.Thread, tuple[Lock, threading.Condition]] = {}
+_threads: dict[threading.Thread, Changes] = {}
 _exiting = threading.Event()
 
 
-def start(worked: Worked, lock: Lock, changed: threading.Condition) -> None:
-    """Starts a thread. changed: notified where there may be work. lock: the one it is made of."""
-    arguments = weakref.ref(worked), lock, changed
+def start(worked: Worked, changes: Changes) -> None:
+    """Starts a thread. changes: told where there may be work."""
+    arguments = weakref.ref(worked), changes
     threading.Thread(target=_live, args=arguments, name="cmg-engine", daemon=True).start()
 
 
@@ -58,12 +58,11 @@ def report(error: BaseException) -> None:
         threading.excepthook(threading.ExceptHookArgs(told))
 
 
-def _live(worked: weakref.ref[Worked], lock: Lock, changed: threading.Condition) -> None:
-    _threads[threading.current_thread()] = lock, changed
+def _live(worked: weakref.ref[Worked], changes: Changes) -> None:
+    _threads[threading.current_thread()] = changes
     try:
         while _work_for(worked):
-            with lock:
-                changed.wait_for(lambda: _is_wanted(worked), IDLE_SECONDS)
+            changes.wait_for(lambda: _is_wanted(worked), IDLE_SECONDS)
             if _is_over(worked):
                 return
     finally:
@@ -92,7 +91,6 @@ def _end_all() -> None:
     for worked in tuple(_worked):
         worked.close_if_at_work()
     _exiting.set()
-    for thread, (lock, changed) in tuple(_threads.items()):
-        with lock:
-            changed.notify_all()
+    for thread, changes in tuple(_threads.items()):
+        changes.tell()
         thread.join()
