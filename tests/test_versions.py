@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from commands import environment, flat, run
 from guided import open_vlm
-from llama_cpp import mtmd_cpp
 from prompts import picture
 from tiny_llava import TinyPair
 from versions_check import TESTS, VERSIONS, Outcome, table
@@ -152,9 +151,7 @@ def test_a_prompt_is_cut_the_same_image_by_image(
     cut = []
     for way in (chunks.at_once, chunks.one_by_one):
         bitmaps = [chunks._bitmap(image, i, False) for i, image in enumerate(images)]
-        cut.append(way(projector._mtmd, source, bitmaps))
-        for bitmap in bitmaps:
-            mtmd_cpp.mtmd_bitmap_free(bitmap)
+        cut.append(way(projector._mtmd, source, [bitmap.pointer for bitmap in bitmaps]))
     assert [told(one) for one in cut[0]] == [told(one) for one in cut[1]]
     assert sum(isinstance(one, chunks.Chunk) for one in cut[0]) == len(images)
 
