@@ -13,7 +13,7 @@ from cmg_gguf.heat.maps import Heat
 FinishReason = Literal["stop", "length"]
 
 MENDS = {
-    "activation": "its gated networks have GELU, which its file does not name",
+    "activation": "its networks have GELU, which its file does not name",
     "class token": "its class token stands before the patches (llama.cpp issue 25814)",
     "cleared": "what stands behind a row of patches does not depend on what memory held",
     "layer": "the last layer of its file is run (llama.cpp issue 25817)",

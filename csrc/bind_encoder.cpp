@@ -3,12 +3,13 @@
 #include "encoder_probe.hpp"
 
 #include <cstdint>
+#include <string>
 
 namespace cmg {
 
 void bind_encoder(py::module_ & m) {
     py::class_<EncoderMend>(m, "EncoderMend")
-        .def(py::init<>())
+        .def(py::init<const std::string &>(), py::arg("kind"))
         .def_property_readonly("callback",
                                [](const EncoderMend &) {
                                    return reinterpret_cast<std::uintptr_t>(&EncoderMend::callback);

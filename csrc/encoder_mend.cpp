@@ -127,9 +127,11 @@ bool EncoderMend::ask(ggml_tensor * node) {
         ask_cont(node);
         return false;
     case GGML_OP_GLU:
-        if (node->op_params[0] == loaded_numbers().geglu_quick) {
-            node->op_params[0] = loaded_numbers().geglu;
-            mended_.insert("activation");
+        replace(node, loaded_numbers().geglu_quick, loaded_numbers().geglu);
+        return false;
+    case GGML_OP_UNARY:
+        if (is_cogvlm_) {
+            replace(node, loaded_numbers().gelu_quick, loaded_numbers().gelu);
         }
         return false;
     default:
@@ -161,12 +163,13 @@ void EncoderMend::ask_get_rows(const ggml_tensor * node) {
 }
 
 // Where the class token is one for all pictures of a batch, the model has it behind the patches
-// (Llama 4): its places are in order.
+// (Llama 4), and its places are in order; but for CogVLM.
 void EncoderMend::ask_add(ggml_tensor * node) {
     const ggml_tensor * places = node->src[1];
-    if (n_rows_ == 0 || !is_repeated_ || has_places_ || node->ne[1] != n_rows_ ||
-        !is_leaf(places) || places->buffer == nullptr || places->ne[0] != node->ne[0] ||
-        places->ne[1] != n_rows_ || places->ne[2] != 1) {
+    const bool is_first = is_repeated_ || is_cogvlm_;
+    if (n_rows_ == 0 || !is_first || has_places_ || node->ne[1] != n_rows_ || !is_leaf(places) ||
+        places->buffer == nullptr || places->ne[0] != node->ne[0] || places->ne[1] != n_rows_ ||
+        places->ne[2] != 1) {
         return;
     }
     std::vector<uint8_t> bytes(api().ggml_nbytes(places));
@@ -191,6 +194,13 @@ void EncoderMend::ask_cont(ggml_tensor * node) {
     std::swap(by_rows_.nb[1], by_rows_.nb[2]); // as many rows as columns
     node->src[0] = &by_rows_;
     mended_.insert("rows");
+}
+
+void EncoderMend::replace(ggml_tensor * node, int32_t quick, int32_t usual) {
+    if (node->op_params[0] == quick) {
+        node->op_params[0] = usual;
+        mended_.insert("activation");
+    }
 }
 
 } // namespace cmg

@@ -84,6 +84,8 @@ void resolve_operations(const Api & api) {
         op("NONE"),
         op("PERMUTE"),
         number_of(api.ggml_unary_op_name, n_kind_numbers, "TANH"),
+        number_of(api.ggml_unary_op_name, n_kind_numbers, "GELU"),
+        number_of(api.ggml_unary_op_name, n_kind_numbers, "GELU_QUICK"),
         number_of(api.ggml_glu_op_name, n_kind_numbers, "GEGLU"),
         number_of(api.ggml_glu_op_name, n_kind_numbers, "GEGLU_QUICK"),
     };

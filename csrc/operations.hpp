@@ -14,6 +14,8 @@ struct LoadedNumbers {
     ggml_op none = GGML_OP_NONE;
     ggml_op permute = GGML_OP_PERMUTE;
     ggml_unary_op tanh = GGML_UNARY_OP_TANH;
+    ggml_unary_op gelu = GGML_UNARY_OP_GELU;
+    ggml_unary_op gelu_quick = GGML_UNARY_OP_GELU_QUICK;
     ggml_glu_op geglu = GGML_GLU_OP_GEGLU;
     ggml_glu_op geglu_quick = GGML_GLU_OP_GEGLU_QUICK;
 };

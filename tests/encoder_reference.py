@@ -1,9 +1,10 @@
-"""The judge of image encoders: CLIP as LLaVA uses it, and InternVL's, in float64.
+"""The judge of image encoders: CLIP as LLaVA uses it, InternVL's and CogVLM's, in float64.
 
 embeddings(TinyEncoder(), pixels)   # (n_image_tokens, width)
 
-Written from the papers and from what transformers runs, not from llama.cpp: the class token stands
-before the patches, has place 0, and is dropped at the end.
+Written from the papers and from what transformers runs (CogVLM's: from the code that comes with the
+model), not from llama.cpp: the class token stands before the patches, has place 0, and is dropped
+at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 def embeddings(encoder: TinyEncoder, pixels: NDArray[np.uint8]) -> F64:
     """(n_image_tokens, width) of a picture (image_size, image_size, 3)."""
     reader = _Encoder(encoder)
+    if encoder.kind == "cogvlm":
+        return reader.project_gated(reader.post_normed_layers(reader.rows(pixels))[1:])
     rows = reader.layers(reader.rows(pixels))[1:]
     return reader.project_shuffled(rows) if encoder.kind == "internvl" else reader.project(rows)
 
@@ -53,6 +56,14 @@ class _Encoder:
             rows = rows + self._linear(f"{name}.{down}", inner) * self._layer_scale(f"{name}.ls2")
         return rows
 
+    def post_normed_layers(self, rows: F64) -> F64:
+        for il in range(self.shape.n_layer):
+            name = f"v.blk.{il}"
+            rows = rows + self._norm(f"{name}.ln1", self._attention(name, rows))
+            inner = _gelu(self._linear(f"{name}.ffn_up", rows))
+            rows = rows + self._norm(f"{name}.ln2", self._linear(f"{name}.ffn_down", inner))
+        return rows
+
     def project(self, rows: F64) -> F64:
         return self._linear("mm.2", _gelu(self._linear("mm.0", rows)))
 
@@ -65,17 +76,26 @@ class _Encoder:
         normed = self._norm("mm.model.mlp.0", x, eps=1e-5)
         return self._linear("mm.model.mlp.3", _gelu(self._linear("mm.model.mlp.1", normed)))
 
+    def project_gated(self, rows: F64) -> F64:
+        normed = self._norm("mm.post_fc_norm", self._linear("mm.model.fc", rows), eps=1e-5)
+        x = _gelu(normed)
+        inner = _silu(self._linear("mm.gate", x)) * self._linear("mm.up", x)
+        first, last = self.tensors["v.boi"], self.tensors["v.eoi"]
+        return np.concatenate([first[None], self._linear("mm.down", inner), last[None]])
+
     def _attention(self, name: str, rows: F64) -> F64:
         n_head = self.shape.n_head
-        q, k, v = (
-            self._linear(f"{name}.attn_{part}", rows).reshape(len(rows), n_head, -1)
-            for part in "qkv"
-        )
+        q, k, v = (part.reshape(len(rows), n_head, -1) for part in self._qkv(name, rows))
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = np.einsum("hqk,khd->qhd", weights, v).reshape(len(rows), -1)
         return self._linear(f"{name}.attn_out", mixed)
+
+    def _qkv(self, name: str, rows: F64) -> list[F64]:
+        if f"{name}.attn_qkv.weight" in self.tensors:
+            return np.split(self._linear(f"{name}.attn_qkv", rows), 3, axis=-1)
+        return [self._linear(f"{name}.attn_{part}", rows) for part in "qkv"]
 
     def _layer_scale(self, name: str) -> F64 | float:
         return self.tensors.get(f"{name}.weight", 1.0)
@@ -87,7 +107,8 @@ class _Encoder:
         return np.asarray(unit * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"])
 
     def _linear(self, name: str, rows: F64) -> F64:
-        return np.asarray(rows @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"])
+        bias = self.tensors.get(f"{name}.bias", 0.0)
+        return np.asarray(rows @ self.tensors[f"{name}.weight"].T + bias)
 
 
 def _gelu(x: F64) -> F64:
@@ -96,3 +117,7 @@ def _gelu(x: F64) -> F64:
 
 def _quick_gelu(x: F64) -> F64:
     return np.asarray(x / (1 + np.exp(-1.702 * x)))
+
+
+def _silu(x: F64) -> F64:
+    return np.asarray(x / (1 + np.exp(-x)))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from benchmarks.plain_llama import open_llama
 from encoder_reference import embeddings
-from graphs import I32, Graph, ggml_function
+from graphs import I32, Graph, ggml_function, tensor
 from guided import open_vlm
 from numpy.typing import DTypeLike, NDArray
 from prompts import picture
@@ -91,14 +91,45 @@ def test_an_encoder_with_a_class_token_gives_what_the_judge_says(
     assert projector.mended == {"class token"} | ({"layer"} if layout == "legacy" else set())
 
 
-def test_learned_places_stand_with_their_patches(opened: Opens) -> None:
-    encoder = TinyEncoder("internvl")
+@pytest.mark.parametrize(
+    ("encoder", "mended"),
+    [
+        (TinyEncoder("internvl"), {"places"}),
+        (TinyEncoder("cogvlm"), {"activation", "places"}),
+        (TinyEncoder("cogvlm", names_gelu=True), {"places"}),
+        (TinyEncoder("cogvlm", image_size=42), {"activation", "places"}),
+    ],
+)
+def test_learned_places_stand_with_their_patches(
+    opened: Opens, encoder: TinyEncoder, mended: set[str]
+) -> None:
     projector = opened(encoder)
+    side = encoder.image_size
+    for seed in (2, 3, 4):
+        pixels = picture(seed)[:side, :side].copy()
+        assert np.abs(encoded(projector, pixels) - embeddings(encoder, pixels)).max() < CLOSE
+    assert projector.mended == mended
+
+
+def test_where_a_place_is_like_any_other_stock_gives_what_the_judge_says(opened: Opens) -> None:
+    encoder = TinyEncoder("cogvlm", names_gelu=True, same_places=True)
+    projector = opened(encoder, encoder="stock")
     assert max(distance(projector, encoder, seed) for seed in (2, 3, 4)) < CLOSE
-    assert projector.mended == {"places"}
 
 
-@pytest.mark.parametrize("encoder", [TinyEncoder("clip"), TinyEncoder("internvl")])
+def test_an_activation_that_a_file_does_not_name_is_the_one_that_it_would_name(
+    opened: Opens,
+) -> None:
+    named, unnamed = (
+        encoded(opened(TinyEncoder("cogvlm", names_gelu=names_gelu)), picture(2))
+        for names_gelu in (True, False)
+    )
+    np.testing.assert_array_equal(named, unnamed)
+
+
+@pytest.mark.parametrize(
+    "encoder", [TinyEncoder("clip"), TinyEncoder("internvl"), TinyEncoder("cogvlm")]
+)
 def test_stock_is_what_llama_cpp_makes_of_it(opened: Opens, encoder: TinyEncoder) -> None:
     projector = opened(encoder, encoder="stock")
     assert distance(projector, encoder, 2) > 50 * CLOSE
@@ -203,9 +234,12 @@ class EncoderGraph(Graph):
         found: list[float] = data.tolist()
         return found
 
-    def asked(self) -> set[str]:
-        """Asks about every node, in order, shows those it wants to see; what was mended."""
-        mend = _core.EncoderMend()
+    def asked(self, kind: str = "") -> set[str]:
+        """Asks about every node, in order, shows those it wants to see; what was mended.
+
+        kind: of the projector that the graph is said to be of.
+        """
+        mend = _core.EncoderMend(kind)
         callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(
             mend.callback
         )
@@ -252,17 +286,24 @@ def test_places_and_rows_that_are_right_for_a_last_class_token_stay(
 
 
 @pytest.mark.parametrize(
-    ("class_first", "repeated", "mended"),
-    [(False, True, {"places"}), (True, True, set()), (False, False, set()), (True, False, set())],
+    ("kind", "class_first", "repeated", "mended"),
+    [
+        ("internvl", False, True, {"places"}),
+        ("internvl", True, True, set()),
+        ("llama4", False, False, set()),
+        ("llama4", True, False, set()),
+        ("cogvlm", False, False, {"places"}),
+        ("cogvlm", True, False, set()),
+    ],
 )
-def test_learned_places_are_shifted_only_behind_a_class_token_of_each_picture(
-    encoder_graph: EncoderGraph, class_first: bool, repeated: bool, mended: set[str]
+def test_learned_places_are_shifted_only_behind_a_class_token_that_belongs_before_them(
+    encoder_graph: EncoderGraph, kind: str, class_first: bool, repeated: bool, mended: set[str]
 ) -> None:
     graph = encoder_graph
     joined = graph.joined(class_first=class_first, repeated=repeated)
     graph.node("add", joined, graph.leaf("v.position_embd", 8, graph.N_ROWS))
     graph.allocate()
-    assert graph.asked() == mended
+    assert graph.asked(kind) == mended
 
 
 @pytest.mark.parametrize("reordered", [False, True])
@@ -294,6 +335,20 @@ def test_a_gated_network_has_no_quick_gelu(encoder_graph: EncoderGraph) -> None:
     assert graph.asked() == {"activation"}
     assert kind(quick) == kind(usual)
     assert kind(silu) == silu_kind != kind(usual)
+
+
+@pytest.mark.parametrize(("kind", "mended"), [("cogvlm", {"activation"}), ("mlp", set())])
+def test_a_network_without_a_gate_keeps_quick_gelu_unless_its_model_has_none(
+    encoder_graph: EncoderGraph, kind: str, mended: set[str]
+) -> None:
+    graph = encoder_graph
+    rows = graph.project(graph.leaf("pixels", 8, 4))
+    quick, usual, silu = (graph.node(name, rows) for name in ("gelu_quick", "gelu", "silu"))
+    before = [tensor(node).op_params[0] for node in (quick, usual, silu)]
+    graph.allocate()
+    assert graph.asked(kind) == mended
+    after = [tensor(node).op_params[0] for node in (quick, usual, silu)]
+    assert after == [before[1] if mended else before[0], *before[1:]]
 
 
 def test_memory_that_nothing_wrote_is_cleared_where_a_factor_of_zero_is_to_do_it(
@@ -407,6 +462,7 @@ def test_info_says_what_is_mended(pair: TinyPair, tmp_path: Path) -> None:
     for encoder, mended in (
         (TinyEncoder("clip", layout="legacy"), ["class token", "layer"]),
         (TinyEncoder("internvl"), ["places"]),
+        (TinyEncoder("cogvlm"), ["activation", "places"]),
         (TinyEncoder("pixtral"), ["cleared"]),
     ):
         facts = pair_facts(pair.llm, write_encoder(tmp_path / "mmproj.gguf", encoder))

@@ -17,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
-Kind = Literal["clip", "internvl", "pixtral", "gemma4uv", "gemma3", "qwen2vl", "qwen3vl"]
+Kind = Literal["clip", "internvl", "cogvlm", "pixtral", "gemma4uv", "gemma3", "qwen2vl", "qwen3vl"]
 Layout = Literal["whole", "legacy", "feature_layer"]
 
-EPS = dict.fromkeys(("internvl", "gemma4uv", "gemma3", "qwen2vl", "qwen3vl"), 1e-6)
+EPS = dict.fromkeys(("internvl", "cogvlm", "gemma4uv", "gemma3", "qwen2vl", "qwen3vl"), 1e-6)
 EPS |= dict.fromkeys(("clip", "pixtral"), 1e-5)
 
 
 @dataclass(frozen=True)
 class TinyEncoder:
-    """kind: "clip" is LLaVA's, with a class token; "internvl" has one too; "pixtral" has none, and
+    """kind: "clip" is LLaVA's, with a class token; "internvl" has one too, and "cogvlm", whose
+    picture stands between two tokens of its own; "pixtral" has none, and
     a break behind each row of patches; "gemma4uv" has no layers, takes a picture of any shape, and
     its model reads one at once; "gemma3" and "qwen2vl" make one token of four patches, of a square
     and of any shape; "qwen3vl" does as "qwen2vl", and n_deepstack of its first layers give
@@ -35,7 +36,8 @@ class TinyEncoder:
     it is known by `layout`: "whole" holds one layer more, which is not run; "legacy" is the same
     without that layer, as llama.cpp's retired converter wrote it; "feature_layer" names the layer.
     pinpoints: widths and heights that a larger picture is scaled
-    to before it is cut into tiles, as LLaVA-1.6 does it.
+    to before it is cut into tiles, as LLaVA-1.6 does it. names_gelu: the file of a "cogvlm"
+    names its activation, which none of the converter's does. same_places: one for all patches.
     """
 
     kind: Kind = "clip"
@@ -50,6 +52,8 @@ class TinyEncoder:
     seed: int = 0
     pinpoints: tuple[int, ...] = ()
     n_deepstack: int = 0
+    names_gelu: bool = False
+    same_places: bool = False
 
     @property
     def n_side(self) -> int:
@@ -65,6 +69,7 @@ class TinyEncoder:
         of_a_kind = {
             "clip": self.n_patches,
             "internvl": self.n_patches // 4,
+            "cogvlm": self.n_patches + 2,
             "pixtral": self.n_patches + self.n_side - 1,
             "gemma4uv": self.n_patches,
             "gemma3": self.n_patches // 4,
@@ -81,7 +86,7 @@ class TinyEncoder:
 
     @property
     def has_class_token(self) -> bool:
-        return self.kind in ("clip", "internvl")
+        return self.kind in ("clip", "internvl", "cogvlm")
 
 
 def weights_of(encoder: TinyEncoder) -> dict[str, F32]:
@@ -108,8 +113,9 @@ def weights_of(encoder: TinyEncoder) -> dict[str, F32]:
             found["v.class_embd"] = draw.normal((n,), 1.0)
         # Places must matter: a shift by one is to be seen.
         n_places = encoder.n_patches + encoder.has_class_token
-        found["v.position_embd.weight"] = draw.normal((n_places, n), 1.0)
-    if encoder.kind == "internvl":
+        places = draw.normal((n_places, n), 1.0)
+        found["v.position_embd.weight"] = places[[0] * n_places] if encoder.same_places else places
+    if encoder.kind in ("internvl", "cogvlm"):
         found["v.patch_embd.bias"] = draw.normal((n,), 0.1)
     if encoder.kind == "clip":
         draw.norm(found, "v.pre_ln", n)
@@ -129,8 +135,9 @@ def write_encoder(path: Path, encoder: TinyEncoder) -> Path:
         file.add_bool("clip.has_llava_projector", True)
     names = {"clip": "mlp", "qwen2vl": "qwen2vl_merger", "qwen3vl": "qwen3vl_merger"}
     file.add_string("clip.projector_type", names.get(encoder.kind, encoder.kind))
-    # False means quick-GELU, CLIP's own. Pixtral's networks are gated with SiLU.
-    file.add_bool("clip.use_gelu", encoder.kind == "internvl")
+    # False, or nothing as in CogVLM's files, means quick-GELU, CLIP's own. Pixtral's networks are
+    # gated with SiLU.
+    file.add_bool("clip.use_gelu", encoder.kind == "internvl" or encoder.names_gelu)
     file.add_bool("clip.use_silu", encoder.kind == "pixtral")
     if encoder.kind in ("internvl", "gemma4uv", "gemma3"):
         file.add_uint32("clip.vision.projector.scale_factor", 2)
@@ -207,6 +214,9 @@ def _add_projector(found: dict[str, F32], draw: _Draw, encoder: TinyEncoder) -> 
         found["mm.input_projection.weight"] = draw.normal((n, width), n**-0.5)
         found["mm.soft_emb_norm.weight"] = draw.scale(n)
         return
+    if encoder.kind == "cogvlm":
+        _add_gated_projector(found, draw, n, width)
+        return
     for il in range(encoder.n_deepstack):
         draw.norm(found, f"v.deepstack.{il}.norm", 4 * n)
         draw.linear(found, f"v.deepstack.{il}.fc1", 4 * n, 4 * n)
@@ -221,9 +231,23 @@ def _add_projector(found: dict[str, F32], draw: _Draw, encoder: TinyEncoder) -> 
     draw.linear(found, f"mm.{second}", width, width)
 
 
+def _add_gated_projector(found: dict[str, F32], draw: _Draw, n: int, width: int) -> None:
+    draw.norm(found, "mm.post_fc_norm", width)
+    shapes = {
+        "model.fc": (width, n),
+        "up": (2 * width, width),
+        "gate": (2 * width, width),
+        "down": (width, 2 * width),
+    }
+    for part, shape in shapes.items():
+        found[f"mm.{part}.weight"] = draw.normal(shape, shape[1] ** -0.5)
+    for token in ("boi", "eoi"):
+        found[f"v.{token}"] = draw.normal((width,), 1.0)
+
+
 def _add_layer(found: dict[str, F32], draw: _Draw, encoder: TinyEncoder, name: str) -> None:
     n, n_ff = encoder.n_embd, encoder.n_ff
-    if encoder.kind == "qwen3vl":
+    if encoder.kind in ("qwen3vl", "cogvlm"):
         draw.linear(found, f"{name}.attn_qkv", 3 * n, n)
     else:
         for part in ("attn_q", "attn_k", "attn_v"):

@@ -81,7 +81,7 @@ class Projector:
         self.embeddings = Embeddings(cache_bytes)
         self.marker = f"<__image_{secrets.token_hex(16)}__>"
         self.kind = projector_facts(path).kind
-        self._mend = _core.EncoderMend() if encoder == "mended" else None
+        self._mend = _core.EncoderMend(self.kind) if encoder == "mended" else None
         self._probe = _core.EncoderProbe(self._mend)
         self._views: dict[tuple[int, int], list[View] | str] = {}
         self._is_legacy = self._mend is not None and lacks_layer(path)
