@@ -2,13 +2,16 @@
 // Python code does it, an interrupt that waits for Python to run (Ctrl-C) comes between an
 // allocation and who frees it; and in a finalizer it would be raised, be printed, and be lost.
 #include "bindings.hpp"
+#include "log.hpp"
 
 #include <atomic>
 #include <cstdint>
+#include <cstdio>
 #include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 
 namespace cmg {
@@ -53,7 +56,7 @@ class Ending : public std::enable_shared_from_this<Ending> {
             const py::gil_scoped_release unlocked; // a thread that ends in `free_` may want it
             const std::lock_guard<std::recursive_mutex> lock(freeing_);
             if (void * pointer = pointer_.exchange(nullptr); pointer != nullptr) {
-                free_(pointer);
+                free_told(pointer);
             }
         }
         is_over_ = true;
@@ -64,6 +67,15 @@ class Ending : public std::enable_shared_from_this<Ending> {
     void * pointer() const { return pointer_; }
 
   private:
+    // What it logs meanwhile is not for Python code to hear, see bind_callbacks.cpp.
+    void free_told(void * pointer) const {
+        LogCapture log;
+        free_(pointer);
+        for (const std::string & error : log.close()) {
+            std::fputs(error.c_str(), stderr);
+        }
+    }
+
     Ending(void * pointer, Free free, std::uint64_t number)
         : pointer_(pointer), free_(free), number_(number), is_over_(pointer == nullptr) {}
 

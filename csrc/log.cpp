@@ -1,6 +1,7 @@
 #include "log.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <mutex>
 #include <utility>
@@ -26,6 +27,7 @@ struct Process {
     std::vector<LogSetter> setters;
     ggml_log_callback usual = nullptr;
     int64_t n_open = 0;
+    std::atomic<bool> verbose{false}; // of the last capture
 
     void set(ggml_log_callback callback) const {
         for (const LogSetter setter : setters) {
@@ -66,7 +68,10 @@ void bind_log(std::vector<LogSetter> setters, ggml_log_callback usual) {
     process.set(usual);
 }
 
+LogCapture::LogCapture() : LogCapture(process.verbose) {}
+
 LogCapture::LogCapture(bool verbose) : state_(new State{verbose, {}, true, {}}) {
+    process.verbose = verbose;
     captures.push_back(state_);
     const std::lock_guard<std::mutex> lock(process.mutex);
     if (process.n_open++ == 0) {

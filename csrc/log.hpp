@@ -32,6 +32,8 @@ void bind_log(std::vector<LogSetter> setters, ggml_log_callback usual);
 class LogCapture {
   public:
     explicit LogCapture(bool verbose);
+    // As verbose as the last one was.
+    LogCapture();
     ~LogCapture();
     LogCapture(const LogCapture &) = delete;
     LogCapture & operator=(const LogCapture &) = delete;
