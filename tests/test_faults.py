@@ -293,7 +293,7 @@ class Interrupts:
 
     FILES = (
         *(f"cmg_gguf/{name}.py" for name in ("vlm", "stream", "many")),
-        *(f"cmg_gguf/answer/{name}.py" for name in ("scheduler", "outbox", "worker")),
+        *(f"cmg_gguf/answer/{name}.py" for name in ("changes", "scheduler", "outbox", "worker")),
         "/threading.py",
         "/contextlib.py",
     )
